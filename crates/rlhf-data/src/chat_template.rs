@@ -1,0 +1,346 @@
+//! Hugging Face chat templates: Jinja, as `transformers` renders it.
+//!
+//! Invariant: bounded time and output whatever the template says; the same input gives the same text
+//! on any day (the clock is an argument).
+
+use std::ops::Range;
+use std::path::Path;
+
+use minijinja::value::{Kwargs, Value};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::{Environment, Error as JinjaError, ErrorKind, context};
+
+use crate::conversation::{Message, Role};
+use crate::error::{Error, Result};
+
+/// Instructions a template may execute for one conversation.
+const FUEL: u64 = 4_000_000;
+/// The longest text a template may give, in bytes.
+const MAX_TEXT: usize = 64 << 20;
+
+/// Marks around `{% generation %}` blocks, and inside special tokens that stand in a message.
+const BEGIN: char = '\u{f0a11}';
+const END: char = '\u{f0a12}';
+const SPLIT: char = '\u{f0a13}';
+
+/// A chat template.
+#[derive(Clone, Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    place: String,
+    bos: String,
+    eos: String,
+    marks_generation: bool,
+    /// Special tokens, which must not come out of a message's text.
+    special: Vec<String>,
+}
+
+/// A rendered conversation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rendered {
+    /// The text.
+    pub text: String,
+    /// Byte ranges of `text` inside `{% generation %}` blocks.
+    pub generated: Vec<Range<usize>>,
+    /// Byte offsets at which `text` must be cut before it is tokenised, so that a special token's name
+    /// inside a message stays plain text.
+    pub cuts: Vec<usize>,
+}
+
+impl ChatTemplate {
+    /// A template from its source; `place` names it in errors. `special` are the tokenizer's special
+    /// tokens, `date` the answer of `strftime_now` as (year, month, day).
+    ///
+    /// # Errors
+    /// [`Error::Template`] with the line of a syntax error.
+    pub fn new(source: &str, place: &str, bos: &str, eos: &str, special: Vec<String>, date: (i32, u32, u32)) -> Result<Self> {
+        let (source, marks_generation) = mark_generation(source);
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.map_err(|e| template_error(place, &e))?);
+        environment.set_fuel(Some(FUEL));
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function("raise_exception", |what: String| -> std::result::Result<String, JinjaError> {
+            Err(JinjaError::new(ErrorKind::InvalidOperation, what))
+        });
+        environment.add_function("strftime_now", move |format: String| strftime(&format, date));
+        environment.add_filter("tojson", tojson);
+        environment.add_template_owned("chat", source).map_err(|e| template_error(place, &e))?;
+        Ok(Self { environment, place: place.into(), bos: bos.into(), eos: eos.into(), marks_generation, special })
+    }
+
+    /// Whether the template says what the model generates.
+    #[must_use]
+    pub fn marks_generation(&self) -> bool {
+        self.marks_generation
+    }
+
+    /// The conversation as text.
+    ///
+    /// # Errors
+    /// [`Error::Template`] when the template raises, runs too long or gives too much text.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Rendered> {
+        let bad = |what: &str, mend: &str| Error::Template { place: self.place.clone(), what: what.into(), mend: mend.into() };
+        let mut list = Vec::with_capacity(messages.len());
+        for m in messages {
+            if m.content.contains([BEGIN, END, SPLIT]) {
+                return Err(bad("a message holds a character that is reserved for marks (U+F0A11 to U+F0A13)", "remove it"));
+            }
+            list.push(context! { role => m.role.name(), content => self.defuse(&m.content) });
+        }
+        let template = self.environment.get_template("chat").map_err(|e| template_error(&self.place, &e))?;
+        let mut sink = Sink { text: Vec::new() };
+        let variables = context! {
+            messages => list, add_generation_prompt => add_generation_prompt,
+            bos_token => &self.bos, eos_token => &self.eos,
+        };
+        match template.render_captured_to(variables, &mut sink) {
+            Ok(_) => {}
+            Err(_) if sink.text.len() >= MAX_TEXT => {
+                return Err(bad("it gives more than 64 MiB of text", "correct the template"));
+            }
+            Err(e) if e.kind() == ErrorKind::OutOfFuel => {
+                return Err(bad("it runs too long", "correct the template: it may loop for ever"));
+            }
+            Err(e) => return Err(template_error(&self.place, &e)),
+        }
+        let text = String::from_utf8(sink.text).map_err(|_| bad("it gives no UTF-8", "correct the template"))?;
+        Ok(unmark(&text))
+    }
+
+    /// Puts a mark inside every special token's name, so that it is cut there before tokenising.
+    fn defuse(&self, content: &str) -> String {
+        let mut out = content.to_owned();
+        for token in &self.special {
+            if out.contains(token.as_str()) {
+                let mut chars = token.chars();
+                let broken: String = chars.next().into_iter().chain([SPLIT]).chain(chars).collect();
+                out = out.replace(token.as_str(), &broken);
+            }
+        }
+        out
+    }
+
+    /// Reads the template of a model folder: `chat_template.jinja`, else `chat_template` in
+    /// `tokenizer_config.json`. `None` when there is neither.
+    ///
+    /// # Errors
+    /// When a file is unreadable or the template has a syntax error.
+    pub fn of_folder(dir: &Path, config: &serde_json::Value, special: Vec<String>, date: (i32, u32, u32)) -> Result<Option<Self>> {
+        let token = |key: &str| match config.get(key) {
+            Some(serde_json::Value::String(s)) => s.clone(),
+            Some(v) => v.get("content").and_then(serde_json::Value::as_str).unwrap_or_default().to_owned(),
+            None => String::new(),
+        };
+        let (bos, eos) = (token("bos_token"), token("eos_token"));
+        let file = dir.join("chat_template.jinja");
+        let (source, place) = if file.is_file() {
+            (std::fs::read_to_string(&file).map_err(Error::io(&file))?, file.display().to_string())
+        } else {
+            let place = dir.join("tokenizer_config.json").display().to_string();
+            match config.get("chat_template") {
+                Some(serde_json::Value::String(s)) => (s.clone(), place),
+                Some(serde_json::Value::Array(named)) => {
+                    let default = named.iter().find(|t| t.get("name").and_then(|n| n.as_str()) == Some("default"));
+                    match default.and_then(|t| t.get("template")).and_then(|t| t.as_str()) {
+                        Some(s) => (s.to_owned(), place),
+                        None => return Ok(None),
+                    }
+                }
+                _ => return Ok(None),
+            }
+        };
+        Self::new(&source, &place, &bos, &eos, special, date).map(Some)
+    }
+}
+
+struct Sink {
+    text: Vec<u8>,
+}
+
+impl std::io::Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.text.len() + bytes.len() > MAX_TEXT {
+            self.text.resize(MAX_TEXT, b' ');
+            return Err(std::io::Error::other("too much text"));
+        }
+        self.text.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn template_error(place: &str, e: &JinjaError) -> Error {
+    let line = e.line().map_or_else(String::new, |l| format!(", line {l}"));
+    let detail = e.detail().map_or_else(|| e.kind().to_string(), str::to_owned);
+    Error::Template {
+        place: format!("{place}{line}"),
+        what: detail,
+        mend: "correct the template, or the conversation that it refuses".into(),
+    }
+}
+
+/// Replaces `{% generation %}` tags by tags that write a mark, keeping their white-space control.
+fn mark_generation(source: &str) -> (String, bool) {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    let mut found = false;
+    while let Some(start) = rest.find("{%") {
+        let Some(len) = rest[start..].find("%}") else { break };
+        let tag = &rest[start..start + len + 2];
+        let inner = &tag[2..tag.len() - 2];
+        let (open, inner) = inner.strip_prefix(['-', '+']).map_or(("", inner), |i| (&tag[2..3], i));
+        let (close, inner) =
+            inner.strip_suffix(['-', '+']).map_or(("", inner), |i| (&tag[tag.len() - 3..tag.len() - 2], i));
+        out.push_str(&rest[..start]);
+        match inner.trim() {
+            "generation" => {
+                found = true;
+                out.push_str(&format!("{{%{open} if true %}}{BEGIN}{{% endif {close}%}}"));
+            }
+            "endgeneration" => out.push_str(&format!("{{%{open} if true %}}{END}{{% endif {close}%}}")),
+            _ => out.push_str(tag),
+        }
+        rest = &rest[start + len + 2..];
+    }
+    out.push_str(rest);
+    (out, found)
+}
+
+fn unmark(marked: &str) -> Rendered {
+    let mut r = Rendered { text: String::with_capacity(marked.len()), generated: Vec::new(), cuts: Vec::new() };
+    let mut begin = None;
+    for c in marked.chars() {
+        match c {
+            BEGIN => begin = Some(r.text.len()),
+            END => r.generated.extend(begin.take().map(|b| b..r.text.len())),
+            SPLIT => r.cuts.push(r.text.len()),
+            c => r.text.push(c),
+        }
+    }
+    r
+}
+
+/// `json.dumps(value, ensure_ascii=False, indent=…)`, as transformers defines the filter.
+fn tojson(value: Value, kwargs: Kwargs) -> std::result::Result<String, JinjaError> {
+    let indent: Option<usize> = kwargs.get("indent")?;
+    kwargs.assert_all_used()?;
+    let json = serde_json::to_value(&value).map_err(|e| JinjaError::new(ErrorKind::InvalidOperation, e.to_string()))?;
+    let mut out = String::new();
+    dump(&json, indent, 0, &mut out);
+    Ok(out)
+}
+
+fn dump(v: &serde_json::Value, indent: Option<usize>, depth: usize, out: &mut String) {
+    let newline = |depth: usize, out: &mut String| {
+        if let Some(n) = indent {
+            out.push('\n');
+            out.push_str(&" ".repeat(n * depth));
+        }
+    };
+    let separator = if indent.is_some() { "," } else { ", " };
+    match v {
+        serde_json::Value::Array(a) if !a.is_empty() => {
+            out.push('[');
+            for (i, x) in a.iter().enumerate() {
+                if i > 0 {
+                    out.push_str(separator);
+                }
+                newline(depth + 1, out);
+                dump(x, indent, depth + 1, out);
+            }
+            newline(depth, out);
+            out.push(']');
+        }
+        serde_json::Value::Object(o) if !o.is_empty() => {
+            out.push('{');
+            for (i, (k, x)) in o.iter().enumerate() {
+                if i > 0 {
+                    out.push_str(separator);
+                }
+                newline(depth + 1, out);
+                out.push_str(&serde_json::Value::String(k.clone()).to_string());
+                out.push_str(": ");
+                dump(x, indent, depth + 1, out);
+            }
+            newline(depth, out);
+            out.push('}');
+        }
+        other => out.push_str(&other.to_string()),
+    }
+}
+
+/// The directives that templates in the wild use: %Y %m %d %B %b %y.
+fn strftime(format: &str, (year, month, day): (i32, u32, u32)) -> String {
+    const MONTHS: [&str; 12] = [
+        "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December",
+    ];
+    let name = MONTHS.get(month.saturating_sub(1) as usize).copied().unwrap_or("");
+    format
+        .replace("%Y", &format!("{year:04}"))
+        .replace("%y", &format!("{:02}", year.rem_euclid(100)))
+        .replace("%m", &format!("{month:02}"))
+        .replace("%d", &format!("{day:02}"))
+        .replace("%B", name)
+        .replace("%b", name.get(..3).unwrap_or(""))
+}
+
+/// Splits a conversation into what comes before its last assistant turn, and that turn.
+#[must_use]
+pub fn split_last_answer(messages: &[Message]) -> Option<(&[Message], &[Message])> {
+    let last = messages.iter().rposition(|m| m.role == Role::Assistant)?;
+    Some(messages.split_at(last))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DATE: (i32, u32, u32) = (2024, 7, 9);
+
+    fn template(source: &str) -> ChatTemplate {
+        ChatTemplate::new(source, "test", "<s>", "</s>", vec!["</s>".into()], DATE).unwrap()
+    }
+
+    fn messages() -> Vec<Message> {
+        vec![Message { role: Role::User, content: "hi".into() }, Message { role: Role::Assistant, content: "yo".into() }]
+    }
+
+    #[test]
+    fn generation_blocks_become_ranges() {
+        let t = template("{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content }}|{% endif %}{% endfor %}");
+        let r = t.render(&messages(), false).unwrap();
+        assert_eq!(r.text, "hi|yo</s>");
+        assert_eq!(r.generated, [3..9]);
+        assert!(t.marks_generation());
+    }
+
+    #[test]
+    fn special_tokens_in_a_message_are_cut() {
+        let r = template("{{ messages[0].content }}{{ eos_token }}")
+            .render(&[Message { role: Role::User, content: "a</s>b".into() }], false)
+            .unwrap();
+        assert_eq!(r.text, "a</s>b</s>");
+        assert_eq!(r.cuts, [2]);
+    }
+
+    #[test]
+    fn what_templates_in_the_wild_use() {
+        let t = template("{%- for m in messages %}{%- if loop.first %}{%- continue %}{%- endif %}{{- m['content'].strip().upper() }}{%- endfor %} {{ strftime_now('%d %b %Y') }} {{ {'a': [1, 'é']} | tojson }}");
+        assert_eq!(t.render(&messages(), false).unwrap().text, "YO 09 Jul 2024 {\"a\": [1, \"é\"]}");
+        let e = template("{{ raise_exception('no system turn') }}").render(&messages(), false).unwrap_err();
+        assert!(e.to_string().contains("no system turn"), "{e}");
+    }
+
+    #[test]
+    fn endless_and_broken_templates_stop() {
+        let e = template("{% for a in range(100000) %}{% for b in range(100000) %}{{ a }}{% endfor %}{% endfor %}")
+            .render(&messages(), false)
+            .unwrap_err();
+        assert!(e.to_string().contains("too long") || e.to_string().contains("64 MiB"), "{e}");
+        let e = ChatTemplate::new("\n{% for %}", "here", "", "", vec![], DATE).unwrap_err();
+        assert!(e.to_string().contains("here, line 2"), "{e}");
+    }
+}

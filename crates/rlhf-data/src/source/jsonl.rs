@@ -1,0 +1,127 @@
+//! JSON Lines, plain or gzipped.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+
+use flate2::read::MultiGzDecoder;
+use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
+use serde_json::{Map, Value};
+
+use super::Row;
+use crate::error::{Error, Result};
+
+/// The longest line read: a longer one is refused, so memory stays bounded whatever the file holds.
+const MAX_LINE: u64 = 64 << 20;
+
+pub(super) fn rows(path: &Path, gzip: bool) -> Result<Lines> {
+    let file = File::open(path).map_err(Error::io(path))?;
+    if file.metadata().map_err(Error::io(path))?.is_dir() {
+        return Err(Error::file(path, "a folder, expected a file", "name a file in it"));
+    }
+    let reader: Box<dyn BufRead> = if gzip {
+        let mut start = BufReader::new(file);
+        if !start.fill_buf().map_err(Error::io(path))?.starts_with(&[0x1f, 0x8b]) {
+            return Err(Error::file(path, "not gzip, although its name ends with .gz", "remove the .gz or compress it"));
+        }
+        Box::new(BufReader::new(MultiGzDecoder::new(start)))
+    } else {
+        Box::new(BufReader::new(file))
+    };
+    Ok(Lines { path: path.to_owned(), reader, line: 0, done: false })
+}
+
+/// The rows of a JSON Lines file.
+pub(super) struct Lines {
+    path: PathBuf,
+    reader: Box<dyn BufRead>,
+    line: usize,
+    done: bool,
+}
+
+impl Iterator for Lines {
+    type Item = Result<Row>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        while !self.done {
+            let mut bytes = Vec::new();
+            self.line += 1;
+            match self.reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut bytes) {
+                Ok(0) => return None,
+                Ok(_) => {}
+                Err(e) => {
+                    self.done = true;
+                    return Some(Err(self.bad(format!("cannot read on: {e}"), "get the file again: it is damaged")));
+                }
+            }
+            if bytes.len() as u64 == MAX_LINE {
+                self.done = true;
+                return Some(Err(self.bad(format!("a line of more than {} MiB", MAX_LINE >> 20), "split or drop the row")));
+            }
+            let row = self.parse(&bytes);
+            match row {
+                Ok(None) => {}
+                Ok(Some(columns)) => return Some(Ok(Row { place: format!("line {}", self.line), columns })),
+                Err(e) => {
+                    self.done = true;
+                    return Some(Err(e));
+                }
+            }
+        }
+        None
+    }
+}
+
+impl Lines {
+    fn bad(&self, what: impl Into<String>, mend: &str) -> Error {
+        Error::Row {
+            path: self.path.clone(),
+            place: format!("line {}", self.line),
+            column: String::new(),
+            what: what.into(),
+            mend: mend.into(),
+        }
+    }
+
+    fn parse(&self, bytes: &[u8]) -> Result<Option<Map<String, Value>>> {
+        let bytes = if self.line == 1 { bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes) } else { bytes };
+        let text = std::str::from_utf8(bytes)
+            .map_err(|e| self.bad(format!("invalid UTF-8 at byte {}", e.valid_up_to()), "convert the file to UTF-8"))?
+            .trim();
+        if text.is_empty() {
+            return Ok(None);
+        }
+        if text.starts_with('[') {
+            return Err(self.bad("a JSON array, expected one object a line", "write each element on a line of its own"));
+        }
+        let object: Object =
+            serde_json::from_str(text).map_err(|e| self.bad(format!("no JSON object: {e}"), "correct or drop the line"))?;
+        Ok(Some(object.0))
+    }
+}
+
+/// A JSON object whose keys are all different.
+struct Object(Map<String, Value>);
+
+impl<'de> Deserialize<'de> for Object {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> std::result::Result<Self, D::Error> {
+        struct Keys;
+        impl<'de> Visitor<'de> for Keys {
+            type Value = Object;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> std::result::Result<Object, A::Error> {
+                let mut map = Map::new();
+                while let Some((key, value)) = access.next_entry::<String, Value>()? {
+                    if map.contains_key(&key) {
+                        return Err(A::Error::custom(format!("the key `{key}` stands twice")));
+                    }
+                    map.insert(key, value);
+                }
+                Ok(Object(map))
+            }
+        }
+        d.deserialize_map(Keys)
+    }
+}

@@ -1,0 +1,103 @@
+//! Writers: a temporary name in the same folder, sync, rename.
+
+use std::io::{BufWriter, Write as _};
+use std::path::{Path, PathBuf};
+
+use arrow_array::RecordBatch;
+use arrow_schema::SchemaRef;
+use parquet::arrow::ArrowWriter;
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::file::properties::WriterProperties;
+use serde::Serialize;
+use tempfile::NamedTempFile;
+
+use crate::error::{Error, Result};
+
+fn temporary(path: &Path) -> Result<NamedTempFile> {
+    let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    NamedTempFile::new_in(dir).map_err(Error::io(dir))
+}
+
+fn publish(file: NamedTempFile, path: &Path) -> Result<()> {
+    file.as_file().sync_all().map_err(Error::io(path))?;
+    file.persist(path).map_err(|e| Error::io(path)(e.error))?;
+    Ok(())
+}
+
+fn arrow(path: &Path) -> impl FnOnce(parquet::errors::ParquetError) -> Error {
+    let path = path.to_owned();
+    move |e| Error::Io { path, source: std::io::Error::other(e) }
+}
+
+/// Writes record batches to a Parquet file, which appears on [`ParquetOut::finish`].
+#[derive(Debug)]
+pub struct ParquetOut {
+    path: PathBuf,
+    writer: ArrowWriter<NamedTempFile>,
+}
+
+impl ParquetOut {
+    /// Begins a file of `schema`.
+    ///
+    /// # Errors
+    /// When the folder cannot be written.
+    pub fn create(path: &Path, schema: SchemaRef) -> Result<Self> {
+        let properties = WriterProperties::builder()
+            .set_compression(Compression::ZSTD(ZstdLevel::default()))
+            .set_created_by("rlhf".into())
+            .build();
+        let writer = ArrowWriter::try_new(temporary(path)?, schema, Some(properties)).map_err(arrow(path))?;
+        Ok(Self { path: path.to_owned(), writer })
+    }
+
+    /// Adds rows.
+    ///
+    /// # Errors
+    /// When the disk is full or the batch has another schema; the file then never appears.
+    pub fn write(&mut self, batch: &RecordBatch) -> Result<()> {
+        self.writer.write(batch).map_err(arrow(&self.path))
+    }
+
+    /// Syncs and renames the file into place.
+    ///
+    /// # Errors
+    /// When the disk is full.
+    pub fn finish(self) -> Result<()> {
+        publish(self.writer.into_inner().map_err(arrow(&self.path))?, &self.path)
+    }
+}
+
+/// Writes values as JSON Lines to a file, which appears on [`JsonlOut::finish`].
+#[derive(Debug)]
+pub struct JsonlOut {
+    path: PathBuf,
+    writer: BufWriter<NamedTempFile>,
+}
+
+impl JsonlOut {
+    /// Begins a file.
+    ///
+    /// # Errors
+    /// When the folder cannot be written.
+    pub fn create(path: &Path) -> Result<Self> {
+        Ok(Self { path: path.to_owned(), writer: BufWriter::new(temporary(path)?) })
+    }
+
+    /// Adds a line.
+    ///
+    /// # Errors
+    /// When the disk is full.
+    pub fn write<T: Serialize>(&mut self, value: &T) -> Result<()> {
+        serde_json::to_writer(&mut self.writer, value).map_err(|e| Error::io(&self.path)(e.into()))?;
+        self.writer.write_all(b"\n").map_err(Error::io(&self.path))
+    }
+
+    /// Syncs and renames the file into place.
+    ///
+    /// # Errors
+    /// When the disk is full.
+    pub fn finish(self) -> Result<()> {
+        let file = self.writer.into_inner().map_err(|e| Error::io(&self.path)(e.into_error()))?;
+        publish(file, &self.path)
+    }
+}

@@ -1,0 +1,133 @@
+//! Parquet, row group by row group.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use arrow_array::cast::AsArray;
+use arrow_array::types::{Float64Type, Int64Type};
+use arrow_array::{Array, RecordBatch};
+use arrow_cast::cast;
+use arrow_schema::DataType;
+use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use serde_json::{Map, Number, Value};
+
+use super::Row;
+use crate::error::{Error, Result};
+
+/// Rows decoded at once.
+const BATCH_ROWS: usize = 256;
+
+pub(super) fn rows(path: &Path) -> Result<Rows> {
+    let mut file = File::open(path).map_err(Error::io(path))?;
+    let damaged = |e: String| Error::file(path, format!("no readable Parquet: {e}"), "get the file again");
+    let size = file.metadata().map_err(Error::io(path))?;
+    if size.is_dir() {
+        return Err(Error::file(path, "a folder, expected a file", "name a file in it"));
+    }
+    if size.len() == 0 {
+        return Err(damaged("0 bytes".into()));
+    }
+    let mut magic = [0; 4];
+    if file.read_exact(&mut magic).is_err() || &magic != b"PAR1" {
+        return Err(damaged("it does not begin with PAR1".into()));
+    }
+    file.seek(SeekFrom::Start(0)).map_err(Error::io(path))?;
+    let reader = ParquetRecordBatchReaderBuilder::try_new(file)
+        .and_then(|b| b.with_batch_size(BATCH_ROWS).build())
+        .map_err(|e| damaged(e.to_string()))?;
+    Ok(Rows { path: path.to_owned(), reader, batch: None, at: 0, row: 0, done: false })
+}
+
+/// The rows of a Parquet file.
+pub(super) struct Rows {
+    path: PathBuf,
+    reader: ParquetRecordBatchReader,
+    batch: Option<RecordBatch>,
+    at: usize,
+    row: usize,
+    done: bool,
+}
+
+impl Iterator for Rows {
+    type Item = Result<Row>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if self.done {
+                return None;
+            }
+            if let Some(batch) = self.batch.as_ref().filter(|b| self.at < b.num_rows()) {
+                let columns = row_of(batch, self.at);
+                let place = format!("row {}", self.row);
+                self.at += 1;
+                self.row += 1;
+                return Some(columns.map(|columns| Row { place: place.clone(), columns }).map_err(|(column, what)| {
+                    self.done = true;
+                    Error::Row { path: self.path.clone(), place, column, what, mend: "convert the column".into() }
+                }));
+            }
+            match self.reader.next()? {
+                Ok(b) => (self.batch, self.at) = (Some(b), 0),
+                Err(e) => {
+                    self.done = true;
+                    let what = format!("the data after row {} cannot be read: {e}", self.row);
+                    return Some(Err(Error::file(&self.path, what, "get the file again: it is damaged")));
+                }
+            }
+        }
+    }
+}
+
+fn row_of(batch: &RecordBatch, at: usize) -> std::result::Result<Map<String, Value>, (String, String)> {
+    let schema = batch.schema();
+    let mut columns = Map::new();
+    for (field, array) in schema.fields().iter().zip(batch.columns()) {
+        let value = value(array.as_ref(), at).map_err(|what| (field.name().clone(), what))?;
+        columns.insert(field.name().clone(), value);
+    }
+    Ok(columns)
+}
+
+/// One cell as JSON.
+fn value(array: &dyn Array, at: usize) -> std::result::Result<Value, String> {
+    if array.is_null(at) {
+        return Ok(Value::Null);
+    }
+    let one = || array.slice(at, 1);
+    let casted = |to: &DataType| cast(&one(), to).map_err(|e| e.to_string());
+    Ok(match array.data_type() {
+        DataType::Utf8 => Value::String(array.as_string::<i32>().value(at).to_owned()),
+        DataType::LargeUtf8 | DataType::Utf8View => Value::String(casted(&DataType::Utf8)?.as_string::<i32>().value(0).to_owned()),
+        DataType::Dictionary(_, inner) => value(casted(inner)?.as_ref(), 0)?,
+        DataType::Boolean => Value::Bool(array.as_boolean().value(at)),
+        t if t.is_integer() => match casted(&DataType::Int64)?.as_primitive::<Int64Type>() {
+            a if a.is_null(0) => return Err("an integer too large".into()),
+            a => a.value(0).into(),
+        },
+        t if t.is_floating() => {
+            let x = casted(&DataType::Float64)?.as_primitive::<Float64Type>().value(0);
+            // JSON has no NaN or infinity; as text they are refused by whoever wants a number.
+            Number::from_f64(x).map_or_else(|| Value::String(x.to_string()), Value::Number)
+        }
+        DataType::List(_) => list(&array.as_list::<i32>().value(at))?,
+        DataType::LargeList(_) => list(&array.as_list::<i64>().value(at))?,
+        DataType::Struct(fields) => {
+            let s = array.as_struct();
+            let mut map = Map::new();
+            for (f, c) in fields.iter().zip(s.columns()) {
+                map.insert(f.name().clone(), value(c.as_ref(), at)?);
+            }
+            Value::Object(map)
+        }
+        DataType::Null => Value::Null,
+        other => casted(&DataType::Utf8)
+            .ok()
+            .map(|a| Value::String(a.as_string::<i32>().value(0).to_owned()))
+            .ok_or_else(|| format!("the type {other} is not supported"))?,
+    })
+}
+
+fn list(items: &arrow_array::ArrayRef) -> std::result::Result<Value, String> {
+    (0..items.len()).map(|i| value(items.as_ref(), i)).collect::<std::result::Result<Vec<_>, _>>().map(Value::Array)
+}

@@ -1,0 +1,4 @@
+//! Integration tests of `rlhf-data`.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+
+mod synth;

@@ -1,0 +1,18 @@
+//! Integration tests: golden values, gradients by finite differences, exact optimum, properties.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout,
+    reason = "tests"
+)]
+
+mod exact;
+mod golden;
+#[allow(
+    dead_code,
+    reason = "shared by the crates that have losses; each uses a part"
+)]
+#[path = "../../../rlhf-policy/tests/it/golden_io.rs"]
+mod golden_io;
+mod gradcheck;
+mod props;

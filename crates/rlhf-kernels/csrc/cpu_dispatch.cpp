@@ -1,0 +1,43 @@
+// Picks the inner loops for this machine's instruction set.
+#include "cpu_kernels.h"
+#include "shim.h"
+#include <atomic>
+
+namespace rlhf {
+extern const CpuKernels cpu_plain;
+#if defined(__x86_64__)
+extern const CpuKernels cpu_avx2, cpu_avx512;
+#endif
+
+namespace {
+// 0 plain, 1 AVX2, 2 AVX-512: the best that the machine has.
+int best() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl"))
+    return 2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+  return 0;
+}
+std::atomic<int> level{best()};
+} // namespace
+
+const CpuKernels &cpu_kernels() {
+  switch (level.load(std::memory_order_relaxed)) {
+#if defined(__x86_64__)
+  case 2: return cpu_avx512;
+  case 1: return cpu_avx2;
+#endif
+  default: return cpu_plain;
+  }
+}
+} // namespace rlhf
+
+// For tests: caps the instruction set; gives what is then used.
+RLHF_API int rlhf_cap_instruction_set(int cap) noexcept {
+  const int have = rlhf::best();
+  rlhf::level = cap < have ? cap : have;
+  return rlhf::level;
+}

@@ -1,0 +1,396 @@
+// Compiled once per instruction set with RLHF_ISA naming it. Vectors are the compiler's generic ones
+// (64 bytes), so the same text becomes SSE2, AVX2, AVX-512 or NEON. Everything is in an unnamed
+// namespace: no inline function may leak from one instruction set into another's code.
+#include "cpu_kernels.h"
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+
+template <class T> struct Simd;
+template <> struct Simd<float> {
+  typedef float V __attribute__((vector_size(64)));
+  typedef int32_t I __attribute__((vector_size(64)));
+  static constexpr int64_t W = 16;
+};
+template <> struct Simd<double> {
+  typedef double V __attribute__((vector_size(64)));
+  typedef int64_t I __attribute__((vector_size(64)));
+  static constexpr int64_t W = 8;
+};
+template <class T> using Vec = typename Simd<T>::V;
+using F = Vec<float>;
+
+#define INLINE inline __attribute__((always_inline))
+
+template <class T> INLINE Vec<T> splat(T x) { return Vec<T>{} + x; }
+template <class T> INLINE Vec<T> load(const T *p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, 64);
+  return v;
+}
+template <class T> INLINE Vec<T> load(const T *p, int64_t n, T pad) {
+  Vec<T> v = splat<T>(pad);
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+template <class T> INLINE void store(T *p, Vec<T> v) { __builtin_memcpy(p, &v, 64); }
+template <class T> INLINE void store(T *p, Vec<T> v, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+}
+// The second operand where the first is not greater: a NaN in `x` is dropped, which is what a running
+// maximum wants (the exponential shows it afterwards).
+template <class T> INLINE Vec<T> larger(Vec<T> x, Vec<T> best) { return x > best ? x : best; }
+// `x` unless it is below `low`; a NaN stays.
+template <class T> INLINE Vec<T> floored(Vec<T> x, Vec<T> low) { return x < low ? low : x; }
+template <class T> INLINE T sum(Vec<T> v) {
+  T s = 0;
+  for (int64_t i = 0; i < Simd<T>::W; ++i) s += v[i];
+  return s;
+}
+template <class T> INLINE T max(Vec<T> v) {
+  T m = v[0];
+  for (int64_t i = 1; i < Simd<T>::W; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// e^x for x ≤ 88 to about one unit in the last place (Cephes' expf); 0 below the normal numbers, NaN
+// stays NaN.
+INLINE F exp(F x) {
+  const F low = splat(-87.33654f);
+  const F y = floored<float>(x, low);
+  const F n = (y * 1.44269504088896341f + 12582912.f) - 12582912.f; // nearest whole number
+  const F r = (y - n * 0.693359375f) - n * -2.12194440e-4f;
+  F p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.f;
+  const Simd<float>::I bits = (__builtin_convertvector(n, Simd<float>::I) + 127) << 23;
+  F power;
+  __builtin_memcpy(&power, &bits, 64);
+  return x < low ? F{} : p * power;
+}
+INLINE Vec<double> exp(Vec<double> x) {
+  Vec<double> y;
+  for (int i = 0; i < 8; ++i) y[i] = __builtin_exp(x[i]);
+  return y;
+}
+INLINE float log(float x) { return __builtin_logf(x); }
+INLINE double log(double x) { return __builtin_log(x); }
+
+// Below it a probability is 0; stands for −∞ where that meets a factor 0.
+constexpr float kFloor = -1e4f;
+constexpr int64_t W = Simd<float>::W;
+
+void stats(const float *z, int64_t v, float inv_t, bool entropy, float *out) {
+  const float inf = __builtin_inff();
+  F m0 = splat(-inf), m1 = m0, m2 = m0, m3 = m0;
+  int64_t i = 0;
+  for (; i + 4 * W <= v; i += 4 * W) {
+    m0 = larger<float>(load(z + i), m0);
+    m1 = larger<float>(load(z + i + W), m1);
+    m2 = larger<float>(load(z + i + 2 * W), m2);
+    m3 = larger<float>(load(z + i + 3 * W), m3);
+  }
+  for (; i < v; i += W) m0 = larger<float>(v - i >= W ? load(z + i) : load(z + i, v - i, -inf), m0);
+  const float m = max<float>(larger<float>(larger<float>(m0, m1), larger<float>(m2, m3)));
+  // Short blocks in f32, their sums in f64.
+  double total = 0, dot = 0;
+  for (int64_t block = 0; block < v; block += 64 * W) {
+    const int64_t end = block + 64 * W < v ? block + 64 * W : v;
+    F s{}, e{};
+    for (i = block; i < end; i += W) {
+      const F x = end - i >= W ? load(z + i) : load(z + i, end - i, -inf);
+      const F d = (x - m) * inv_t;
+      const F p = exp(d);
+      s += p;
+      if (entropy) e += p * floored<float>(d, splat(kFloor));
+    }
+    total += sum<float>(s);
+    dot += sum<float>(e);
+  }
+  out[0] = m;
+  const double log_sum = __builtin_log(total);
+  out[1] = (float)log_sum;
+  out[2] = entropy ? (float)(log_sum - dot / total) : 0.f;
+}
+
+template <bool ENTROPY, bool CAP>
+INLINE F grad_of(F x, float m, float inv_t, float log_sum, float h, float inv_cap, float g, float ge) {
+  const F logp = (x - m) * inv_t - log_sum;
+  F w = splat(-g * inv_t);
+  if (ENTROPY) w -= (floored<float>(logp, splat(kFloor)) + h) * (ge * inv_t);
+  F y = exp(logp) * w;
+  if (CAP) {
+    const F c = x * inv_cap;
+    y *= 1.f - c * c;
+  }
+  return y;
+}
+template <bool ENTROPY, bool CAP>
+void grad_row(const float *z, float *out, int64_t v, const float *s, float inv_t, float cap, float g, float ge) {
+  const float inv_cap = CAP ? 1.f / cap : 0.f;
+  int64_t i = 0;
+  for (; i + W <= v; i += W) store(out + i, grad_of<ENTROPY, CAP>(load(z + i), s[0], inv_t, s[1], s[2], inv_cap, g, ge));
+  if (i < v)
+    store(out + i, grad_of<ENTROPY, CAP>(load(z + i, v - i, 0.f), s[0], inv_t, s[1], s[2], inv_cap, g, ge), v - i);
+}
+void grad(const float *z, float *out, int64_t v, const float *s, float inv_t, float cap, float g, float ge) {
+  if (ge != 0.f) (cap > 0 ? grad_row<true, true> : grad_row<true, false>)(z, out, v, s, inv_t, cap, g, ge);
+  else (cap > 0 ? grad_row<false, true> : grad_row<false, false>)(z, out, v, s, inv_t, cap, g, ge);
+}
+
+// C (+)= A·B with vectors of L numbers along B's rows. A(i,k) lies at a[i·row + k·col].
+#if defined(__AVX512F__)
+constexpr int kTileRows = 8, kTileVecs = 2;
+#else
+constexpr int kTileRows = 4, kTileVecs = 1;
+#endif
+template <class T, int L> struct Lanes {
+  typedef T V __attribute__((vector_size(sizeof(T) * L)));
+};
+
+template <class T, int L, int R, int C>
+INLINE void tile(int64_t k, const T *a, int64_t row, int64_t col, const T *b, int64_t ldb, T *c, int64_t ldc,
+                 bool add) {
+  using V = typename Lanes<T, L>::V;
+  V acc[R][C];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < C; ++j) {
+      acc[i][j] = V{};
+      if (add) __builtin_memcpy(&acc[i][j], c + i * ldc + j * L, sizeof(V));
+    }
+  for (int64_t p = 0; p < k; ++p) {
+    V y[C];
+#pragma GCC unroll 2
+    for (int j = 0; j < C; ++j) __builtin_memcpy(&y[j], b + p * ldb + j * L, sizeof(V));
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const T x = a[i * row + p * col];
+#pragma GCC unroll 2
+      for (int j = 0; j < C; ++j) acc[i][j] += x * y[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < C; ++j) __builtin_memcpy(c + i * ldc + j * L, &acc[i][j], sizeof(V));
+}
+template <class T, int L, int C>
+void tiles(int64_t m, int64_t k, const T *a, int64_t row, int64_t col, const T *b, int64_t ldb, T *c, int64_t ldc,
+           bool add) {
+  int64_t i = 0;
+  for (; i + kTileRows <= m; i += kTileRows)
+    tile<T, L, kTileRows, C>(k, a + i * row, row, col, b, ldb, c + i * ldc, ldc, add);
+  if (kTileRows > 4 && i + 4 <= m) {
+    tile<T, L, 4, C>(k, a + i * row, row, col, b, ldb, c + i * ldc, ldc, add);
+    i += 4;
+  }
+  switch (m - i) {
+  case 3: tile<T, L, 3, C>(k, a + i * row, row, col, b, ldb, c + i * ldc, ldc, add); break;
+  case 2: tile<T, L, 2, C>(k, a + i * row, row, col, b, ldb, c + i * ldc, ldc, add); break;
+  case 1: tile<T, L, 1, C>(k, a + i * row, row, col, b, ldb, c + i * ldc, ldc, add); break;
+  default: break;
+  }
+}
+template <class T>
+void gemm(int64_t m, int64_t n, int64_t k, const T *a, int64_t row, int64_t col, const T *b, int64_t ldb, T *c,
+          int64_t ldc, bool add) {
+  constexpr int w = Simd<T>::W;
+  int64_t j = 0;
+  for (; j + kTileVecs * w <= n; j += kTileVecs * w)
+    tiles<T, w, kTileVecs>(m, k, a, row, col, b + j, ldb, c + j, ldc, add);
+  for (; j + w <= n; j += w) tiles<T, w, 1>(m, k, a, row, col, b + j, ldb, c + j, ldc, add);
+  // Heads whose size is no multiple of the vector.
+  if (j + w / 2 <= n) {
+    tiles<T, w / 2, 1>(m, k, a, row, col, b + j, ldb, c + j, ldc, add);
+    j += w / 2;
+  }
+  for (; j < n; ++j)
+    for (int64_t i = 0; i < m; ++i) {
+      T s = add ? c[i * ldc + j] : T(0);
+      for (int64_t p = 0; p < k; ++p) s += a[i * row + p * col] * b[p * ldb + j];
+      c[i * ldc + j] = s;
+    }
+}
+
+// Scratch that grows and is kept by its thread.
+template <class T> T *scratch(int slot, int64_t n) {
+  struct Kept {
+    T *p[4] = {};
+    int64_t size[4] = {};
+    ~Kept() {
+      for (T *x : p) std::free(x);
+    }
+  };
+  static thread_local Kept kept;
+  if (kept.size[slot] < n) {
+    std::free(kept.p[slot]);
+    void *p = nullptr;
+    if (posix_memalign(&p, 64, (size_t)n * sizeof(T)) != 0) p = nullptr;
+    kept.p[slot] = (T *)p;
+    kept.size[slot] = p ? n : 0;
+    if (!p) __builtin_trap(); // a scratch of some hundred kilobytes
+  }
+  return kept.p[slot];
+}
+
+template <class T> int64_t padded(int64_t n) { return (n + Simd<T>::W - 1) / Simd<T>::W * Simd<T>::W; }
+
+// Rows [from, from+n) of one head, transposed: [D][ld], zeros behind.
+template <class T> void transpose(const T *x, int64_t stride, int64_t n, int64_t d, T *out, int64_t ld) {
+  const int64_t end = padded<T>(n);
+  for (int64_t j = 0; j < d; ++j) {
+    T *o = out + j * ld;
+    for (int64_t i = 0; i < n; ++i) o[i] = x[i * stride + j];
+    for (int64_t i = n; i < end; ++i) o[i] = T(0);
+  }
+}
+
+constexpr int64_t kRows = 48; // queries at once
+
+// A block of queries: rows [r0, r0+n) see the prompt's rows [p0, p0+lp) and their own from s0 on. Its
+// scores are [n][ld]: the prompt's, padded to `lpp` columns, then its own, padded.
+struct Block {
+  int64_t p0, lp, lpp, s0, r0, n, own, ld; // own: own keys that the last query sees
+};
+
+// Calls `body(block)` for all blocks of one sequence, and `own(start, length)` before them.
+template <class T, class Own, class Body>
+void blocks(int64_t p0, int64_t lp, int64_t start, int64_t end, Own own, Body body) {
+  if (start >= end) return;
+  own(start, end - start);
+  for (int64_t r = start; r < end; r += kRows) {
+    const int64_t n = end - r < kRows ? end - r : kRows, keys = r + n - start;
+    body(Block{p0, lp, padded<T>(lp), start, r, n, keys, padded<T>(lp) + padded<T>(keys)});
+  }
+}
+// The prompt over itself, then each completion over prompt and itself.
+template <class T, class Own, class Body> void walk(const rlhf::Group &g, Own own, Body body) {
+  const int64_t lp = g.prompt_end - g.prompt_start;
+  blocks<T>(g.prompt_start, 0, g.prompt_start, g.prompt_end, own, body);
+  for (int64_t c = 0; c < g.count; ++c)
+    blocks<T>(g.prompt_start, lp, g.completions[2 * c], g.completions[2 * c + 1], own, body);
+}
+int64_t longest(const rlhf::Group &g) {
+  int64_t n = g.prompt_end - g.prompt_start;
+  for (int64_t c = 0; c < g.count; ++c) {
+    const int64_t l = g.completions[2 * c + 1] - g.completions[2 * c];
+    n = l > n ? l : n;
+  }
+  return n;
+}
+
+// −∞ where row i of the block must not look; everything else is a score.
+template <class T> INLINE void hide(T *s, const Block &b, int64_t i) {
+  const T inf = (T)__builtin_inf();
+  for (int64_t j = b.lp; j < b.lpp; ++j) s[j] = -inf;
+  for (int64_t j = b.lpp + (b.r0 + i - b.s0) + 1; j < b.ld; ++j) s[j] = -inf;
+}
+
+template <class T> void attend(const rlhf::Attention<T> &a, const rlhf::Group &g, int64_t head) {
+  constexpr int64_t w = Simd<T>::W;
+  const int64_t d = a.d, rep = a.hq / a.hkv, out_row = a.hq * d;
+  const int64_t lp = g.prompt_end - g.prompt_start, lpp = padded<T>(lp), most = padded<T>(longest(g));
+  T *prefix = scratch<T>(0, d * lpp + 1), *own = scratch<T>(1, d * most + 1);
+  T *scores = scratch<T>(2, kRows * (lpp + most));
+  const T *k = a.k + head * a.k_head, *v = a.v + head * a.v_head;
+  const T scale = (T)a.scale;
+  transpose(k + g.prompt_start * a.k_row, a.k_row, lp, d, prefix, lpp);
+  walk<T>(
+      g, [&](int64_t start, int64_t n) { transpose(k + start * a.k_row, a.k_row, n, d, own, most); },
+      [&](const Block &b) {
+        for (int64_t h = head * rep; h < (head + 1) * rep; ++h) {
+          const T *q = a.q + b.r0 * a.q_row + h * a.q_head;
+          T *out = a.out + b.r0 * out_row + h * d;
+          if (b.lp > 0) gemm(b.n, b.lpp, d, q, a.q_row, (int64_t)1, prefix, lpp, scores, b.ld, false);
+          gemm(b.n, b.ld - b.lpp, d, q, a.q_row, (int64_t)1, own, most, scores + b.lpp, b.ld, false);
+          T inverse[kRows];
+          for (int64_t i = 0; i < b.n; ++i) {
+            T *s = scores + i * b.ld;
+            hide(s, b, i);
+            Vec<T> top = load(s);
+            for (int64_t j = w; j < b.ld; j += w) top = larger<T>(load(s + j), top);
+            const T m = max<T>(top);
+            Vec<T> total{};
+            for (int64_t j = 0; j < b.ld; j += w) {
+              const Vec<T> p = exp((load(s + j) - m) * scale);
+              store(s + j, p);
+              total += p;
+            }
+            const T t = sum<T>(total);
+            inverse[i] = T(1) / t;
+            a.lse[(b.r0 + i) * a.hq + h] = m * scale + log(t);
+          }
+          if (b.lp > 0) gemm(b.n, d, b.lp, scores, b.ld, (int64_t)1, v + b.p0 * a.v_row, a.v_row, out, out_row, false);
+          gemm(b.n, d, b.own, scores + b.lpp, b.ld, (int64_t)1, v + b.s0 * a.v_row, a.v_row, out, out_row, b.lp > 0);
+          for (int64_t i = 0; i < b.n; ++i)
+            for (int64_t j = 0; j < d; ++j) out[i * out_row + j] *= inverse[i];
+        }
+      });
+}
+
+template <class T> void attend_grad(const rlhf::Attention<T> &a, const rlhf::Group &g, int64_t head) {
+  constexpr int64_t w = Simd<T>::W;
+  const int64_t d = a.d, rep = a.hq / a.hkv, out_row = a.hq * d, key_row = a.hkv * d;
+  const int64_t lp = g.prompt_end - g.prompt_start, lpp = padded<T>(lp), most = padded<T>(longest(g));
+  T *prefix = scratch<T>(0, 2 * d * lpp + 1), *own = scratch<T>(1, 2 * d * most + 1);
+  T *prefix_v = prefix + d * lpp, *own_v = own + d * most;
+  T *probs = scratch<T>(2, kRows * (lpp + most)), *grads = scratch<T>(3, kRows * (lpp + most));
+  const T *k = a.k + head * a.k_head, *v = a.v + head * a.v_head;
+  T *gk = a.gk + head * d, *gv = a.gv + head * d;
+  const T scale = (T)a.scale;
+  transpose(k + g.prompt_start * a.k_row, a.k_row, lp, d, prefix, lpp);
+  transpose(v + g.prompt_start * a.v_row, a.v_row, lp, d, prefix_v, lpp);
+  walk<T>(
+      g,
+      [&](int64_t start, int64_t n) {
+        transpose(k + start * a.k_row, a.k_row, n, d, own, most);
+        transpose(v + start * a.v_row, a.v_row, n, d, own_v, most);
+      },
+      [&](const Block &b) {
+        for (int64_t h = head * rep; h < (head + 1) * rep; ++h) {
+          const T *q = a.q + b.r0 * a.q_row + h * a.q_head;
+          const T *out = a.out + b.r0 * out_row + h * d, *go = a.grad + b.r0 * out_row + h * d;
+          T *gq = a.gq + b.r0 * out_row + h * d;
+          const int64_t mine = b.ld - b.lpp;
+          if (b.lp > 0) {
+            gemm(b.n, b.lpp, d, q, a.q_row, (int64_t)1, prefix, lpp, probs, b.ld, false);
+            gemm(b.n, b.lpp, d, go, out_row, (int64_t)1, prefix_v, lpp, grads, b.ld, false);
+          }
+          gemm(b.n, mine, d, q, a.q_row, (int64_t)1, own, most, probs + b.lpp, b.ld, false);
+          gemm(b.n, mine, d, go, out_row, (int64_t)1, own_v, most, grads + b.lpp, b.ld, false);
+          for (int64_t i = 0; i < b.n; ++i) {
+            T *p = probs + i * b.ld, *x = grads + i * b.ld, delta = 0;
+            hide(p, b, i);
+            for (int64_t j = 0; j < d; ++j) delta += go[i * out_row + j] * out[i * out_row + j];
+            const T lse = a.lse[(b.r0 + i) * a.hq + h];
+            for (int64_t j = 0; j < b.ld; j += w) {
+              const Vec<T> e = exp(load(p + j) * scale - lse);
+              store(p + j, e);
+              store(x + j, e * (load(x + j) - delta) * scale);
+            }
+          }
+          if (b.lp > 0) {
+            gemm(b.n, d, b.lp, grads, b.ld, (int64_t)1, k + b.p0 * a.k_row, a.k_row, gq, out_row, false);
+            gemm(b.lp, d, b.n, grads, (int64_t)1, b.ld, q, a.q_row, gk + b.p0 * key_row, key_row, true);
+            gemm(b.lp, d, b.n, probs, (int64_t)1, b.ld, go, out_row, gv + b.p0 * key_row, key_row, true);
+          }
+          gemm(b.n, d, b.own, grads + b.lpp, b.ld, (int64_t)1, k + b.s0 * a.k_row, a.k_row, gq, out_row, b.lp > 0);
+          gemm(b.own, d, b.n, grads + b.lpp, (int64_t)1, b.ld, q, a.q_row, gk + b.s0 * key_row, key_row, true);
+          gemm(b.own, d, b.n, probs + b.lpp, (int64_t)1, b.ld, go, out_row, gv + b.s0 * key_row, key_row, true);
+        }
+      });
+}
+
+} // namespace
+
+namespace rlhf {
+extern const CpuKernels RLHF_ISA;
+const CpuKernels RLHF_ISA = {stats, grad, attend<float>, attend<double>, attend_grad<float>, attend_grad<double>};
+} // namespace rlhf

@@ -1,0 +1,43 @@
+// The inner loops that run on the CPU, free of libtorch: compiled once per instruction set, chosen at
+// run time. Everything here is single-threaded; callers split the work.
+#pragma once
+#include <cstdint>
+
+namespace rlhf {
+
+// One prompt and its completions, as row ranges.
+struct Group {
+  int64_t prompt_start, prompt_end, count;
+  const int64_t *completions; // count pairs (start, end)
+};
+
+// q [N,Hq,D], k and v [N,Hkv,D] with unit stride in D; everything else is contiguous.
+template <class T> struct Attention {
+  const T *q, *k, *v;
+  int64_t q_row, q_head, k_row, k_head, v_row, v_head;
+  int64_t hq, hkv, d;
+  double scale;
+  T *out, *lse;        // [N,Hq,D], [N,Hq]
+  const T *grad;       // of out, contiguous
+  T *gq, *gk, *gv;     // contiguous; gk and gv begin at zero
+};
+
+// Of one row of logits: its maximum m, log Σ exp((z − m)/T), and its entropy (0 unless asked for).
+constexpr int64_t kStats = 3;
+
+struct CpuKernels {
+  void (*stats)(const float *z, int64_t v, float inv_t, bool entropy, float *out);
+  // out = d(g·logp + ge·H)/dz of one row but for the chosen id's own g; out may be z. With a soft cap
+  // z holds capped logits and out is the gradient of the uncapped.
+  void (*grad)(const float *z, float *out, int64_t v, const float *stats, float inv_t, float softcap, float g,
+               float ge);
+  // One group and one key head: its query heads and all its rows.
+  void (*attend_f32)(const Attention<float> &, const Group &, int64_t head);
+  void (*attend_f64)(const Attention<double> &, const Group &, int64_t head);
+  void (*attend_grad_f32)(const Attention<float> &, const Group &, int64_t head);
+  void (*attend_grad_f64)(const Attention<double> &, const Group &, int64_t head);
+};
+
+const CpuKernels &cpu_kernels();
+
+} // namespace rlhf

@@ -1,0 +1,266 @@
+//! The only `unsafe`: calls into the C++ shim.
+//!
+//! Invariant: tensors go in borrowed and come out owned; a message that comes out is copied and freed.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use tch::Tensor;
+use torch_sys::C_tensor;
+
+use crate::error::{Error, Result};
+
+type Call = extern "C" fn(*mut c_void, *const *const C_tensor, i64, *mut *mut c_char) -> *mut C_tensor;
+type Release = extern "C" fn(*mut c_void);
+
+unsafe extern "C" {
+    fn rlhf_linear_logprobs(
+        out: *mut *mut C_tensor,
+        hidden: *const C_tensor,
+        weight: *const C_tensor,
+        ids: *const C_tensor,
+        temperature: f64,
+        softcap: f64,
+        entropy: c_int,
+        chunk: i64,
+    ) -> *mut c_char;
+    fn rlhf_prefix_attention(
+        out: *mut *mut C_tensor,
+        q: *const C_tensor,
+        k: *const C_tensor,
+        v: *const C_tensor,
+        groups: *const i64,
+        n: i64,
+        scale: f64,
+    ) -> *mut c_char;
+    fn rlhf_logit_logprobs(out: *mut *mut C_tensor, logits: *const C_tensor, ids: *const C_tensor) -> *mut c_char;
+    fn rlhf_recompute(
+        out: *mut *mut C_tensor,
+        inputs: *const *const C_tensor,
+        n: i64,
+        data: *mut c_void,
+        call: Call,
+        release: Release,
+    ) -> *mut c_char;
+    fn rlhf_adamw(
+        tensors: *const *const C_tensor,
+        n: i64,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        eps: f64,
+    ) -> *mut c_char;
+    fn rlhf_global_norm(norm: *mut f64, tensors: *const *const C_tensor, n: i64) -> *mut c_char;
+    fn rlhf_scale(tensors: *const *const C_tensor, n: i64, factor: f64) -> *mut c_char;
+    #[cfg(test)]
+    fn rlhf_cap_instruction_set(cap: c_int) -> c_int;
+    fn free(p: *mut c_void);
+    fn strdup(text: *const c_char) -> *mut c_char;
+}
+
+/// Turns the shim's message into a result.
+fn check(op: &'static str, message: *mut c_char) -> Result<()> {
+    if message.is_null() {
+        return Ok(());
+    }
+    // SAFETY: the shim's messages are NUL-terminated and malloc'ed; it is copied, then freed once.
+    let text = unsafe {
+        let text = CStr::from_ptr(message).to_string_lossy().lines().next().unwrap_or_default().to_owned();
+        free(message.cast());
+        text
+    };
+    Err(Error::Shim { op, message: text })
+}
+
+/// Takes over a tensor that the shim allocated.
+fn take(raw: *mut C_tensor) -> Tensor {
+    // SAFETY: after success the shim has written a `new at::Tensor` here that nobody else owns.
+    unsafe { Tensor::from_ptr(raw) }
+}
+
+fn pointers(tensors: &[&Tensor]) -> Vec<*const C_tensor> {
+    tensors.iter().map(|t| t.as_ptr()).collect()
+}
+
+pub(crate) fn linear_logprobs(
+    hidden: &Tensor,
+    weight: &Tensor,
+    ids: &Tensor,
+    temperature: f64,
+    softcap: f64,
+    entropy: bool,
+    chunk: i64,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let mut out = [std::ptr::null_mut(); 2];
+    // SAFETY: the three tensors are alive for the call; `out` has room for two results.
+    let message = unsafe {
+        rlhf_linear_logprobs(
+            out.as_mut_ptr(),
+            hidden.as_ptr(),
+            weight.as_ptr(),
+            ids.as_ptr(),
+            temperature,
+            softcap,
+            c_int::from(entropy),
+            chunk,
+        )
+    };
+    check("linear_logprobs", message)?;
+    Ok((take(out[0]), entropy.then(|| take(out[1]))))
+}
+
+/// Log-probabilities of `ids` under `logits`, or without ids the entropies.
+pub(crate) fn logit_logprobs(op: &'static str, logits: &Tensor, ids: Option<&Tensor>) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    let ids = ids.map_or(std::ptr::null(), Tensor::as_ptr);
+    // SAFETY: the tensors are alive for the call; the shim allows `ids` to be null.
+    let message = unsafe { rlhf_logit_logprobs(&raw mut out, logits.as_ptr(), ids) };
+    check(op, message)?;
+    Ok(take(out))
+}
+
+/// `groups`: for each the prompt's start and end, the number of completions, their starts and ends.
+pub(crate) fn prefix_attention(q: &Tensor, k: &Tensor, v: &Tensor, groups: &[i64], scale: f64) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: all tensors are alive for the call, and `groups` is copied by it.
+    let message = unsafe {
+        rlhf_prefix_attention(
+            &raw mut out,
+            q.as_ptr(),
+            k.as_ptr(),
+            v.as_ptr(),
+            groups.as_ptr(),
+            groups.len() as i64,
+            scale,
+        )
+    };
+    check("shared_prefix_attention", message)?;
+    Ok(take(out))
+}
+
+type Body = Box<dyn Fn(&[Tensor]) -> Tensor>;
+
+/// Runs a Rust closure for the shim. A panic stops here: its message goes to the shim, which raises
+/// an error instead.
+extern "C" fn call_body(
+    data: *mut c_void,
+    inputs: *const *const C_tensor,
+    n: i64,
+    message: *mut *mut c_char,
+) -> *mut C_tensor {
+    // SAFETY: `data` is the `Box<Body>` that `recompute` leaked and `release_body` frees later; the shim
+    // passes `n` live tensors, of which shallow clones are made. Backward runs on the thread that asked
+    // for it, or on one that it waits for, so the closure is never called twice at a time.
+    let result = catch_unwind(AssertUnwindSafe(|| unsafe {
+        let body = &*data.cast::<Body>();
+        let inputs: Vec<Tensor> = std::slice::from_raw_parts(inputs, n as usize)
+            .iter()
+            .map(|&p| Tensor::clone_from_ptr(p.cast_mut()))
+            .collect();
+        body(&inputs)
+    }));
+    match result {
+        // The shim takes this very `at::Tensor` over.
+        Ok(t) => {
+            let raw = t.as_ptr().cast_mut();
+            std::mem::forget(t);
+            raw
+        }
+        Err(panic) => {
+            let text = panic
+                .downcast_ref::<&str>()
+                .map(|s| (*s).to_owned())
+                .or_else(|| panic.downcast_ref::<String>().cloned())
+                .unwrap_or_default();
+            let first = text.lines().next().unwrap_or_default().replace('\0', "");
+            let text = CString::new(first).unwrap_or_default();
+            // SAFETY: the shim gives room for one pointer and frees what `strdup` makes.
+            unsafe { *message = strdup(text.as_ptr()) };
+            std::ptr::null_mut()
+        }
+    }
+}
+
+extern "C" fn release_body(data: *mut c_void) {
+    // SAFETY: called once, by the destructor of the shim's closure, with the leaked `Box<Body>`.
+    drop(unsafe { Box::from_raw(data.cast::<Body>()) });
+}
+
+pub(crate) fn recompute(inputs: &[&Tensor], body: Body) -> Result<Tensor> {
+    let list = pointers(inputs);
+    let data = Box::into_raw(Box::new(body)).cast();
+    let mut out = std::ptr::null_mut();
+    // SAFETY: the inputs are alive for the call; the shim owns `data` from here on, also on failure.
+    let message =
+        unsafe { rlhf_recompute(&raw mut out, list.as_ptr(), list.len() as i64, data, call_body, release_body) };
+    check("recompute", message)?;
+    Ok(take(out))
+}
+
+/// `tensors`: n parameters, gradients, first moments, second moments, steps.
+pub(crate) fn adamw(tensors: &[&Tensor], lr: f64, betas: (f64, f64), weight_decay: f64, eps: f64) -> Result<()> {
+    let list = pointers(tensors);
+    // SAFETY: the list holds 5n live tensors.
+    let message = unsafe {
+        rlhf_adamw(list.as_ptr(), list.len() as i64 / 5, lr, betas.0, betas.1, weight_decay, eps)
+    };
+    check("adamw", message)
+}
+
+pub(crate) fn global_norm(tensors: &[&Tensor]) -> Result<f64> {
+    let list = pointers(tensors);
+    let mut norm = 0.0;
+    // SAFETY: the list holds live tensors; `norm` outlives the call.
+    let message = unsafe { rlhf_global_norm(&raw mut norm, list.as_ptr(), list.len() as i64) };
+    check("global_norm", message)?;
+    Ok(norm)
+}
+
+pub(crate) fn scale(tensors: &[&Tensor], factor: f64) -> Result<()> {
+    let list = pointers(tensors);
+    // SAFETY: the list holds live tensors.
+    let message = unsafe { rlhf_scale(list.as_ptr(), list.len() as i64, factor) };
+    check("scale", message)
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::{AttentionGroup, AttentionLayout, LogprobOptions, linear_logprobs, shared_prefix_attention};
+
+    /// Results and gradients of both kernels, as one row of numbers.
+    fn everything() -> Vec<f32> {
+        let f32 = (Kind::Float, Device::Cpu);
+        let wave = |size: &[i64], step: f64| {
+            (Tensor::arange(size.iter().product::<i64>(), f32) * step).sin().view(size).set_requires_grad(true)
+        };
+        let (hidden, weight) = (wave(&[5, 7], 0.61), wave(&[75, 7], 1.7));
+        let ids = Tensor::from_slice(&[0i64, 3, 74, 20, 9]);
+        let options = LogprobOptions { entropy: true, softcap: Some(3.0), temperature: 0.7, ..Default::default() };
+        let out = linear_logprobs(&hidden, &weight, &ids, &options).unwrap();
+        let layout = AttentionLayout::new(vec![AttentionGroup { prompt: 0..5, completions: vec![5..9, 9..60] }]).unwrap();
+        let (q, k) = (wave(&[60, 4, 20], 0.37), wave(&[60, 2, 20], 0.53));
+        let seen = shared_prefix_attention(&q, &k, &k, &layout, 0.3).unwrap();
+        let entropy = out.entropy.unwrap();
+        (out.logprobs.sum(None) + entropy.sum(None) * 0.3 + (&seen * &seen).sum(None)).backward();
+        let all = [&out.logprobs, &entropy, &hidden.grad(), &weight.grad(), &seen, &q.grad(), &k.grad()];
+        let flat: Vec<Tensor> = all.iter().map(|t| t.detach().flatten(0, -1)).collect();
+        Vec::try_from(Tensor::cat(&flat, 0)).unwrap()
+    }
+
+    #[test]
+    fn instruction_sets_agree() {
+        let best = everything();
+        for cap in [0, 1] {
+            // SAFETY: a number in, a number out. Other tests may run meanwhile: each set is right.
+            let used = unsafe { rlhf_cap_instruction_set(cap) };
+            let worst = everything().iter().zip(&best).map(|(a, b)| (a - b).abs() / b.abs().max(1.0)).fold(0.0, f32::max);
+            assert!(worst < 3e-5, "set {used}: {worst}");
+        }
+        // SAFETY: as above.
+        unsafe { rlhf_cap_instruction_set(c_int::MAX) };
+    }
+}

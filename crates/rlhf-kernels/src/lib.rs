@@ -1,0 +1,37 @@
+//! The tensor operations of RLHF: ragged sequences, chunked log-probabilities, shared-prefix
+//! attention, AdamW.
+//!
+//! Invariant: nothing here knows of models, files, text or training loops. Every operation has a plain
+//! version in [`reference`], which is its oracle.
+//!
+//! ```
+//! use rlhf_kernels::{LogprobOptions, linear_logprobs};
+//! use tch::{Kind, Tensor};
+//!
+//! # fn main() -> Result<(), rlhf_kernels::Error> {
+//! let hidden = Tensor::from_slice(&[1f32, 0., 0., 1.]).view([2, 2]).set_requires_grad(true);
+//! let weight = Tensor::from_slice(&[2f32, 0., 0., 2., 1., 1.]).view([3, 2]);
+//! let ids = Tensor::from_slice(&[0i64, 2]);
+//! let out = linear_logprobs(&hidden, &weight, &ids, &LogprobOptions::default())?;
+//! (-out.logprobs.sum(Kind::Float)).backward();
+//! assert_eq!(hidden.grad().size(), [2, 2]);
+//! # Ok(()) }
+//! ```
+
+mod attention;
+mod error;
+#[allow(unsafe_code, reason = "the one place that calls C++")]
+mod ffi;
+mod linear_logprobs;
+pub mod optim;
+mod ragged;
+mod recompute;
+pub mod reference;
+mod scan;
+
+pub use attention::{AttentionGroup, AttentionLayout, shared_prefix_attention};
+pub use error::{Error, Result};
+pub use linear_logprobs::{LogprobOptions, Logprobs, entropy, linear_logprobs, token_logprobs};
+pub use ragged::{LossSum, Offsets, Ragged};
+pub use recompute::recompute;
+pub use scan::{discounted_returns, gae};

@@ -1,0 +1,106 @@
+//! Tokens per second of generation, beside the bound that its matrix products set.
+#![allow(clippy::expect_used, clippy::print_stderr, reason = "a benchmark")]
+
+use std::time::Instant;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use rlhf_model::{Config, Decoder, GenerateLimits, GenerateRequest, SamplingConfig, Transformer};
+use tch::{Device, Kind, Tensor};
+
+struct Shape {
+    name: &'static str,
+    config: Config,
+    prompts: u32,
+    samples: usize,
+    prompt_tokens: u32,
+    new_tokens: usize,
+}
+
+fn shapes() -> Vec<Shape> {
+    let mut small = Config::new(2048, 192, 4, 6, 256);
+    small.num_key_value_heads = 2;
+    let mut stories15m = Config::new(32_000, 288, 6, 6, 256);
+    stories15m.intermediate_size = 768;
+    let mut smollm2 = Config::new(49_152, 576, 30, 9, 2048);
+    (smollm2.num_key_value_heads, smollm2.intermediate_size) = (3, 1536);
+    vec![
+        Shape {
+            name: "2M, groups of 8, prompt 40 + 40",
+            config: small,
+            prompts: 32,
+            samples: 8,
+            prompt_tokens: 40,
+            new_tokens: 40,
+        },
+        Shape {
+            name: "stories15M, batch 32, prompt 32 + 128",
+            config: stories15m,
+            prompts: 32,
+            samples: 1,
+            prompt_tokens: 32,
+            new_tokens: 128,
+        },
+        Shape {
+            name: "SmolLM2-135M, batch 8, prompt 32 + 32",
+            config: smollm2,
+            prompts: 8,
+            samples: 1,
+            prompt_tokens: 32,
+            new_tokens: 32,
+        },
+    ]
+}
+
+/// f32 multiply-adds per second of a large square product.
+fn gemm_rate() -> f64 {
+    let a = Tensor::ones([1024, 1024], (Kind::Float, Device::Cpu));
+    let _ = a.mm(&a);
+    let start = Instant::now();
+    for _ in 0..8 {
+        let _ = a.mm(&a);
+    }
+    8.0 * 1024_f64.powi(3) / start.elapsed().as_secs_f64()
+}
+
+fn generation(c: &mut Criterion) {
+    let _no_grad = tch::no_grad_guard();
+    let rate = gemm_rate();
+    let mut group = c.benchmark_group("generate");
+    group.sample_size(10);
+    for shape in shapes() {
+        let model = Transformer::init(shape.config.clone(), 1, Device::Cpu, Kind::Float)
+            .expect("a valid configuration");
+        let requests: Vec<GenerateRequest> = (0..shape.prompts)
+            .map(|i| GenerateRequest {
+                prompt: (0..shape.prompt_tokens)
+                    .map(|j| (i * 7 + j) % 2000)
+                    .collect(),
+                prompt_key: u64::from(i),
+                samples: shape.samples,
+            })
+            .collect();
+        let config = SamplingConfig {
+            max_new_tokens: shape.new_tokens,
+            ..SamplingConfig::default()
+        };
+        let tokens = (shape.prompts as usize * shape.samples * shape.new_tokens) as u64;
+        eprintln!(
+            "{}: {} parameters; matrix products alone allow {:.0} tokens/s",
+            shape.name,
+            shape.config.num_parameters(),
+            rate / shape.config.num_parameters() as f64
+        );
+        group.throughput(Throughput::Elements(tokens));
+        group.bench_function(BenchmarkId::from_parameter(shape.name), |b| {
+            b.iter(|| {
+                Decoder::new(&model)
+                    .generate(&requests, &config, &GenerateLimits::default(), &mut |_| {})
+                    .expect("generation")
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, generation);
+criterion_main!(benches);

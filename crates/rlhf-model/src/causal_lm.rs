@@ -1,0 +1,69 @@
+//! What training needs of a language model: hidden states of a packed batch, and a head.
+//!
+//! The logits are never materialised here: [`target_logprobs`] hands the hidden states of the
+//! trained rows and the head's matrix to the kernel that does both at once.
+
+use rlhf_kernels::{LogprobOptions, Ragged, linear_logprobs};
+use tch::Tensor;
+
+use crate::batch::DeviceBatch;
+use crate::error::Result;
+
+/// A language model that can be trained: log p(next token) = log-softmax(hidden · headᵀ).
+pub trait CausalLm {
+    /// Hidden states `[N, H]` of every packed row, with gradients where they are enabled.
+    ///
+    /// # Errors
+    /// When the batch does not fit the model (a token id outside the vocabulary, a sequence longer
+    /// than the context).
+    fn hidden(&self, batch: &DeviceBatch) -> Result<Tensor>;
+
+    /// The output matrix `[V, H]`; for tied embeddings the embedding itself.
+    fn lm_head(&self) -> Tensor;
+
+    /// The cap c of logits squashed as c·tanh(x/c), for models that have one.
+    fn logit_softcap(&self) -> Option<f64> {
+        None
+    }
+
+    /// Every weight once, by its name in a Hugging Face folder, always in the same order. The
+    /// tensors share storage with the model's.
+    fn parameters(&self) -> Vec<(String, Tensor)>;
+}
+
+/// Per-token results of the trained tokens.
+#[derive(Debug)]
+pub struct TargetLogprobs {
+    /// log p of every trained token, differentiable.
+    pub logprobs: Ragged,
+    /// The entropy of the distribution that each was predicted from, where asked for; differentiable.
+    pub entropy: Option<Ragged>,
+}
+
+/// The log-probabilities of the batch's trained tokens at a temperature (logits are divided by it).
+///
+/// # Shapes
+/// Both results hold M values in S segments, as the batch's offsets say.
+///
+/// # Errors
+/// As [`CausalLm::hidden`]; [`crate::Error::Kernel`] when the temperature is not positive.
+pub fn target_logprobs(
+    model: &dyn CausalLm,
+    batch: &DeviceBatch,
+    temperature: f64,
+    entropy: bool,
+) -> Result<TargetLogprobs> {
+    let hidden = model.hidden(batch)?.index_select(0, &batch.target_rows);
+    let options = LogprobOptions {
+        temperature,
+        softcap: model.logit_softcap(),
+        entropy,
+        ..LogprobOptions::default()
+    };
+    let out = linear_logprobs(&hidden, &model.lm_head(), &batch.target_ids, &options)?;
+    let ragged = |t: Tensor| Ragged::new(t, batch.offsets.clone());
+    Ok(TargetLogprobs {
+        logprobs: ragged(out.logprobs)?,
+        entropy: out.entropy.map(ragged).transpose()?,
+    })
+}

@@ -1,0 +1,55 @@
+//! Transformers in Hugging Face layout: load, save, batch forward, generate.
+//!
+//! A [`Transformer`] computes the hidden states of a packed batch ([`DeviceBatch`]), where a prompt's
+//! tokens stand once however many completions hang on it. [`target_logprobs`] turns them into the
+//! log-probabilities of the trained tokens; a [`Reference`] does only that, without gradients; a
+//! [`ScalarModel`] puts one number on a completion (a reward) or on each of its tokens (values).
+//! [`generate`](generate()) samples completions with a key-value cache.
+//!
+//! Whoever brings a model of their own implements [`CausalLm`].
+//!
+//! ```
+//! use rlhf_model::{Config, GenerateLimits, GenerateRequest, SamplingConfig, Transformer, generate};
+//! use tch::{Device, Kind};
+//!
+//! # fn main() -> rlhf_model::Result<()> {
+//! // Vocabulary 64, width 32, two layers of four heads, context 128.
+//! let model = Transformer::init(Config::new(64, 32, 2, 4, 128), 1, Device::Cpu, Kind::Float)?;
+//! let request = GenerateRequest { prompt: vec![1, 5, 9], prompt_key: 0, samples: 4 };
+//! let config = SamplingConfig { max_new_tokens: 8, eos_ids: vec![2], ..Default::default() };
+//! let groups = generate(&model, &[request], &config, &GenerateLimits::default(), &mut |_| {})?;
+//! assert_eq!(groups[0].completions.len(), 4);
+//! # Ok(())
+//! # }
+//! ```
+
+pub mod batch;
+pub mod causal_lm;
+pub mod config;
+mod decode;
+mod error;
+#[allow(
+    unsafe_code,
+    reason = "memory-mapping a file is unsafe by nature; this is its only place"
+)]
+mod ffi;
+pub mod generate;
+pub mod reference;
+mod rope;
+pub mod sampling;
+pub mod scalar;
+pub mod tabular;
+pub mod transformer;
+pub mod weights;
+
+pub use batch::DeviceBatch;
+pub use causal_lm::{CausalLm, TargetLogprobs, target_logprobs};
+pub use config::{Config, RopeScaling};
+pub use error::{Error, Result, TensorProblem};
+pub use generate::{
+    Decoder, GenerateLimits, GenerateProgress, GenerateRequest, RecordedLogprobs, SamplingConfig,
+    generate,
+};
+pub use reference::Reference;
+pub use scalar::{RewardNorm, ScalarModel};
+pub use transformer::{LoadOptions, SaveOptions, Transformer, copy_tokenizer};

@@ -1,0 +1,278 @@
+//! A trunk with a head of one number: reward models and value functions.
+//!
+//! Files follow `AutoModelForSequenceClassification` with one label (`model.*`, `score.weight`), so
+//! reward models travel both ways. A [`RewardNorm`] is kept beside the weights in `config.json` under
+//! `rlhf_reward_norm`; other tools ignore it and see the raw head.
+
+use std::path::Path;
+
+use rlhf_data::seed::{Purpose, Stream};
+use rlhf_kernels::Ragged;
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+use crate::batch::DeviceBatch;
+use crate::config::{Config, Head};
+use crate::error::{Error, Result};
+use crate::transformer::{
+    LoadOptions, SaveOptions, Spec, Transformer, Trunk, copies, copy_tensors, load_tensors, normal,
+    save_folder, trainable, trunk_specs,
+};
+
+const SCORE: &str = "score.weight";
+const NORM_KEY: &str = "rlhf_reward_norm";
+
+/// What scores are shifted and divided by, so that a reference set has mean 0 and deviation 1.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RewardNorm {
+    /// Subtracted.
+    pub mean: f64,
+    /// The divisor; positive.
+    pub std: f64,
+}
+
+impl Default for RewardNorm {
+    /// Leaves scores as they are.
+    fn default() -> Self {
+        Self {
+            mean: 0.0,
+            std: 1.0,
+        }
+    }
+}
+
+/// A transformer that gives one number for a state.
+#[derive(Debug)]
+pub struct ScalarModel {
+    trunk: Trunk,
+    /// `[1, H]`.
+    head: Tensor,
+    norm: RewardNorm,
+    notices: Vec<String>,
+}
+
+impl ScalarModel {
+    /// Puts a fresh head on a language model's trunk; its own head is dropped. The new head is
+    /// normal with deviation 1/√(H + 1), so that first scores have unit size.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] when memory does not suffice.
+    pub fn from_trunk(model: Transformer, seed: u64) -> Result<Self> {
+        let trunk = model.into_trunk();
+        let h = trunk.config.hidden_size;
+        let stream = Stream::new(seed, Purpose::Init);
+        let head = normal(&stream, SCORE, &[1, h], 1.0 / ((h + 1) as f64).sqrt())?
+            .f_to_kind(trunk.kind())?
+            .f_to_device(trunk.device())?;
+        Ok(Self {
+            trunk,
+            head: trainable(&head),
+            norm: RewardNorm::default(),
+            notices: Vec::new(),
+        })
+    }
+
+    /// Loads a folder in the layout of `AutoModelForSequenceClassification` with one label.
+    ///
+    /// # Errors
+    /// As [`Transformer::load`]; [`Error::Config`] when the folder holds a language model or more
+    /// than one label.
+    pub fn load(dir: &Path, options: &LoadOptions) -> Result<Self> {
+        let (mut config, head, map) = Config::load_with_head(dir)?;
+        let bad = |key: &str, message: String| Error::Config {
+            file: dir.join("config.json").display().to_string(),
+            key: key.into(),
+            message,
+        };
+        if head != Head::Scalar {
+            return Err(bad(
+                "architectures",
+                "this folder holds a language model, not a scalar model".into(),
+            ));
+        }
+        let labels = map.get("num_labels").and_then(Value::as_u64);
+        let named = map
+            .get("id2label")
+            .and_then(Value::as_object)
+            .map(|m| m.len() as u64);
+        if let Some(n) = labels.or(named).filter(|&n| n != 1) {
+            return Err(bad(
+                "num_labels",
+                format!("{n} labels; a scalar model has 1"),
+            ));
+        }
+        let norm = match map.get(NORM_KEY) {
+            None | Some(Value::Null) => RewardNorm::default(),
+            Some(v) => {
+                let number = |k: &str| v.get(k).and_then(Value::as_f64);
+                match (number("mean"), number("std")) {
+                    (Some(mean), Some(std)) if std > 0.0 => RewardNorm { mean, std },
+                    _ => return Err(bad(NORM_KEY, format!("{v} has no mean and positive std"))),
+                }
+            }
+        };
+        config.take_generation_eos(dir)?;
+        let h = config.hidden_size;
+        let specs = || {
+            trunk_specs(&config).chain(std::iter::once(Spec::zeros(SCORE.to_owned(), vec![1, h])))
+        };
+        let (mut tensors, notices) = load_tensors(dir, options, specs)?;
+        let head = tensors
+            .remove(SCORE)
+            .ok_or_else(|| Error::format(dir, format!("no tensor {SCORE}")))?;
+        let trunk = Trunk::assemble(config, &mut tensors)?;
+        Ok(Self {
+            trunk,
+            head,
+            norm,
+            notices,
+        })
+    }
+
+    /// Writes the folder, all or nothing, as [`Transformer::save`].
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the folder cannot be written.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        self.save_with(dir, &SaveOptions::default())
+    }
+
+    /// [`ScalarModel::save`] with a shard size and type of one's choice.
+    ///
+    /// # Errors
+    /// As [`ScalarModel::save`]; [`Error::Argument`] for a type that is not floating-point.
+    pub fn save_with(&self, dir: &Path, options: &SaveOptions) -> Result<()> {
+        let amend = |json: &mut Value| {
+            json["architectures"] = json!(["LlamaForSequenceClassification"]);
+            json["num_labels"] = json!(1);
+            json["id2label"] = json!({"0": "LABEL_0"});
+            json["label2id"] = json!({"LABEL_0": 0});
+            json[NORM_KEY] = json!({"mean": self.norm.mean, "std": self.norm.std});
+        };
+        let config = &self.trunk.config;
+        save_folder(
+            dir,
+            config,
+            &self.parameters(),
+            options,
+            self.trunk.kind(),
+            amend,
+        )
+    }
+
+    /// One score a completion, f32 (f64 for an f64 model) `[S]`: the head at its last token, shifted
+    /// and divided by the norm. Differentiable.
+    ///
+    /// # Errors
+    /// As [`crate::CausalLm::hidden`].
+    pub fn scores(&self, batch: &DeviceBatch) -> Result<Tensor> {
+        self.at_rows(batch, &batch.last_rows)
+    }
+
+    /// One value a trained token: the head at the row that the token is predicted from, M values in
+    /// S segments. Differentiable.
+    ///
+    /// # Errors
+    /// As [`crate::CausalLm::hidden`].
+    pub fn values(&self, batch: &DeviceBatch) -> Result<Ragged> {
+        Ok(Ragged::new(
+            self.at_rows(batch, &batch.target_rows)?,
+            batch.offsets.clone(),
+        )?)
+    }
+
+    fn at_rows(&self, batch: &DeviceBatch, rows: &Tensor) -> Result<Tensor> {
+        let hidden = self.trunk.hidden(batch)?.index_select(0, rows);
+        let kind = if self.trunk.kind() == Kind::Double {
+            Kind::Double
+        } else {
+            Kind::Float
+        };
+        let raw = hidden
+            .to_kind(kind)
+            .linear(&self.head.to_kind(kind), None::<Tensor>)
+            .squeeze_dim(1);
+        if self.norm == RewardNorm::default() {
+            return Ok(raw);
+        }
+        Ok((raw - self.norm.mean) / self.norm.std)
+    }
+
+    /// The normalisation in force.
+    #[must_use]
+    pub fn norm(&self) -> RewardNorm {
+        self.norm
+    }
+
+    /// Sets the normalisation; it replaces the one in force, it does not compose with it.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when a number is not finite or `std` is not positive.
+    pub fn set_norm(&mut self, norm: RewardNorm) -> Result<()> {
+        if !(norm.mean.is_finite() && norm.std.is_finite() && norm.std > 0.0) {
+            return Err(Error::Argument(format!("{norm:?} cannot normalise")));
+        }
+        self.norm = norm;
+        Ok(())
+    }
+
+    /// The configuration of the trunk.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.trunk.config
+    }
+
+    /// Where the weights are.
+    #[must_use]
+    pub fn device(&self) -> Device {
+        self.trunk.device()
+    }
+
+    /// The type of the weights.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.trunk.kind()
+    }
+
+    /// What was odd but harmless when the model was loaded.
+    #[must_use]
+    pub fn notices(&self) -> &[String] {
+        &self.notices
+    }
+
+    /// Every weight by its name in the folder; the tensors share storage with the model's.
+    #[must_use]
+    pub fn parameters(&self) -> Vec<(String, Tensor)> {
+        let mut all = self.trunk.parameters();
+        all.push((SCORE.to_owned(), self.head.shallow_clone()));
+        all
+    }
+
+    /// A copy with weights of its own, which require gradients; the norm goes along.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] when memory does not suffice.
+    pub fn duplicate(&self) -> Result<Self> {
+        let mut tensors = copies(&self.parameters())?;
+        let head = tensors
+            .remove(SCORE)
+            .ok_or_else(|| Error::Argument(format!("no tensor {SCORE}")))?;
+        let trunk = Trunk::assemble(self.trunk.config.clone(), &mut tensors)?;
+        Ok(Self {
+            trunk,
+            head,
+            norm: self.norm,
+            notices: Vec::new(),
+        })
+    }
+
+    /// Overwrites weights and norm by those of a model of the same shape.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] naming the first tensor that differs in name or shape.
+    pub fn copy_from(&mut self, other: &Self) -> Result<()> {
+        copy_tensors(&self.parameters(), &other.parameters())?;
+        self.norm = other.norm;
+        Ok(())
+    }
+}

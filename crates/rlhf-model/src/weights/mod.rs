@@ -1,0 +1,15 @@
+//! Files of weights: safetensors in and out, GGUF in.
+//!
+//! Invariant: nothing is allocated from a number found in a file before that number was checked
+//! against the file's size, and no path found in a file leaves its folder. Knows tensors by name and
+//! shape only; what a model needs is the business of [`crate::transformer`].
+
+pub mod gguf;
+mod safetensors;
+mod staging;
+mod store;
+
+pub use safetensors::{TensorInfo, WeightFile};
+pub(crate) use staging::{Staging, sync_write};
+pub use store::WeightStore;
+pub(crate) use store::{Load, save_tensors};

@@ -1,0 +1,356 @@
+//! Generation: independent of the batch, right about ends, limits and log-probabilities.
+
+use std::collections::BTreeMap;
+
+use rlhf_data::group::{Finish, PromptGroup};
+use rlhf_model::{
+    Decoder, GenerateLimits, GenerateProgress, GenerateRequest, LoadOptions, RecordedLogprobs,
+    SamplingConfig, Transformer, generate, target_logprobs,
+};
+use tch::{Kind, Tensor};
+
+use crate::support::{batch, max_diff, own, small};
+
+fn llama() -> Transformer {
+    Transformer::load(&own("models/llama"), &LoadOptions::default()).unwrap()
+}
+
+fn run(
+    model: &Transformer,
+    requests: &[GenerateRequest],
+    config: &SamplingConfig,
+    limits: &GenerateLimits,
+) -> Vec<PromptGroup> {
+    generate(model, requests, config, limits, &mut |_| {}).unwrap()
+}
+
+/// 32 prompts of 1 to 12 tokens with 1 to 3 samples.
+fn requests(vocab: u32) -> Vec<GenerateRequest> {
+    (0..32_u32)
+        .map(|i| GenerateRequest {
+            prompt: (0..=(i * 5) % 12)
+                .map(|j| (i * 31 + j * 17 + 3) % vocab)
+                .collect(),
+            prompt_key: u64::from(i) + 1000,
+            samples: 1 + (i % 3) as usize,
+        })
+        .collect()
+}
+
+fn settings() -> Vec<SamplingConfig> {
+    let base = SamplingConfig {
+        max_new_tokens: 20,
+        eos_ids: vec![2, 5, 9],
+        seed: 11,
+        ..SamplingConfig::default()
+    };
+    vec![
+        SamplingConfig {
+            temperature: 0.0,
+            ..base.clone()
+        },
+        base.clone(),
+        SamplingConfig {
+            temperature: 0.8,
+            top_k: Some(12),
+            top_p: Some(0.9),
+            min_p: Some(0.02),
+            ..base
+        },
+    ]
+}
+
+#[test]
+fn the_same_text_alone_and_among_others() {
+    for (model, vocab) in [(llama(), 384), (small(Kind::Float), 40)] {
+        let requests = requests(vocab);
+        for config in settings() {
+            let together = run(&model, &requests, &config, &GenerateLimits::default());
+            // A small batch with late arrivals, rows of the last group waiting, timeline shifts.
+            let tight = GenerateLimits {
+                max_batch_sequences: 4,
+                max_prefill_tokens: 16,
+                ..GenerateLimits::default()
+            };
+            let queued = run(&model, &requests, &config, &tight);
+            for (i, request) in requests.iter().enumerate() {
+                let alone = run(
+                    &model,
+                    std::slice::from_ref(request),
+                    &config,
+                    &GenerateLimits::default(),
+                );
+                for (a, b) in [(&alone[0], &together[i]), (&alone[0], &queued[i])] {
+                    assert_eq!((a.row, &a.prompt), (b.row, &b.prompt));
+                    assert_eq!(a.completions.len(), b.completions.len());
+                    for (a, b) in a.completions.iter().zip(&b.completions) {
+                        assert_eq!((&a.ids, a.finish), (&b.ids, b.finish), "request {i}");
+                        let (a, b) = (a.sampler.as_ref().unwrap(), b.sampler.as_ref().unwrap());
+                        for (a, b) in a.logprobs.iter().zip(&b.logprobs) {
+                            assert!((a - b).abs() < 1e-4, "request {i}: {a} {b}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn recorded_logprobs_are_those_of_the_learner() {
+    // Unfiltered at temperature 0.7: the sampler's record is what training computes.
+    let model = small(Kind::Double);
+    let config = SamplingConfig {
+        temperature: 0.7,
+        max_new_tokens: 12,
+        eos_ids: vec![2],
+        policy_version: 42,
+        ..SamplingConfig::default()
+    };
+    for (record, temperature) in [
+        (RecordedLogprobs::Sampled, 0.7),
+        (RecordedLogprobs::Model, 1.0),
+    ] {
+        let config = SamplingConfig {
+            record,
+            ..config.clone()
+        };
+        let groups = run(&model, &requests(40), &config, &GenerateLimits::default());
+        let recorded: Vec<f32> = groups
+            .iter()
+            .flat_map(|g| &g.completions)
+            .flat_map(|c| c.sampler.as_ref().unwrap().logprobs.clone())
+            .collect();
+        assert!(
+            groups.iter().flat_map(|g| &g.completions).all(|c| c
+                .sampler
+                .as_ref()
+                .unwrap()
+                .policy_version
+                == 42)
+        );
+        let _no_grad = tch::no_grad_guard();
+        let learner = target_logprobs(&model, &batch(&groups), temperature, false).unwrap();
+        let d = max_diff(&Tensor::from_slice(&recorded), learner.logprobs.values());
+        assert!(d < 1e-5, "{record:?}: {d}");
+    }
+}
+
+#[test]
+fn samples_follow_the_distribution() {
+    // First tokens of 4000 samples against the model's distribution, χ² over the 8 likeliest and
+    // the rest: 8 degrees of freedom, 99.99 % below 31.8.
+    let model = small(Kind::Float);
+    let prompt = vec![3, 4, 5];
+    let request = GenerateRequest {
+        prompt: prompt.clone(),
+        prompt_key: 1,
+        samples: 4000,
+    };
+    let config = SamplingConfig {
+        max_new_tokens: 1,
+        seed: 3,
+        ..SamplingConfig::default()
+    };
+    let groups = run(&model, &[request], &config, &GenerateLimits::default());
+    let mut counts = BTreeMap::new();
+    for c in &groups[0].completions {
+        assert_eq!((c.ids.len(), c.finish), (1, Finish::Length));
+        *counts.entry(c.ids[0]).or_insert(0.0) += 1.0;
+    }
+    let ids: Vec<u32> = prompt;
+    let b = batch(&[crate::support::plain(0, &ids)]);
+    let logits = model.logits(&b).unwrap().detach().get(2);
+    let p = Vec::<f64>::try_from(logits.to_kind(Kind::Double).softmax(0, None::<Kind>)).unwrap();
+    let mut order: Vec<usize> = (0..40).collect();
+    order.sort_by(|&a, &b| p[b].total_cmp(&p[a]));
+    let (mut chi, mut rest_p, mut rest_n) = (0.0, 1.0, 4000.0);
+    for &id in &order[..8] {
+        let n = counts.get(&(id as u32)).copied().unwrap_or(0.0);
+        let e = 4000.0 * p[id];
+        chi += (n - e) * (n - e) / e;
+        rest_p -= p[id];
+        rest_n -= n;
+    }
+    chi += (rest_n - 4000.0 * rest_p).powi(2) / (4000.0 * rest_p);
+    eprintln!("chi² {chi:.1}");
+    assert!(chi < 31.8);
+}
+
+#[test]
+fn ends_and_limits() {
+    let model = llama();
+    let request = |n: u32| GenerateRequest {
+        prompt: (0..n).map(|i| 3 + i % 300).collect(),
+        prompt_key: 0,
+        samples: 2,
+    };
+    // The context of 256 is full after 6 more tokens.
+    let config = SamplingConfig {
+        max_new_tokens: 100,
+        ..SamplingConfig::default()
+    };
+    let out = run(
+        &model,
+        &[request(250), request(3)],
+        &config,
+        &GenerateLimits::default(),
+    );
+    assert!(
+        out[0]
+            .completions
+            .iter()
+            .all(|c| c.ids.len() == 6 && c.finish == Finish::Length)
+    );
+    assert!(
+        out[1]
+            .completions
+            .iter()
+            .all(|c| c.ids.len() == 100 && c.finish == Finish::Length)
+    );
+    assert_ne!(out[1].completions[0].ids, out[1].completions[1].ids);
+    // Several end tokens: a stopped completion ends with one of them and holds no other.
+    let eos: Vec<u32> = (0..60).collect();
+    let config = SamplingConfig {
+        eos_ids: eos,
+        ..config
+    };
+    let out = run(&model, &requests(384), &config, &GenerateLimits::default());
+    let all: Vec<_> = out.iter().flat_map(|g| &g.completions).collect();
+    assert!(all.iter().filter(|c| c.finish == Finish::Stop).count() > 30);
+    for c in all.iter().filter(|c| c.finish == Finish::Stop) {
+        assert!(*c.ids.last().unwrap() < 60);
+        assert!(c.ids[..c.ids.len() - 1].iter().all(|&id| id >= 60));
+    }
+    let config = SamplingConfig {
+        min_new_tokens: 5,
+        ..config
+    };
+    let out = run(&model, &requests(384), &config, &GenerateLimits::default());
+    assert!(
+        out.iter()
+            .flat_map(|g| &g.completions)
+            .all(|c| c.ids.len() > 5)
+    );
+}
+
+#[test]
+fn what_cannot_be_generated_is_refused() {
+    let model = llama();
+    let one = |prompt: Vec<u32>| {
+        vec![GenerateRequest {
+            prompt,
+            prompt_key: 0,
+            samples: 1,
+        }]
+    };
+    let config = SamplingConfig::default();
+    let limits = GenerateLimits::default();
+    let error = |r: &[GenerateRequest], c: &SamplingConfig, l: &GenerateLimits| {
+        generate(&model, r, c, l, &mut |_| {})
+            .unwrap_err()
+            .to_string()
+    };
+    assert!(error(&one(vec![]), &config, &limits).contains("request 0: the prompt is empty"));
+    let e = error(&one(vec![3; 256]), &config, &limits);
+    assert!(e.contains("256 tokens") && e.contains("holds 256"), "{e}");
+    assert!(error(&one(vec![384]), &config, &limits).contains("token id 384"));
+    for (c, word) in [
+        (
+            SamplingConfig {
+                temperature: -1.0,
+                ..config.clone()
+            },
+            "temperature",
+        ),
+        (
+            SamplingConfig {
+                top_p: Some(2.0),
+                ..config.clone()
+            },
+            "top_p",
+        ),
+        (
+            SamplingConfig {
+                max_new_tokens: 0,
+                ..config.clone()
+            },
+            "max_new_tokens",
+        ),
+        (
+            SamplingConfig {
+                eos_ids: vec![400],
+                ..config.clone()
+            },
+            "400",
+        ),
+    ] {
+        let e = error(&one(vec![3]), &c, &limits);
+        assert!(e.contains(word), "{e}");
+    }
+    let none = GenerateLimits {
+        max_batch_sequences: 0,
+        ..limits
+    };
+    assert!(error(&one(vec![3]), &config, &none).contains("max_batch_sequences"));
+}
+
+#[test]
+fn progress_tells_every_token_once() {
+    let model = small(Kind::Float);
+    let requests = requests(40);
+    let config = &settings()[1];
+    let (mut seen, mut last) = (BTreeMap::<(usize, usize), Vec<u32>>::new(), None);
+    let limits = GenerateLimits {
+        max_batch_sequences: 8,
+        ..GenerateLimits::default()
+    };
+    let decoder = Decoder::new(&model);
+    let groups = decoder
+        .generate(&requests, config, &limits, &mut |p| match p {
+            GenerateProgress::Token {
+                request,
+                sample,
+                id,
+                ..
+            } => {
+                seen.entry((request, sample)).or_default().push(id);
+            }
+            other => last = Some(other),
+        })
+        .unwrap();
+    for (r, group) in groups.iter().enumerate() {
+        for (s, c) in group.completions.iter().enumerate() {
+            assert_eq!(seen.remove(&(r, s)).unwrap(), c.ids);
+        }
+    }
+    assert!(seen.is_empty());
+    let total: usize = requests.iter().map(|r| r.samples).sum();
+    let tokens: usize = groups
+        .iter()
+        .flat_map(|g| &g.completions)
+        .map(|c| c.ids.len())
+        .sum();
+    let end = GenerateProgress::Step {
+        live: 0,
+        finished: total,
+        total,
+        tokens: tokens as u64,
+    };
+    assert_eq!(last, Some(end));
+    // No requests, and a request without samples, are no special case.
+    assert!(
+        decoder
+            .generate(&[], config, &limits, &mut |_| {})
+            .unwrap()
+            .is_empty()
+    );
+    let none = GenerateRequest {
+        samples: 0,
+        ..requests[0].clone()
+    };
+    let out = decoder
+        .generate(&[none], config, &limits, &mut |_| {})
+        .unwrap();
+    assert!(out[0].completions.is_empty());
+}

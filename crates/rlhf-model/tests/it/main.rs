@@ -1,0 +1,21 @@
+//! Integration tests of `rlhf-model`: golden files of `transformers`, exactness of packing,
+//! generation, files good and bad.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stderr,
+    reason = "tests"
+)]
+
+mod bad;
+mod exact;
+mod files;
+mod generation;
+mod gguf;
+mod golden;
+mod props;
+mod sampling;
+mod scalar;
+mod smollm2;
+mod support;
+mod tabular;

@@ -1,0 +1,346 @@
+//! From rewards to advantages.
+//!
+//! Two families: [`AdvantageEstimator`] compares the completions of one prompt with each other, one
+//! number for each completion, on the host in f64; [`generalized`] compares each token with a learnt
+//! value.
+//!
+//! Invariant: completions of one prompt with equal rewards get advantages of exactly 0.
+
+use rlhf_kernels::{Ragged, gae};
+
+use crate::error::{Result, at_least_f32, ensure};
+
+/// Over which rewards a standard deviation is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "train",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "snake_case")
+)]
+pub enum StdScope {
+    /// The completions of the same prompt.
+    Group,
+    /// All completions of the batch.
+    Batch,
+}
+
+/// How the completions of one prompt are compared. r are the rewards of a group of G.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(
+    feature = "train",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)
+)]
+#[non_exhaustive]
+pub enum AdvantageEstimator {
+    /// GRPO (Shao et al. 2024, arXiv 2402.03300, section 4.1.2): (r − mean r) / (std r + ε).
+    ///
+    /// The standard deviation is that of a sample (divisor G − 1), as in the published code; the
+    /// paper has no ε. Biased: prompts of low spread weigh more.
+    GroupNormalized {
+        /// ε, added to the standard deviation (1e-4 in TRL).
+        std_epsilon: f64,
+        /// Over what the standard deviation is taken.
+        scope: StdScope,
+    },
+    /// Dr.GRPO (Liu et al. 2025, arXiv 2503.20783): r − mean r. The mean includes r itself, so its
+    /// expected gradient is (G − 1)/G of the true one.
+    GroupCentered {},
+    /// RLOO (Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740, equation 8): r less the mean
+    /// of the *other* rewards. Unbiased.
+    LeaveOneOut {},
+}
+
+impl AdvantageEstimator {
+    /// The advantage of each completion.
+    ///
+    /// A reward of NaN means that there is none (its verifier failed, say): that completion gets 0
+    /// and is left out of means and deviations. A completion alone in its group gets 0.
+    ///
+    /// # Shapes
+    /// `rewards` holds the groups end to end; `group_sizes` sums to its length; the result is as
+    /// long as `rewards`.
+    ///
+    /// # Errors
+    /// When the sizes do not sum to the number of rewards, a reward is infinite, or a setting is
+    /// outside its range.
+    pub fn advantages(&self, rewards: &[f64], group_sizes: &[usize]) -> Result<Vec<f64>> {
+        let op = "advantages";
+        let total: usize = group_sizes.iter().sum();
+        ensure(total == rewards.len(), op, || {
+            format!(
+                "group sizes sum to {total}, expected {} as there are rewards",
+                rewards.len()
+            )
+        })?;
+        if let Some(i) = rewards.iter().position(|r| r.is_infinite()) {
+            ensure(false, op, || {
+                format!(
+                    "reward {i} is {}, expected a finite one or NaN for none",
+                    rewards[i]
+                )
+            })?;
+        }
+        if let Self::GroupNormalized { std_epsilon, .. } = self {
+            ensure(*std_epsilon >= 0.0 && std_epsilon.is_finite(), op, || {
+                format!("std_epsilon is {std_epsilon}, expected 0 or more")
+            })?;
+        }
+        let batch_std = deviations(rewards).std;
+        let mut advantages = Vec::with_capacity(rewards.len());
+        let mut start = 0;
+        for size in group_sizes {
+            let group = deviations(&rewards[start..start + size]);
+            start += size;
+            let scale = match *self {
+                Self::GroupNormalized {
+                    std_epsilon,
+                    scope: StdScope::Group,
+                } => 1.0 / (group.std + std_epsilon),
+                Self::GroupNormalized {
+                    std_epsilon,
+                    scope: StdScope::Batch,
+                } => 1.0 / (batch_std + std_epsilon),
+                Self::GroupCentered {} => 1.0,
+                // r − mean of others = G/(G − 1) (r − mean of all).
+                Self::LeaveOneOut {} => group.count / (group.count - 1.0),
+            };
+            advantages.extend(
+                group
+                    .centred
+                    .iter()
+                    .map(|d| if *d == 0.0 { 0.0 } else { d * scale }),
+            );
+        }
+        Ok(advantages)
+    }
+}
+
+/// (x − mean)/(std + ε) over all of `values` with a sample's standard deviation; NaN gives 0 and is
+/// left out, equal values give exactly 0. TRL's `normalize_advantages` of RLOO, and REINFORCE++'s
+/// step over the batch.
+#[must_use]
+pub fn standardize(values: &[f64], epsilon: f64) -> Vec<f64> {
+    let all = deviations(values);
+    all.centred
+        .iter()
+        .map(|d| {
+            if *d == 0.0 {
+                0.0
+            } else {
+                d / (all.std + epsilon)
+            }
+        })
+        .collect()
+}
+
+struct Deviations {
+    centred: Vec<f64>,
+    std: f64,
+    count: f64,
+}
+
+/// Deviations from the mean, with NaN left out. The first number is subtracted before the mean is
+/// taken: equal numbers give exactly 0, and large ones lose nothing.
+fn deviations(values: &[f64]) -> Deviations {
+    let known = || values.iter().copied().filter(|v| !v.is_nan());
+    let count = known().count() as f64;
+    let origin = known().next().unwrap_or(0.0);
+    let shift = known().map(|v| v - origin).sum::<f64>() / count.max(1.0);
+    let centred: Vec<f64> = values
+        .iter()
+        .map(|v| {
+            if v.is_nan() {
+                0.0
+            } else {
+                (v - origin) - shift
+            }
+        })
+        .collect();
+    let squares: f64 = centred.iter().map(|d| d * d).sum();
+    Deviations {
+        centred,
+        std: (squares / (count - 1.0).max(1.0)).sqrt(),
+        count,
+    }
+}
+
+/// What is done to advantages over the whole batch before they are used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "train",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "snake_case")
+)]
+pub enum Whitening {
+    /// Nothing.
+    None,
+    /// Mean 0 and standard deviation 1.
+    RemoveMean,
+    /// Standard deviation 1 about the mean that they had: TRL's `shift_mean=False`, meant for rewards.
+    KeepMean,
+}
+
+/// Whitens values over all tokens of all sequences: (x − mean)/√(var + 1e-8), with a sample's
+/// variance (divisor M − 1; 0 for a single value).
+///
+/// # Shapes
+/// `values` `[M]`, as the result; no gradients.
+///
+/// # Errors
+/// When values are not floating point.
+pub fn whiten(values: &Ragged, whitening: Whitening) -> Result<Ragged> {
+    ensure(values.values().is_floating_point(), "whiten", || {
+        format!(
+            "values are {:?}, expected floating point",
+            values.values().kind()
+        )
+    })?;
+    let x = at_least_f32(values).detach();
+    if whitening == Whitening::None || x.numel() == 0 {
+        return Ok(values.with_values(x)?);
+    }
+    let mean = x.mean(x.kind());
+    let centred = &x - &mean;
+    let variance = centred.square().sum(x.kind()) / (x.numel() as f64 - 1.0).max(1.0);
+    let whitened = centred * (variance + 1e-8).rsqrt();
+    Ok(values.with_values(if whitening == Whitening::KeepMean {
+        whitened + mean
+    } else {
+        whitened
+    })?)
+}
+
+/// Generalised advantages and what they are made of.
+#[derive(Debug)]
+pub struct Generalized {
+    /// `[M]` advantages, whitened if asked.
+    pub advantages: Ragged,
+    /// `[M]` targets of the value function: advantages before whitening + values.
+    pub returns: Ragged,
+}
+
+/// Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, equation 16) with
+/// whitening over the batch: δ_t = r_t + γV_{t+1} − V_t, A_t = δ_t + γλA_{t+1}, returns = A + V.
+/// A completion's end is terminal: V after its last token is 0.
+///
+/// # Shapes
+/// `rewards` and `values` `[M]` with the same offsets, as the results; no gradients.
+///
+/// # Errors
+/// When the offsets differ, or γ or λ is not in [0, 1].
+pub fn generalized(
+    rewards: &Ragged,
+    values: &Ragged,
+    gamma: f64,
+    gae_lambda: f64,
+    whitening: Whitening,
+) -> Result<Generalized> {
+    for (name, x) in [("gamma", gamma), ("gae_lambda", gae_lambda)] {
+        ensure((0.0..=1.0).contains(&x), "generalized advantages", || {
+            format!("{name} is {x}, expected 0 to 1")
+        })?;
+    }
+    let (advantages, returns) = gae(rewards, values, gamma, gae_lambda)?;
+    Ok(Generalized {
+        advantages: whiten(&advantages, whitening)?,
+        returns,
+    })
+}
+
+/// The mean over groups of whether all rewards are equal: such groups carry no gradient.
+#[must_use]
+pub fn groups_without_contrast(rewards: &[f64], group_sizes: &[usize]) -> f64 {
+    let mut start = 0;
+    let mut flat = 0.0;
+    for size in group_sizes {
+        let group = deviations(&rewards[start..start + size]);
+        start += size;
+        flat += f64::from(u8::from(group.centred.iter().all(|d| *d == 0.0)));
+    }
+    flat / group_sizes.len().max(1) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use rlhf_kernels::Offsets;
+    use tch::Tensor;
+
+    use super::*;
+
+    const GRPO: AdvantageEstimator = AdvantageEstimator::GroupNormalized {
+        std_epsilon: 0.0,
+        scope: StdScope::Group,
+    };
+
+    #[test]
+    fn by_hand() {
+        // Rewards 1, 2, 6: mean 3, deviations -2, -1, 3, sample variance 14/2 = 7.
+        let a = |e: AdvantageEstimator| e.advantages(&[1.0, 2.0, 6.0], &[3]).unwrap();
+        let s = 7f64.sqrt();
+        assert_eq!(a(GRPO), [-2.0 * (1.0 / s), -(1.0 / s), 3.0 * (1.0 / s)]);
+        assert_eq!(a(AdvantageEstimator::GroupCentered {}), [-2.0, -1.0, 3.0]);
+        // 1 − 4, 2 − 3.5, 6 − 1.5.
+        assert_eq!(a(AdvantageEstimator::LeaveOneOut {}), [-3.0, -1.5, 4.5]);
+    }
+
+    #[test]
+    fn equal_rewards_give_exactly_zero() {
+        // In f64, (0.1 + 0.1 + 0.1)/3 is not 0.1.
+        for e in [
+            GRPO,
+            AdvantageEstimator::GroupCentered {},
+            AdvantageEstimator::LeaveOneOut {},
+        ] {
+            assert_eq!(e.advantages(&[0.1; 3], &[3]).unwrap(), [0.0; 3]);
+            assert_eq!(e.advantages(&[0.7, 1e9, 1e9], &[1, 2]).unwrap(), [0.0; 3]);
+        }
+        assert_eq!(
+            groups_without_contrast(&[0.1, 0.1, 0.1, 1.0, 2.0], &[3, 2]),
+            0.5
+        );
+    }
+
+    #[test]
+    fn a_missing_reward_is_left_out() {
+        let a = AdvantageEstimator::LeaveOneOut {}
+            .advantages(&[1.0, f64::NAN, 3.0], &[3])
+            .unwrap();
+        assert_eq!(a, [-2.0, 0.0, 2.0]);
+        assert_eq!(standardize(&[f64::NAN, 5.0], 1e-4), [0.0, 0.0]);
+    }
+
+    #[test]
+    fn bad_arguments_are_named() {
+        assert!(
+            GRPO.advantages(&[1.0], &[2])
+                .unwrap_err()
+                .to_string()
+                .contains("sum to 2")
+        );
+        assert!(
+            GRPO.advantages(&[f64::INFINITY], &[1])
+                .unwrap_err()
+                .to_string()
+                .contains("reward 0 is inf")
+        );
+    }
+
+    #[test]
+    fn whitening_by_hand() {
+        // 1, 2, 6 again: 3 ± as above, variance 7.
+        let x = Ragged::new(
+            Tensor::from_slice(&[1.0, 2.0, 6.0]),
+            Offsets::new(vec![0, 1, 3]).unwrap(),
+        )
+        .unwrap();
+        let s = (7f64 + 1e-8).sqrt();
+        let remove =
+            Vec::<f64>::try_from(whiten(&x, Whitening::RemoveMean).unwrap().values()).unwrap();
+        let keep = Vec::<f64>::try_from(whiten(&x, Whitening::KeepMean).unwrap().values()).unwrap();
+        for (i, d) in [-2.0, -1.0, 3.0].into_iter().enumerate() {
+            assert!((remove[i] - d / s).abs() < 1e-14);
+            assert!((keep[i] - d / s - 3.0).abs() < 1e-14);
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! Completions drawn from a policy, and their rewards.
+//!
+//! Types carry the phase: [`Rollout`] has tokens and text, [`ScoredRollout`] has rewards too.
+//! Invariant: a prompt draws the same noise whatever batch it is in: the key is
+//! (seed, step, prompt's row, sample, token position).
+
+use rlhf_data::group::{Finish, PromptGroup};
+use rlhf_data::order::endless;
+use rlhf_data::tokenize::ChatTokenizer;
+use rlhf_model::{GenerateLimits, GenerateRequest, SamplingConfig, Transformer, generate};
+use rlhf_reward::source::{Judged, RewardMix};
+use serde_json::{Map, Value};
+
+use crate::error::Result;
+
+/// A prompt to draw completions for.
+#[derive(Clone, Debug)]
+pub struct Prompt {
+    /// Row of the data: part of the noise key.
+    pub row: u64,
+    /// Token ids, ending where the assistant begins.
+    pub ids: Vec<u32>,
+    /// The user's text.
+    pub text: String,
+    /// What else the data says about it.
+    pub fields: Map<String, Value>,
+}
+
+/// How rollouts are drawn.
+#[derive(Clone, Debug)]
+pub struct RolloutConfig {
+    /// Seed of the order of prompts and of the sampling noise.
+    pub seed: u64,
+    /// Prompts a step.
+    pub prompts_per_step: usize,
+    /// Completions of each prompt.
+    pub group_size: usize,
+    /// Sampling temperature; the learner's log-probs use it too.
+    pub temperature: f64,
+    /// Longest completion in tokens.
+    pub max_new_tokens: usize,
+    /// Sequences decoded together.
+    pub max_sequences: usize,
+}
+
+/// Completions of one prompt, as tokens and as text.
+#[derive(Clone, Debug)]
+pub struct Rollout {
+    /// Index into the prompts.
+    pub prompt: usize,
+    /// Prompt and completions with the sampler's log-probs.
+    pub group: PromptGroup,
+    /// Each completion's text.
+    pub texts: Vec<String>,
+}
+
+/// A rollout with a reward for each completion.
+#[derive(Clone, Debug)]
+pub struct ScoredRollout {
+    /// The rollout.
+    pub rollout: Rollout,
+    /// `[K]` rewards.
+    pub rewards: Vec<f64>,
+}
+
+/// The prompts of optimiser step `step`: an endless seeded walk over all of them.
+#[must_use]
+pub fn prompts_of_step(cfg: &RolloutConfig, num_prompts: usize, step: u64) -> Vec<usize> {
+    let first = step * cfg.prompts_per_step as u64;
+    (0..cfg.prompts_per_step as u64).map(|i| endless(cfg.seed, num_prompts, first + i)).collect()
+}
+
+/// Draws `cfg.group_size` completions of each chosen prompt.
+///
+/// # Errors
+/// When the model fails or a prompt does not fit its context.
+pub fn draw(
+    model: &Transformer,
+    tokenizer: &ChatTokenizer,
+    prompts: &[Prompt],
+    chosen: &[usize],
+    cfg: &RolloutConfig,
+    step: u64,
+) -> Result<Vec<Rollout>> {
+    let requests: Vec<GenerateRequest> = chosen
+        .iter()
+        .map(|&i| GenerateRequest {
+            prompt: prompts[i].ids.clone(),
+            prompt_key: step << 32 | (prompts[i].row & 0xffff_ffff),
+            samples: cfg.group_size,
+        })
+        .collect();
+    let sampling = SamplingConfig {
+        temperature: cfg.temperature,
+        max_new_tokens: cfg.max_new_tokens,
+        eos_ids: tokenizer.eos_ids().to_vec(),
+        seed: cfg.seed,
+        policy_version: step,
+        ..SamplingConfig::default()
+    };
+    let limits = GenerateLimits { max_batch_sequences: cfg.max_sequences, ..GenerateLimits::default() };
+    let groups = generate(model, &requests, &sampling, &limits, &mut |_| {})?;
+    chosen
+        .iter()
+        .zip(groups)
+        .map(|(&prompt, mut group)| {
+            group.row = prompts[prompt].row;
+            let texts = group.completions.iter().map(|c| tokenizer.decode(&c.ids, true)).collect::<rlhf_data::Result<_>>()?;
+            Ok(Rollout { prompt, group, texts })
+        })
+        .collect()
+}
+
+/// Scores rollouts; also gives the mean of each part of the reward by name.
+///
+/// # Errors
+/// When a reward source fails.
+pub fn score(
+    rollouts: Vec<Rollout>,
+    prompts: &[Prompt],
+    rewards: &RewardMix,
+) -> Result<(Vec<ScoredRollout>, Vec<(String, f64)>)> {
+    let items: Vec<Judged<'_>> = rollouts
+        .iter()
+        .map(|r| Judged {
+            group: &r.group,
+            prompt: &prompts[r.prompt].text,
+            texts: &r.texts,
+            fields: &prompts[r.prompt].fields,
+        })
+        .collect();
+    let scores = rewards.scores(&items)?;
+    let scored = rollouts.into_iter().zip(scores.total).map(|(rollout, rewards)| ScoredRollout { rollout, rewards }).collect();
+    Ok((scored, scores.part_means))
+}
+
+/// Facts about a batch of rollouts, for the log.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct RolloutStats {
+    /// Mean reward.
+    pub reward: f64,
+    /// Standard deviation of rewards over the batch.
+    pub reward_std: f64,
+    /// Mean completion length in tokens.
+    pub length: f64,
+    /// Share of completions that end by themselves.
+    pub stopped: f64,
+    /// Share of groups whose rewards are all equal: they carry no gradient.
+    pub no_contrast: f64,
+    /// Packed tokens.
+    pub tokens: usize,
+}
+
+/// Facts about `scored`.
+#[must_use]
+pub fn stats(scored: &[ScoredRollout]) -> RolloutStats {
+    let rewards: Vec<f64> = scored.iter().flat_map(|s| s.rewards.iter().copied()).collect();
+    let completions: Vec<_> = scored.iter().flat_map(|s| &s.rollout.group.completions).collect();
+    let n = rewards.len().max(1) as f64;
+    let mean = rewards.iter().sum::<f64>() / n;
+    RolloutStats {
+        reward: mean,
+        reward_std: (rewards.iter().map(|r| (r - mean).powi(2)).sum::<f64>() / n).sqrt(),
+        length: completions.iter().map(|c| c.ids.len()).sum::<usize>() as f64 / n,
+        stopped: completions.iter().filter(|c| c.finish == Finish::Stop).count() as f64 / n,
+        no_contrast: scored.iter().filter(|s| s.rewards.iter().all(|r| *r == s.rewards[0])).count() as f64
+            / scored.len().max(1) as f64,
+        tokens: scored.iter().map(|s| s.rollout.group.num_tokens()).sum(),
+    }
+}

@@ -1,0 +1,17 @@
+//! Integration tests: golden values, gradients by finite differences, exact expectations, properties.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout,
+    reason = "tests"
+)]
+
+mod exact;
+mod golden;
+#[allow(
+    dead_code,
+    reason = "shared by the crates that have losses; each uses a part"
+)]
+mod golden_io;
+mod gradcheck;
+mod props;

@@ -1,0 +1,26 @@
+//! Reward models: Bradley-Terry and kin, training, reward sources.
+//!
+//! The loss ([`bradley_terry`]) needs only tensors: use it with a model of your own by turning the
+//! default feature `train` off.
+//!
+//! ```
+//! use rlhf_reward::bradley_terry::{self, BradleyTerry};
+//! use tch::Tensor;
+//!
+//! # fn main() -> Result<(), rlhf_reward::Error> {
+//! let scores = Tensor::from_slice(&[0.3, -0.2, 0.9]).set_requires_grad(true);
+//! let (chosen, rejected) = (Tensor::from_slice(&[0i64, 2]), Tensor::from_slice(&[1i64, 1]));
+//! let loss = bradley_terry::loss_of_pairs(&scores, &chosen, &rejected, &BradleyTerry::default())?;
+//! (loss.sum / loss.weight).backward();
+//! assert!(scores.grad().double_value(&[1]) > 0.0); // descending lowers the rejected one
+//! # Ok(()) }
+//! ```
+
+pub mod bradley_terry;
+mod error;
+#[cfg(feature = "train")]
+pub mod source;
+#[cfg(feature = "train")]
+pub mod train;
+
+pub use error::{Error, Result};

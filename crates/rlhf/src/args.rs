@@ -1,0 +1,301 @@
+//! The command line: what may be typed. Fixed; users and scripts rely on it.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// RLHF post-training for language models.
+#[derive(Debug, Parser)]
+#[command(name = "rlhf", version, about, propagate_version = true, disable_help_subcommand = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a recipe: its stages in order, then the report
+    Run(RunArgs),
+    /// List the shipped recipes, or show one
+    Recipes(RecipesArgs),
+    /// Generate completions
+    Generate(GenerateArgs),
+    /// Per-token log-probabilities of given conversations, as Parquet
+    Logprobs(LogprobsArgs),
+    /// Import, check, describe or render data
+    #[command(subcommand)]
+    Data(DataCommand),
+    /// Build a run's report again
+    Report(ReportArgs),
+    /// Talk to a model
+    Chat(ChatArgs),
+    /// Convert a GGUF file to a Hugging Face folder
+    ImportGguf(ImportGgufArgs),
+}
+
+/// `rlhf run`
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// A shipped recipe's name or a TOML file
+    pub recipe: String,
+    /// The run's folder [default: runs/RECIPE, or runs/RECIPE-2 … if that exists]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Set a key of the recipe, as in stages.dpo.beta=0.2
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Go on with a run that was interrupted
+    #[arg(long)]
+    pub resume: bool,
+    /// Apply the recipe's [smoke] overlay: everything runs, briefly
+    #[arg(long)]
+    pub smoke: bool,
+    /// Read all inputs, print the plan, train nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t = DeviceArg::Cpu)]
+    pub device: DeviceArg,
+    /// Print the result as JSON on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Where to compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DeviceArg {
+    /// The processor
+    Cpu,
+    /// The first NVIDIA GPU
+    Cuda,
+}
+
+/// `rlhf recipes`
+#[derive(Debug, Args)]
+pub struct RecipesArgs {
+    /// What to do with the recipes
+    #[command(subcommand)]
+    pub action: Option<RecipesAction>,
+    /// Print JSON on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `rlhf recipes show`
+#[derive(Debug, Subcommand)]
+pub enum RecipesAction {
+    /// Print a recipe's TOML
+    Show {
+        /// Its name
+        name: String,
+    },
+}
+
+/// `rlhf generate`
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("what").required(true).args(["prompt", "prompts"])))]
+pub struct GenerateArgs {
+    /// A model folder
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// One prompt
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+    /// A prompt file: Parquet or JSON Lines with a `prompt` column
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// Give the prompt to the model as it is, without its chat template
+    #[arg(long)]
+    pub plain: bool,
+    /// Completions of each prompt
+    #[arg(long, default_value_t = 1)]
+    pub n: usize,
+    /// How to draw
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Print JSON Lines on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// How tokens are drawn.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct SamplingArgs {
+    /// 0 is greedy
+    #[arg(long, default_value_t = 0.7)]
+    pub temperature: f64,
+    /// Keep the k likeliest tokens
+    #[arg(long)]
+    pub top_k: Option<usize>,
+    /// Keep the likeliest tokens of this total probability
+    #[arg(long)]
+    pub top_p: Option<f64>,
+    /// Keep tokens of at least this share of the likeliest's probability
+    #[arg(long)]
+    pub min_p: Option<f64>,
+    /// Longest completion in tokens
+    #[arg(long, default_value_t = 128)]
+    pub max_new_tokens: usize,
+    /// The seed
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t = DeviceArg::Cpu)]
+    pub device: DeviceArg,
+}
+
+/// `rlhf logprobs`
+#[derive(Debug, Args)]
+pub struct LogprobsArgs {
+    /// A model folder
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Conversations: `messages`, or `prompt` and `completion`
+    #[arg(long = "in", value_name = "FILE")]
+    pub input: PathBuf,
+    /// The Parquet file to write
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// Packed tokens computed at once
+    #[arg(long, default_value_t = 8192)]
+    pub micro_tokens: usize,
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t = DeviceArg::Cpu)]
+    pub device: DeviceArg,
+}
+
+/// What a data file is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PurposeArg {
+    /// Demonstrations
+    Sft,
+    /// Chosen and rejected completions
+    Preference,
+    /// Prompts alone
+    Prompts,
+}
+
+/// `rlhf data`
+#[derive(Debug, Subcommand)]
+pub enum DataCommand {
+    /// Read a file, refuse what is wrong, write it as Parquet
+    Import {
+        /// The file
+        input: PathBuf,
+        /// The Parquet file to write
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+        /// What it is for
+        #[arg(long, value_enum)]
+        purpose: PurposeArg,
+    },
+    /// Look for everything that would spoil training; exit 2 if there is an error
+    Check {
+        /// The file
+        input: PathBuf,
+        /// What it is for
+        #[arg(long, value_enum)]
+        purpose: PurposeArg,
+        /// A tokenizer or model folder, to check lengths and trained tokens too
+        #[arg(long, value_name = "DIR")]
+        tokenizer: Option<PathBuf>,
+        /// Longest prompt in tokens
+        #[arg(long, default_value_t = 1024)]
+        max_prompt: usize,
+        /// Longest completion in tokens
+        #[arg(long, default_value_t = 1024)]
+        max_completion: usize,
+        /// Print JSON on stdout
+        #[arg(long)]
+        json: bool,
+    },
+    /// Describe a file: rows, lengths, how often the longer completion is chosen
+    Stats {
+        /// The file
+        input: PathBuf,
+        /// What it is for
+        #[arg(long, value_enum)]
+        purpose: PurposeArg,
+        /// A tokenizer or model folder, to count tokens instead of characters
+        #[arg(long, value_name = "DIR")]
+        tokenizer: Option<PathBuf>,
+        /// Print JSON on stdout
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print one row as the model sees it: template, ids, trained tokens in colour
+    Render {
+        /// The file
+        input: PathBuf,
+        /// What it is for
+        #[arg(long, value_enum)]
+        purpose: PurposeArg,
+        /// A tokenizer or model folder
+        #[arg(long, value_name = "DIR")]
+        tokenizer: PathBuf,
+        /// Which row, from 0
+        #[arg(long, default_value_t = 0)]
+        row: usize,
+        /// Print JSON on stdout
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// `rlhf report`
+#[derive(Debug, Args)]
+pub struct ReportArgs {
+    /// The run's folder
+    pub run: PathBuf,
+}
+
+/// `rlhf chat`
+#[derive(Debug, Args)]
+pub struct ChatArgs {
+    /// A model folder
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// A system prompt
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// How to draw
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+/// `rlhf import-gguf`
+#[derive(Debug, Args)]
+pub struct ImportGgufArgs {
+    /// The GGUF file
+    pub file: PathBuf,
+    /// The folder to write
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// The weights' type
+    #[arg(long, value_enum, default_value_t = WeightsArg::Bf16)]
+    pub dtype: WeightsArg,
+}
+
+/// The type of written weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum WeightsArg {
+    /// 32-bit floats
+    F32,
+    /// bfloat16
+    Bf16,
+    /// 16-bit floats
+    F16,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,5 @@
+//! The part of `rlhf` that is linked to libtorch; `rlhf` starts it.
+
+fn main() -> std::process::ExitCode {
+    rlhf::engine::main()
+}

@@ -1,0 +1,203 @@
+//! The data of a run, read and tokenised once for all stages that use it.
+//!
+//! Invariant: everything that a recipe names is read before the first stage runs, so a bad file is
+//! found at once and not after an hour of training.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use anyhow::Context as _;
+use rlhf_data::conversation::Text;
+use rlhf_data::group::PromptGroup;
+use rlhf_data::record::{PreferenceRecord, PromptRecord, SftRecord};
+use rlhf_data::source;
+use rlhf_data::tokenize::{ChatTokenizer, Limits, TokenizeReport};
+use rlhf_policy::rollout::Prompt;
+use serde::Serialize;
+
+use crate::recipe::{self, Data};
+use crate::usage::usage;
+
+/// A tokenised file.
+#[derive(Debug)]
+pub(crate) struct Table<T> {
+    pub rows: Vec<T>,
+    pub facts: Facts,
+}
+
+/// What is known of a tokenised file.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Facts {
+    pub path: String,
+    pub sha256: String,
+    pub rows: usize,
+    pub kept: usize,
+    pub dropped: serde_json::Value,
+    pub tokens: usize,
+}
+
+type Shelf<T> = RefCell<HashMap<String, Rc<Table<T>>>>;
+
+/// All inputs of a run.
+pub(crate) struct Inputs {
+    tokenizer: ChatTokenizer,
+    shared: PathBuf,
+    context: usize,
+    sft: Shelf<PromptGroup>,
+    preference: Shelf<PromptGroup>,
+    prompts: Shelf<Prompt>,
+}
+
+impl Inputs {
+    pub(crate) fn new(tokenizer: ChatTokenizer, shared: &Path, context: usize) -> Self {
+        Self {
+            tokenizer,
+            shared: shared.to_owned(),
+            context,
+            sft: Shelf::default(),
+            preference: Shelf::default(),
+            prompts: Shelf::default(),
+        }
+    }
+
+    pub(crate) fn tokenizer(&self) -> &ChatTokenizer {
+        &self.tokenizer
+    }
+
+    /// Demonstrations.
+    pub(crate) fn sft(&self, data: &Data) -> anyhow::Result<Rc<Table<PromptGroup>>> {
+        self.cached(&self.sft, data, |path, limits| {
+            let records = collect::<SftRecord>(source::read_sft(path)?, data.limit)?;
+            let (rows, report) = self.tokenizer.sft_groups(&records, limits)?;
+            Ok((rows, report, records.len()))
+        }, PromptGroup::num_tokens)
+    }
+
+    /// Preference pairs: completion 0 chosen, 1 rejected.
+    pub(crate) fn preference(&self, data: &Data) -> anyhow::Result<Rc<Table<PromptGroup>>> {
+        self.cached(&self.preference, data, |path, limits| {
+            let records = collect::<PreferenceRecord>(source::read_preference(path)?, data.limit)?;
+            let (rows, report) = self.tokenizer.preference_groups(&records, limits)?;
+            Ok((rows, report, records.len()))
+        }, PromptGroup::num_tokens)
+    }
+
+    /// Prompts.
+    pub(crate) fn prompts(&self, data: &Data) -> anyhow::Result<Rc<Table<Prompt>>> {
+        self.cached(&self.prompts, data, |path, limits| {
+            let records = collect::<PromptRecord>(source::read_prompts(path)?, data.limit)?;
+            let mut report = TokenizeReport::default();
+            let mut rows = Vec::new();
+            for (row, record) in records.iter().enumerate() {
+                let ids = self.tokenizer.prompt_ids(&record.prompt)?;
+                if ids.len() > limits.max_prompt {
+                    report.drop(row as u64, rlhf_data::tokenize::DropReason::PromptTooLong);
+                    continue;
+                }
+                rows.push(Prompt {
+                    row: row as u64,
+                    ids,
+                    text: plain_text(&record.prompt),
+                    fields: record.fields.clone(),
+                });
+            }
+            Ok((rows, report, records.len()))
+        }, |p| p.ids.len())
+    }
+
+    fn cached<T>(
+        &self,
+        shelf: &Shelf<T>,
+        data: &Data,
+        read: impl FnOnce(&Path, &Limits) -> anyhow::Result<(Vec<T>, TokenizeReport, usize)>,
+        tokens: fn(&T) -> usize,
+    ) -> anyhow::Result<Rc<Table<T>>> {
+        let key = serde_json::to_string(data)?;
+        if let Some(table) = shelf.borrow().get(&key) {
+            return Ok(table.clone());
+        }
+        let path = recipe::resolve(&data.path, &self.shared);
+        let place = path.display().to_string();
+        if !path.is_file() {
+            let mend = if data.path.starts_with("shared:") {
+                "set RLHF_SHARED to the folder that holds it"
+            } else {
+                "run from the project's root, or correct the path"
+            };
+            return Err(usage("no such file", place, mend).into());
+        }
+        if data.max_prompt + data.max_completion > self.context {
+            return Err(usage(
+                format!(
+                    "max_prompt {} + max_completion {} exceed the model's context of {} tokens",
+                    data.max_prompt, data.max_completion, self.context
+                ),
+                place,
+                "lower the limits",
+            )
+            .into());
+        }
+        let limits = Limits { max_prompt: data.max_prompt, max_completion: data.max_completion };
+        let (rows, report, read_rows) = read(&path, &limits)?;
+        if rows.is_empty() {
+            let what = if read_rows == 0 { "no rows".to_owned() } else { format!("no rows left of {read_rows}: {report}") };
+            return Err(usage(what, place, "look at the file with `rlhf data check`, or raise the limits").into());
+        }
+        let facts = Facts {
+            sha256: rlhf_train::hash_file(&path).with_context(|| format!("hashing {place}"))?,
+            path: data.path.clone(),
+            rows: read_rows,
+            kept: rows.len(),
+            dropped: serde_json::to_value(&report)?,
+            tokens: rows.iter().map(tokens).sum(),
+        };
+        let table = Rc::new(Table { rows, facts });
+        shelf.borrow_mut().insert(key, table.clone());
+        Ok(table)
+    }
+
+    /// Facts of every file read so far, in order of path.
+    pub(crate) fn facts(&self) -> Vec<Facts> {
+        let mut all: Vec<Facts> = Vec::new();
+        all.extend(self.sft.borrow().values().map(|t| t.facts.clone()));
+        all.extend(self.preference.borrow().values().map(|t| t.facts.clone()));
+        all.extend(self.prompts.borrow().values().map(|t| t.facts.clone()));
+        all.sort_by(|a, b| (&a.path, a.rows).cmp(&(&b.path, b.rows)));
+        all
+    }
+
+    /// Prompts (as token ids) of every table used for training, to compare with a test split.
+    pub(crate) fn seen_prompts(&self, paths: &[String]) -> std::collections::HashSet<Vec<u32>> {
+        let mut seen = std::collections::HashSet::new();
+        let used = |f: &Facts| paths.contains(&f.path);
+        for shelf in [&self.sft, &self.preference] {
+            for table in shelf.borrow().values().filter(|t| used(&t.facts)) {
+                seen.extend(table.rows.iter().map(|g| g.prompt.clone()));
+            }
+        }
+        for table in self.prompts.borrow().values().filter(|t| used(&t.facts)) {
+            seen.extend(table.rows.iter().map(|p| p.ids.clone()));
+        }
+        seen
+    }
+}
+
+fn collect<T>(rows: impl Iterator<Item = rlhf_data::Result<T>>, limit: Option<usize>) -> rlhf_data::Result<Vec<T>> {
+    rows.take(limit.unwrap_or(usize::MAX)).collect()
+}
+
+/// What the user wrote: the last user message, or the plain text.
+pub(crate) fn plain_text(prompt: &Text) -> String {
+    match prompt {
+        Text::Plain(s) => s.clone(),
+        Text::Messages(m) => m
+            .iter()
+            .rev()
+            .find(|m| m.role == rlhf_data::conversation::Role::User)
+            .or(m.last())
+            .map(|m| m.content.clone())
+            .unwrap_or_default(),
+    }
+}

@@ -1,0 +1,5 @@
+//! `rlhf`: RLHF post-training for language models.
+
+fn main() -> std::process::ExitCode {
+    rlhf::front::main()
+}

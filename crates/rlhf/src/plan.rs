@@ -1,0 +1,164 @@
+//! What a recipe means: files read, sizes counted, before anything runs.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use rlhf_data::tokenize::ChatTokenizer;
+use rlhf_model::Config;
+use serde::Serialize;
+
+use crate::inputs::{Facts, Inputs};
+use crate::recipe::{self, Init, Recipe, Scratch, StageKind};
+use crate::terminal;
+use crate::usage::usage;
+
+/// A resolved recipe.
+#[derive(Debug, Serialize)]
+pub(crate) struct Plan {
+    /// The recipe's name.
+    pub name: String,
+    /// What was typed to name it.
+    pub recipe_arg: String,
+    /// The recipe after overlays.
+    pub recipe: Recipe,
+    /// The model's `config.json`.
+    pub model: serde_json::Value,
+    /// Weights of the model.
+    pub parameters: u64,
+    /// Bytes of weights, gradients, AdamW's two moments and a reference copy, all f32.
+    pub training_bytes: u64,
+    /// The folder of the initial model, when it is not made from scratch.
+    #[serde(skip)]
+    pub init_from: Option<PathBuf>,
+    /// The tokenizer's folder.
+    #[serde(skip)]
+    pub tokenizer_dir: PathBuf,
+    /// The data.
+    pub data: Vec<Facts>,
+    /// The model's shape.
+    #[serde(skip)]
+    pub config: Config,
+}
+
+/// Reads everything that `recipe` names.
+pub(crate) fn resolve(name: &str, recipe_arg: &str, recipe: Recipe, shared: &Path) -> anyhow::Result<(Plan, Inputs)> {
+    let init_from = recipe.init.from.as_ref().map(|p| recipe::resolve(p, shared));
+    let tokenizer_dir = tokenizer_dir(&recipe.init, init_from.as_deref(), shared)?;
+    let tokenizer = ChatTokenizer::load(&tokenizer_dir).with_context(|| format!("loading the tokenizer of {}", tokenizer_dir.display()))?;
+    let config = match (&init_from, &recipe.init.scratch) {
+        (Some(dir), _) => Config::load(dir).with_context(|| format!("reading the model in {}", dir.display()))?,
+        (None, Some(scratch)) => from_scratch(scratch, &tokenizer)?,
+        (None, None) => return Err(usage("[init] is empty", name, "give `from` or `scratch`").into()),
+    };
+    if tokenizer.vocab_size() > config.vocab_size as usize {
+        return Err(usage(
+            format!("the tokenizer has ids up to {}, the model a vocabulary of {}", tokenizer.vocab_size() - 1, config.vocab_size),
+            format!("{} and the model", tokenizer_dir.display()),
+            "use the tokenizer that belongs to the model",
+        )
+        .into());
+    }
+    let inputs = Inputs::new(tokenizer, shared, config.max_position_embeddings as usize);
+    read_all(&recipe, &inputs)?;
+    let parameters = config.num_parameters() as u64;
+    let plan = Plan {
+        name: name.into(),
+        recipe_arg: recipe_arg.into(),
+        model: config.to_json(),
+        parameters,
+        training_bytes: parameters * 4 * 5,
+        init_from,
+        tokenizer_dir,
+        data: inputs.facts(),
+        config,
+        recipe,
+    };
+    Ok((plan, inputs))
+}
+
+fn tokenizer_dir(init: &Init, from: Option<&Path>, shared: &Path) -> anyhow::Result<PathBuf> {
+    let dir = match (&init.tokenizer, from) {
+        (Some(t), _) => recipe::resolve(t, shared),
+        (None, Some(from)) => from.to_owned(),
+        (None, None) => return Err(usage("[init] has no tokenizer", "the recipe", "name a folder with tokenizer.json").into()),
+    };
+    if !dir.is_dir() {
+        return Err(usage("no such folder", dir.display().to_string(), "run from the project's root, or correct [init]").into());
+    }
+    Ok(dir)
+}
+
+fn from_scratch(s: &Scratch, tokenizer: &ChatTokenizer) -> anyhow::Result<Config> {
+    let config = Config {
+        num_key_value_heads: s.kv_heads as i64,
+        intermediate_size: s.intermediate_size as i64,
+        initializer_range: s.initializer_range,
+        eos_token_ids: tokenizer.eos_ids().to_vec(),
+        ..Config::new(
+            tokenizer.vocab_size() as i64,
+            s.hidden_size as i64,
+            s.layers as i64,
+            s.heads as i64,
+            s.max_positions as i64,
+        )
+    };
+    config.validate().context("the shape in [init.scratch]")?;
+    Ok(config)
+}
+
+fn read_all(recipe: &Recipe, inputs: &Inputs) -> anyhow::Result<()> {
+    for stage in &recipe.stages {
+        let read = || -> anyhow::Result<()> {
+            match &stage.kind {
+                StageKind::Sft(s) => drop(inputs.sft(&s.data)?),
+                StageKind::Reward(s) => {
+                    inputs.preference(&s.data)?;
+                    inputs.preference(&s.test)?;
+                }
+                StageKind::Dpo(s) => {
+                    inputs.preference(&s.data)?;
+                    s.test.as_ref().map(|t| inputs.preference(t)).transpose()?;
+                }
+                StageKind::Grpo(s) => drop(inputs.prompts(&s.rollouts.data)?),
+                StageKind::Ppo(s) => drop(inputs.prompts(&s.rollouts.data)?),
+                StageKind::Eval(s) => {
+                    s.prompts.as_ref().map(|d| inputs.prompts(d)).transpose()?;
+                    s.pairs.as_ref().map(|d| inputs.preference(d)).transpose()?;
+                }
+            }
+            Ok(())
+        };
+        read().with_context(|| format!("data of stage `{}`", stage.name))?;
+    }
+    Ok(())
+}
+
+impl Plan {
+    /// The plan as lines for a person.
+    pub(crate) fn describe(&self) -> String {
+        let mut out = format!(
+            "{}\n  model      {} parameters, about {} of memory in training\n",
+            self.recipe.run.title,
+            terminal::count(self.parameters as f64),
+            terminal::bytes(self.training_bytes),
+        );
+        for f in &self.data {
+            out += &format!("  data       {} · {} rows, {} kept, {} tokens\n", f.path, f.rows, f.kept, terminal::count(f.tokens as f64));
+        }
+        for s in &self.recipe.stages {
+            out += &format!("  stage      {:<8} {:<7} {}\n", s.name, s.kind.name(), steps(&s.kind));
+        }
+        out
+    }
+}
+
+fn steps(kind: &StageKind) -> String {
+    match kind {
+        StageKind::Sft(s) => format!("{} steps of {} rows", s.steps, s.batch_size),
+        StageKind::Reward(s) => format!("{} steps of {} pairs", s.steps, s.batch_size),
+        StageKind::Dpo(s) => format!("{} steps of {} pairs", s.steps, s.batch_size),
+        StageKind::Grpo(s) => format!("{} steps of {} × {} completions", s.steps, s.rollouts.prompts_per_step, s.rollouts.group_size),
+        StageKind::Ppo(s) => format!("{} steps of {} × {} completions", s.steps, s.rollouts.prompts_per_step, s.rollouts.group_size),
+        StageKind::Eval(s) => format!("{} against {}", s.models.join(", "), s.baseline),
+    }
+}

@@ -1,0 +1,703 @@
+//! What the user typed: a recipe, its overlays and its errors.
+//!
+//! Invariant: every key is known (`deny_unknown_fields`); science knobs have no hidden defaults: a
+//! recipe states them. Knows nothing of tensors, files' contents or sizes: that is `plan`.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use rlhf_kernels::optim::AdamWConfig;
+use rlhf_policy::advantage::AdvantageEstimator;
+use rlhf_policy::kl::{KlController, KlPenalty};
+use rlhf_policy::loss::clipped::Clip;
+use rlhf_policy::loss::{RatioLevel, Reduction};
+use rlhf_reward::source::Rule;
+use rlhf_train::lr_schedule::LrSchedule;
+use serde::{Deserialize, Serialize};
+
+use crate::usage::{Usage, usage};
+
+/// A recipe shipped in the binary.
+#[derive(Clone, Copy, Debug)]
+pub struct Shipped {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// Its TOML text.
+    pub text: &'static str,
+}
+
+/// The shipped recipes.
+pub const SHIPPED: &[Shipped] = &[
+    Shipped { name: "quickstart", text: include_str!("../recipes/quickstart.toml") },
+    Shipped { name: "stories", text: include_str!("../recipes/stories.toml") },
+    Shipped { name: "smollm2-persona", text: include_str!("../recipes/smollm2-persona.toml") },
+];
+
+/// A whole recipe.
+#[derive(Clone, Debug, Serialize)]
+pub struct Recipe {
+    /// What the run is.
+    pub run: Run,
+    /// The model that it begins with.
+    pub init: Init,
+    /// The stages, in order.
+    pub stages: Vec<Stage>,
+}
+
+/// What the run is.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Run {
+    /// A line for the report.
+    pub title: String,
+    /// The seed of all randomness.
+    pub seed: u64,
+    /// Skip the run, with this word, when the file or folder is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub needs: Option<Needs>,
+    /// Save a checkpoint every so many steps of a stage.
+    pub checkpoint_every: u64,
+}
+
+/// What must be there for the recipe to run at all.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Needs {
+    /// A file or folder.
+    pub path: String,
+    /// What to do when it is absent.
+    pub mend: String,
+}
+
+/// The model to begin with: a folder in Hugging Face layout, or random weights of a given shape.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Init {
+    /// A model folder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
+    /// A tokenizer folder; the model's own by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<String>,
+    /// The shape of a Llama to train from scratch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scratch: Option<Scratch>,
+}
+
+/// The shape of a Llama with random weights.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scratch {
+    /// Width H.
+    pub hidden_size: usize,
+    /// Layers.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Width of the feed-forward part.
+    pub intermediate_size: usize,
+    /// Longest sequence.
+    pub max_positions: usize,
+    /// Standard deviation of the initial weights.
+    pub initializer_range: f64,
+}
+
+/// A stage: a name that later stages refer to, and what it does.
+#[derive(Clone, Debug, Serialize)]
+pub struct Stage {
+    /// Its name, also its folder.
+    pub name: String,
+    /// What it does.
+    #[serde(flatten)]
+    pub kind: StageKind,
+}
+
+/// What a stage does.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum StageKind {
+    /// Supervised fine-tuning.
+    Sft(Sft),
+    /// A Bradley–Terry reward model.
+    Reward(Reward),
+    /// Direct preference optimisation.
+    Dpo(Dpo),
+    /// Group-relative policy optimisation.
+    Grpo(Grpo),
+    /// Proximal policy optimisation.
+    Ppo(Ppo),
+    /// Evaluation on held-out data.
+    Eval(Eval),
+}
+
+impl StageKind {
+    /// The kind's name in a recipe.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Sft(_) => "sft",
+            Self::Reward(_) => "reward",
+            Self::Dpo(_) => "dpo",
+            Self::Grpo(_) => "grpo",
+            Self::Ppo(_) => "ppo",
+            Self::Eval(_) => "eval",
+        }
+    }
+}
+
+/// The optimiser of a stage.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Optim {
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Its course, as in `{ kind = "cosine" }`.
+    pub schedule: LrSchedule,
+    /// Steps of linear warm-up.
+    pub warmup_steps: u64,
+    /// Decoupled weight decay (matrices only).
+    pub weight_decay: f64,
+    /// Gradients of a larger global norm are scaled down to it.
+    pub max_grad_norm: f64,
+    /// AdamW's β₂.
+    #[serde(default = "default_beta2")]
+    pub beta2: f64,
+}
+
+fn default_beta2() -> f64 {
+    0.999
+}
+
+impl Optim {
+    /// AdamW's settings.
+    #[must_use]
+    pub fn adamw(&self) -> AdamWConfig {
+        AdamWConfig { beta2: self.beta2, weight_decay: self.weight_decay, ..AdamWConfig::default() }
+    }
+}
+
+/// Which data a stage reads, and its limits in tokens.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Data {
+    /// A Parquet or JSON Lines file.
+    pub path: String,
+    /// Rows with longer prompts are dropped and counted.
+    pub max_prompt: usize,
+    /// Longer completions are truncated and counted.
+    pub max_completion: usize,
+    /// Use only the first so many rows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<usize>,
+}
+
+/// Supervised fine-tuning.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sft {
+    /// `init` or an earlier stage.
+    pub model: String,
+    /// Demonstrations.
+    pub data: Data,
+    /// Optimiser steps.
+    pub steps: u64,
+    /// Rows a step.
+    pub batch_size: usize,
+    /// Packed tokens a micro-batch.
+    pub micro_tokens: usize,
+    /// The optimiser.
+    pub optim: Optim,
+}
+
+/// A Bradley–Terry reward model.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Reward {
+    /// `init` or an earlier stage: the trunk.
+    pub model: String,
+    /// Preference pairs.
+    pub data: Data,
+    /// Held-out pairs for its accuracy.
+    pub test: Data,
+    /// Optimiser steps.
+    pub steps: u64,
+    /// Pairs a step.
+    pub batch_size: usize,
+    /// Packed tokens a micro-batch.
+    pub micro_tokens: usize,
+    /// Weight of (r_c + r_r)², which keeps rewards centred.
+    pub centering: f64,
+    /// The optimiser.
+    pub optim: Optim,
+}
+
+/// Direct preference optimisation.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Dpo {
+    /// `init` or an earlier stage: policy and reference.
+    pub model: String,
+    /// Preference pairs.
+    pub data: Data,
+    /// Held-out pairs, evaluated before and after.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub test: Option<Data>,
+    /// Optimiser steps.
+    pub steps: u64,
+    /// Pairs a step.
+    pub batch_size: usize,
+    /// Packed tokens a micro-batch.
+    pub micro_tokens: usize,
+    /// Strength of the reference.
+    pub beta: f64,
+    /// Assumed rate of wrong labels (cDPO).
+    pub label_smoothing: f64,
+    /// The optimiser.
+    pub optim: Optim,
+}
+
+/// How completions are drawn.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sampling {
+    /// 0 is greedy.
+    pub temperature: f64,
+    /// Longest completion in tokens.
+    pub max_new_tokens: usize,
+    /// Sequences decoded together.
+    pub max_sequences: usize,
+}
+
+/// A part of the reward.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RewardPart {
+    /// A reward-model stage.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// A rule.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rule: Option<Rule>,
+    /// Its weight in the sum.
+    pub weight: f64,
+}
+
+/// What GRPO and PPO share.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rollouts {
+    /// Prompts.
+    pub data: Data,
+    /// Prompts a step.
+    pub prompts_per_step: usize,
+    /// Completions of each prompt.
+    pub group_size: usize,
+    /// How they are drawn.
+    pub sampling: Sampling,
+    /// The reward: a weighted sum.
+    pub reward: Vec<RewardPart>,
+    /// Added to the score of a completion that was cut off before its end-of-sequence token.
+    pub missing_eos_penalty: f64,
+}
+
+/// Group-relative policy optimisation.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Grpo {
+    /// `init` or an earlier stage: policy and reference.
+    pub model: String,
+    /// Prompts, sampling and reward.
+    pub rollouts: Rollouts,
+    /// Optimiser steps of sampling (each with `epochs` passes).
+    pub steps: u64,
+    /// Passes over each batch of rollouts.
+    pub epochs: u64,
+    /// Packed tokens a micro-batch.
+    pub micro_tokens: usize,
+    /// How rewards become advantages.
+    pub advantage: AdvantageEstimator,
+    /// Bounds of the ratio π/π_old.
+    pub clip: Clip,
+    /// Of what the ratio is taken.
+    pub ratio: RatioLevel,
+    /// How the losses of tokens are put together.
+    pub reduction: Reduction,
+    /// The penalty on the distance from the reference.
+    pub kl: KlPenalty,
+    /// The optimiser.
+    pub optim: Optim,
+}
+
+/// Proximal policy optimisation.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ppo {
+    /// `init` or an earlier stage: policy and reference.
+    pub model: String,
+    /// The value model begins as this reward model or policy stage.
+    pub value_model: String,
+    /// Prompts, sampling and reward.
+    pub rollouts: Rollouts,
+    /// Batches of rollouts.
+    pub steps: u64,
+    /// Passes over each batch.
+    pub epochs: u64,
+    /// Optimiser steps a pass.
+    pub minibatches: usize,
+    /// Packed tokens a micro-batch.
+    pub micro_tokens: usize,
+    /// Bounds of the ratio π/π_old.
+    pub clip: Clip,
+    /// ε of the value's clip; not clipped when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value_clip: Option<f64>,
+    /// Discount.
+    pub gamma: f64,
+    /// GAE's λ.
+    pub gae_lambda: f64,
+    /// Weight of the KL penalty in the reward of each token, fixed or adaptive.
+    pub kl: KlController,
+    /// Learning rate of the value model.
+    pub value_lr: f64,
+    /// Steps at the start in which only the value model learns.
+    pub value_warmup_steps: u64,
+    /// The policy's optimiser.
+    pub optim: Optim,
+}
+
+/// Evaluation on held-out data.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Eval {
+    /// Stages to compare.
+    pub models: Vec<String>,
+    /// The stage that the others are compared with; also the reference of the KL.
+    pub baseline: String,
+    /// Held-out prompts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompts: Option<Data>,
+    /// The gold judge.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub judge: Option<Rule>,
+    /// How completions are drawn.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sampling: Option<Sampling>,
+    /// A reward model whose scores are reported beside the gold judge's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reward_model: Option<String>,
+    /// Held-out pairs: accuracy of each model's implicit reward, and of the reward model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pairs: Option<Data>,
+    /// The largest KL that counts as near the reference, nats a completion.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_kl: Option<f64>,
+    /// The least distinct-2 as a share of the baseline's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_distinct2: Option<f64>,
+    /// Packed tokens a batch.
+    pub micro_tokens: usize,
+    /// Prompts shown in the report.
+    pub samples: usize,
+}
+
+impl Stage {
+    /// The names that this stage takes from `init` or earlier stages, with the key that names each.
+    fn inputs(&self) -> Vec<(&'static str, &str)> {
+        fn rollouts<'a>(r: &'a Rollouts, into: &mut Vec<(&'static str, &'a str)>) {
+            into.extend(r.reward.iter().filter_map(|p| p.model.as_deref()).map(|m| ("rollouts.reward.model", m)));
+        }
+        let mut names = Vec::new();
+        match &self.kind {
+            StageKind::Sft(s) => names.push(("model", s.model.as_str())),
+            StageKind::Reward(s) => names.push(("model", s.model.as_str())),
+            StageKind::Dpo(s) => names.push(("model", s.model.as_str())),
+            StageKind::Grpo(s) => {
+                names.push(("model", s.model.as_str()));
+                rollouts(&s.rollouts, &mut names);
+            }
+            StageKind::Ppo(s) => {
+                names.push(("model", s.model.as_str()));
+                names.push(("value_model", s.value_model.as_str()));
+                rollouts(&s.rollouts, &mut names);
+            }
+            StageKind::Eval(s) => {
+                names.extend(s.models.iter().map(|m| ("models", m.as_str())));
+                names.push(("baseline", s.baseline.as_str()));
+                names.extend(s.reward_model.as_deref().map(|m| ("reward_model", m)));
+            }
+        }
+        names
+    }
+}
+
+/// A recipe's text with where it came from, and whether its `[smoke]` overlay is wanted.
+#[derive(Clone, Debug)]
+pub struct Source {
+    /// The recipe's name: that of the shipped recipe or the file's stem.
+    pub name: String,
+    /// The TOML text.
+    pub text: String,
+    /// Where it came from, for messages.
+    pub origin: String,
+}
+
+impl Source {
+    /// Finds a recipe by shipped name or file path.
+    ///
+    /// # Errors
+    /// A usage error that lists the shipped recipes.
+    pub fn find(name: &str) -> Result<Self, Usage> {
+        if let Some(s) = SHIPPED.iter().find(|s| s.name == name) {
+            return Ok(Self { name: name.into(), text: s.text.into(), origin: format!("recipe {name}") });
+        }
+        let path = Path::new(name);
+        if path.extension().is_some_and(|e| e == "toml") || path.exists() {
+            let text = std::fs::read_to_string(path).map_err(|e| {
+                usage(format!("cannot read the recipe: {e}"), name, "give the path of a TOML file, or a name from `rlhf recipes`")
+            })?;
+            let stem = path.file_stem().map_or_else(|| "recipe".into(), |s| s.to_string_lossy().into_owned());
+            return Ok(Self { name: stem, text, origin: name.into() });
+        }
+        let names: Vec<_> = SHIPPED.iter().map(|s| s.name).collect();
+        Err(usage(
+            format!("no recipe named `{name}`"),
+            "the command line",
+            format!("use one of {}, or the path of a .toml file", names.join(", ")),
+        ))
+    }
+
+    /// Parses the recipe with its overlays: `[smoke]` when `smoke`, then each `key=value` of `sets`.
+    ///
+    /// # Errors
+    /// A usage error naming the place and the valid keys.
+    pub fn parse(&self, smoke: bool, sets: &[String]) -> Result<Recipe, Usage> {
+        let mut table: toml::Table = toml::from_str(&self.text)
+            .map_err(|e| usage(first_lines(&e.to_string()), &self.origin, "mend the TOML"))?;
+        let overlay = table.remove("smoke");
+        if smoke {
+            let Some(toml::Value::Table(overlay)) = overlay else {
+                return Err(usage("the recipe has no [smoke] overlay", &self.origin, "run it without --smoke"));
+            };
+            for (key, value) in overlay {
+                self.set(&mut table, &key, value)?;
+            }
+        }
+        for set in sets {
+            let Some((key, value)) = set.split_once('=') else {
+                return Err(usage(format!("--set {set}: no `=`"), "the command line", "write --set key=value"));
+            };
+            self.set(&mut table, key.trim(), scalar(value.trim()))?;
+        }
+        self.build(table)
+    }
+
+    /// Sets a dotted key; `stages.NAME.key` finds the stage by its name.
+    fn set(&self, table: &mut toml::Table, key: &str, value: toml::Value) -> Result<(), Usage> {
+        let bad = |what: String, mend: String| usage(what, &self.origin, mend);
+        let mut parts = key.split('.').peekable();
+        let mut at: &mut toml::Value = &mut toml::Value::Boolean(false);
+        let mut first = Some(table);
+        while let Some(part) = parts.next() {
+            let map = match first.take() {
+                Some(t) => t,
+                None => match at {
+                    toml::Value::Table(t) => t,
+                    toml::Value::Array(stages) => {
+                        let names: Vec<String> = stages.iter().map(stage_name).collect();
+                        let Some(i) = names.iter().position(|n| n == part) else {
+                            return Err(bad(
+                                format!("`{key}`: no stage named `{part}`"),
+                                format!("the stages are {}", names.join(", ")),
+                            ));
+                        };
+                        at = &mut stages[i];
+                        continue;
+                    }
+                    _ => return Err(bad(format!("`{key}`: `{part}` lies below a plain value"), "shorten the key".into())),
+                },
+            };
+            if parts.peek().is_none() {
+                map.insert(part.into(), value);
+                return Ok(());
+            }
+            at = map.entry(part).or_insert_with(|| toml::Value::Table(toml::Table::new()));
+        }
+        Err(bad(format!("`{key}` names a whole stage"), "name one of its keys, as in stages.sft.steps".into()))
+    }
+
+    fn build(&self, mut table: toml::Table) -> Result<Recipe, Usage> {
+        let stages = match table.remove("stages") {
+            Some(toml::Value::Array(a)) if !a.is_empty() => a,
+            _ => return Err(usage("the recipe has no stages", &self.origin, "add at least one [[stages]] table")),
+        };
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Head {
+            run: Run,
+            init: Init,
+        }
+        let head: Head = table
+            .try_into()
+            .map_err(|e: toml::de::Error| usage(first_lines(e.message()), &self.origin, "mend the key in [run] or [init]"))?;
+        let stages = stages.into_iter().map(|v| self.stage(v)).collect::<Result<Vec<_>, _>>()?;
+        let recipe = Recipe { run: head.run, init: head.init, stages };
+        self.check(&recipe)?;
+        Ok(recipe)
+    }
+
+    fn stage(&self, value: toml::Value) -> Result<Stage, Usage> {
+        let name = stage_name(&value);
+        let place = format!("{}, stage `{name}`", self.origin);
+        let toml::Value::Table(mut t) = value else {
+            return Err(usage("a stage is a table", &place, "write [[stages]]"));
+        };
+        let text = |t: &mut toml::Table, key: &str| match t.remove(key) {
+            Some(toml::Value::String(s)) => Ok(s),
+            _ => Err(usage(format!("the stage has no `{key}`"), &place, format!("add {key} = \"…\""))),
+        };
+        let name = text(&mut t, "name")?;
+        let kind = text(&mut t, "kind")?;
+        fn read<T: serde::de::DeserializeOwned>(t: toml::Table, place: &str) -> Result<T, Usage> {
+            t.try_into().map_err(|e: toml::de::Error| usage(first_lines(e.message()), place, "mend the key; `rlhf recipes show quickstart` shows a whole recipe"))
+        }
+        let kind = match kind.as_str() {
+            "sft" => StageKind::Sft(read(t, &place)?),
+            "reward" => StageKind::Reward(read(t, &place)?),
+            "dpo" => StageKind::Dpo(read(t, &place)?),
+            "grpo" => StageKind::Grpo(read(t, &place)?),
+            "ppo" => StageKind::Ppo(read(t, &place)?),
+            "eval" => StageKind::Eval(read(t, &place)?),
+            other => {
+                return Err(usage(
+                    format!("unknown kind `{other}`"),
+                    &place,
+                    "use one of sft, reward, dpo, grpo, ppo, eval",
+                ));
+            }
+        };
+        Ok(Stage { name, kind })
+    }
+
+    fn check(&self, recipe: &Recipe) -> Result<(), Usage> {
+        if recipe.run.checkpoint_every == 0 {
+            return Err(usage("run.checkpoint_every is 0", &self.origin, "give the steps between checkpoints, 1 or more"));
+        }
+        if recipe.init.from.is_some() == recipe.init.scratch.is_some() {
+            return Err(usage(
+                "[init] needs either `from` (a model folder) or `scratch` (a shape), not both",
+                &self.origin,
+                "keep one of them",
+            ));
+        }
+        if recipe.init.scratch.is_some() && recipe.init.tokenizer.is_none() {
+            return Err(usage("[init] from scratch needs a `tokenizer`", &self.origin, "name a folder with tokenizer.json"));
+        }
+        let mut known: BTreeSet<&str> = BTreeSet::from(["init"]);
+        for stage in &recipe.stages {
+            let place = format!("{}, stage `{}`", self.origin, stage.name);
+            let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+            if stage.name.is_empty() || !stage.name.chars().all(plain) {
+                return Err(usage("a stage's name is letters, digits, - and _", &place, "rename it"));
+            }
+            for (key, name) in stage.inputs() {
+                if !known.contains(name) {
+                    let names: Vec<_> = known.iter().copied().collect();
+                    return Err(usage(
+                        format!("`{key}` names `{name}`, which no earlier stage makes"),
+                        &place,
+                        format!("use one of {}", names.join(", ")),
+                    ));
+                }
+            }
+            self.check_numbers(stage, &place)?;
+            if !known.insert(&stage.name) {
+                return Err(usage("two stages have this name", &place, "rename one"));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_numbers(&self, stage: &Stage, place: &str) -> Result<(), Usage> {
+        let mut wrong: Option<String> = None;
+        let mut need = |ok: bool, what: &str| {
+            if !ok && wrong.is_none() {
+                wrong = Some(what.to_owned());
+            }
+        };
+        let mut optim = |o: &Optim| {
+            need(o.lr > 0.0 && o.lr.is_finite(), "optim.lr must be above 0");
+            need(o.max_grad_norm > 0.0, "optim.max_grad_norm must be above 0");
+            need(o.weight_decay >= 0.0, "optim.weight_decay must not be negative");
+        };
+        let rollouts = |r: &Rollouts, need: &mut dyn FnMut(bool, &str)| {
+            need(r.prompts_per_step > 0 && r.group_size > 0, "rollouts.prompts_per_step and group_size must be above 0");
+            need(!r.reward.is_empty(), "rollouts.reward must have at least one part");
+            need(
+                r.reward.iter().all(|p| p.model.is_some() != p.rule.is_some()),
+                "each part of rollouts.reward has either `model` or `rule`",
+            );
+            need(r.sampling.temperature > 0.0, "rollouts.sampling.temperature must be above 0: greedy draws give no gradient");
+            need(r.sampling.max_new_tokens > 0, "rollouts.sampling.max_new_tokens must be above 0");
+        };
+        match &stage.kind {
+            StageKind::Sft(s) => {
+                optim(&s.optim);
+                need(s.batch_size > 0 && s.steps > 0, "steps and batch_size must be above 0");
+            }
+            StageKind::Reward(s) => {
+                optim(&s.optim);
+                need(s.batch_size > 0 && s.steps > 0, "steps and batch_size must be above 0");
+            }
+            StageKind::Dpo(s) => {
+                optim(&s.optim);
+                need(s.batch_size > 0 && s.steps > 0, "steps and batch_size must be above 0");
+                need(s.beta > 0.0, "beta must be above 0");
+                need((0.0..0.5).contains(&s.label_smoothing), "label_smoothing must be in 0 to 0.5");
+            }
+            StageKind::Grpo(s) => {
+                optim(&s.optim);
+                rollouts(&s.rollouts, &mut need);
+                need(s.rollouts.group_size > 1, "group_size must be at least 2: one completion has no group to compare with");
+                need(s.steps > 0 && s.epochs > 0, "steps and epochs must be above 0");
+            }
+            StageKind::Ppo(s) => {
+                optim(&s.optim);
+                rollouts(&s.rollouts, &mut need);
+                need(s.steps > 0 && s.epochs > 0 && s.minibatches > 0, "steps, epochs and minibatches must be above 0");
+                need((0.0..=1.0).contains(&s.gamma) && (0.0..=1.0).contains(&s.gae_lambda), "gamma and gae_lambda lie in 0 to 1");
+            }
+            StageKind::Eval(s) => {
+                need(!s.models.is_empty(), "models must name at least one stage");
+                need(
+                    s.prompts.is_none() || s.sampling.is_some(),
+                    "an evaluation with prompts needs `sampling`",
+                );
+            }
+        }
+        wrong.map_or(Ok(()), |what| Err(usage(what, place, "mend the value")))
+    }
+}
+
+/// Resolves a path of a recipe: `shared:X` lies in the shared folder, others are as typed.
+#[must_use]
+pub fn resolve(path: &str, shared: &Path) -> PathBuf {
+    path.strip_prefix("shared:").map_or_else(|| PathBuf::from(path), |rest| shared.join(rest))
+}
+
+fn stage_name(v: &toml::Value) -> String {
+    v.get("name").and_then(toml::Value::as_str).unwrap_or("?").to_owned()
+}
+
+/// A `--set` value: TOML when it parses as such, else text.
+fn scalar(text: &str) -> toml::Value {
+    toml::from_str::<toml::Table>(&format!("v = {text}"))
+        .ok()
+        .and_then(|mut t| t.remove("v"))
+        .unwrap_or_else(|| toml::Value::String(text.into()))
+}
+
+fn first_lines(text: &str) -> String {
+    text.trim().replace('\n', " ")
+}

@@ -1,0 +1,203 @@
+//! What runs: the stages of a plan, one after the other, each in a folder of its own.
+//!
+//! Invariant: a stage reads files (data, an earlier stage's `model/`) and writes its folder; nothing
+//! is handed over in memory. So a finished stage is skipped on resume and any stage's result can be
+//! used by itself.
+
+mod eval;
+pub(crate) mod measure;
+mod policy;
+mod preference;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::Context as _;
+use rlhf_data::tokenize::ChatTokenizer;
+use rlhf_model::{LoadOptions, ScalarModel, Transformer, copy_tokenizer};
+use rlhf_reward::source::{ModelSource, RewardMix};
+use rlhf_train::{Flow, Session, SessionConfig, Stepper, StepperConfig, StopFlag};
+use tch::{Device, Kind, Tensor};
+
+use crate::exit::Interrupted;
+use crate::files::write_json;
+use crate::inputs::Inputs;
+use crate::plan::Plan;
+use crate::recipe::{Optim, Recipe, RewardPart, Stage, StageKind};
+use crate::results::StageSummary;
+use crate::usage::usage;
+
+/// Everything that stages share.
+pub(crate) struct Context<'a> {
+    pub recipe: &'a Recipe,
+    pub plan: &'a Plan,
+    pub inputs: &'a Inputs,
+    pub dir: &'a Path,
+    pub device: Device,
+    pub stop: StopFlag,
+    pub quiet: bool,
+}
+
+/// How a stage ended.
+pub(crate) struct Ended {
+    pub steps: u64,
+    pub tokens: u64,
+    pub last: BTreeMap<String, f64>,
+}
+
+impl Context<'_> {
+    /// Runs every stage that is not finished yet.
+    pub(crate) fn run_all(&self) -> anyhow::Result<Vec<StageSummary>> {
+        let n = self.recipe.stages.len();
+        let mut all = Vec::new();
+        for (i, stage) in self.recipe.stages.iter().enumerate() {
+            let path = self.dir.join(&stage.name).join("done.json");
+            if let Ok(text) = std::fs::read_to_string(&path) {
+                let done: StageSummary = serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display()))?;
+                self.say(&format!("[{}/{n}] {} ({}): already done", i + 1, stage.name, stage.kind.name()));
+                all.push(done);
+                continue;
+            }
+            self.say(&format!("[{}/{n}] {} ({})", i + 1, stage.name, stage.kind.name()));
+            let began = Instant::now();
+            let ended = self.run(stage).with_context(|| format!("stage `{}`", stage.name))?;
+            let done = StageSummary {
+                name: stage.name.clone(),
+                kind: stage.kind.name().into(),
+                steps: ended.steps,
+                seconds: began.elapsed().as_secs_f64(),
+                tokens: ended.tokens,
+                last: ended.last,
+            };
+            self.say(&format!("      done in {:.1} s{}", done.seconds, headline(&done)));
+            write_json(&path, &done)?;
+            all.push(done);
+        }
+        Ok(all)
+    }
+
+    fn run(&self, stage: &Stage) -> anyhow::Result<Ended> {
+        let dir = self.dir.join(&stage.name);
+        std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        match &stage.kind {
+            StageKind::Sft(s) => preference::sft(self, &stage.name, s),
+            StageKind::Reward(s) => preference::reward(self, &stage.name, s),
+            StageKind::Dpo(s) => preference::dpo(self, &stage.name, s),
+            StageKind::Grpo(s) => policy::grpo(self, &stage.name, s),
+            StageKind::Ppo(s) => policy::ppo(self, &stage.name, s),
+            StageKind::Eval(s) => eval::run(self, &stage.name, s),
+        }
+    }
+
+    /// A line for a person to read, on stderr.
+    #[allow(clippy::print_stderr, reason = "progress goes to stderr")]
+    pub(crate) fn say(&self, line: &str) {
+        if !self.quiet {
+            eprintln!("{line}");
+        }
+    }
+
+    /// The folder of the model that a stage name stands for.
+    pub(crate) fn model_dir(&self, name: &str) -> PathBuf {
+        match (name, &self.plan.init_from) {
+            ("init", Some(from)) => from.clone(),
+            _ => self.dir.join(name).join("model"),
+        }
+    }
+
+    fn load_options(&self) -> LoadOptions {
+        LoadOptions { device: self.device, kind: Kind::Float }
+    }
+
+    /// Loads the policy that a stage name stands for.
+    pub(crate) fn policy(&self, name: &str) -> anyhow::Result<Transformer> {
+        let dir = self.model_dir(name);
+        Transformer::load(&dir, &self.load_options()).with_context(|| format!("loading {}", dir.display()))
+    }
+
+    /// Loads a reward model, or puts a new scalar head on a policy.
+    pub(crate) fn scalar(&self, name: &str) -> anyhow::Result<ScalarModel> {
+        let is_reward = self.recipe.stages.iter().any(|s| s.name == name && matches!(s.kind, StageKind::Reward(_)));
+        let dir = self.model_dir(name);
+        if is_reward {
+            return ScalarModel::load(&dir, &self.load_options()).with_context(|| format!("loading {}", dir.display()));
+        }
+        Ok(ScalarModel::from_trunk(self.policy(name)?, self.recipe.run.seed)?)
+    }
+
+    /// The mix of rewards that a recipe's parts describe.
+    pub(crate) fn rewards(&self, parts: &[RewardPart], missing_eos_penalty: f64, micro_tokens: usize) -> anyhow::Result<RewardMix> {
+        let mut mix = RewardMix { missing_eos_penalty, ..RewardMix::default() };
+        for part in parts {
+            match (&part.model, &part.rule) {
+                (Some(name), _) => mix.push(part.weight, Box::new(self.reward_source(name, micro_tokens)?)),
+                (None, Some(rule)) => mix.push(part.weight, Box::new(rule.clone())),
+                (None, None) => return Err(usage("a reward part without model or rule", "the recipe", "give one").into()),
+            }
+        }
+        Ok(mix)
+    }
+
+    pub(crate) fn reward_source(&self, name: &str, micro_tokens: usize) -> anyhow::Result<ModelSource> {
+        Ok(ModelSource::new(name, self.scalar(name)?, micro_tokens))
+    }
+
+    pub(crate) fn stepper(&self, parameters: Vec<(String, Tensor)>, optim: &Optim, steps: u64) -> Stepper {
+        let config = StepperConfig {
+            lr: optim.lr,
+            schedule: optim.schedule,
+            warmup_steps: optim.warmup_steps,
+            total_steps: steps,
+            max_grad_norm: Some(optim.max_grad_norm),
+            max_bad_steps: 5,
+        };
+        Stepper::new(parameters, optim.adamw(), config)
+    }
+
+    pub(crate) fn session(&self, name: &str, steps: u64) -> anyhow::Result<Session> {
+        let config = SessionConfig {
+            dir: self.dir.join(name),
+            stage: name.to_owned(),
+            total_steps: steps,
+            checkpoint_every: self.recipe.run.checkpoint_every,
+            keep: 2,
+            stop: self.stop.clone(),
+        };
+        Ok(Session::open(config)?)
+    }
+
+    /// Turns a trainer's end into an error when a signal stopped it.
+    pub(crate) fn finish(&self, flow: Flow, session: Session) -> anyhow::Result<Ended> {
+        if let Flow::Stop(signal) = flow {
+            return Err(Interrupted {
+                code: signal.exit_code(),
+                go_on: format!("rlhf run {} --out {} --resume", self.plan.recipe_arg, self.dir.display()),
+            }
+            .into());
+        }
+        let summary = session.finish()?;
+        Ok(Ended { steps: summary.steps, tokens: summary.tokens, last: summary.last })
+    }
+
+    /// Saves a policy with its tokenizer as the stage's `model/`.
+    pub(crate) fn save_policy(&self, name: &str, model: &Transformer) -> anyhow::Result<()> {
+        let dir = self.model_dir(name);
+        model.save(&dir)?;
+        copy_tokenizer(&self.plan.tokenizer_dir, &dir)?;
+        Ok(())
+    }
+
+    pub(crate) fn tokenizer(&self) -> &ChatTokenizer {
+        self.inputs.tokenizer()
+    }
+}
+
+fn headline(done: &StageSummary) -> String {
+    let keys = ["accuracy", "test_accuracy", "reward", "kl", "loss"];
+    let shown: Vec<String> = keys
+        .iter()
+        .filter_map(|k| done.last.get(*k).map(|v| format!("{k} {v:.3}")))
+        .collect();
+    if shown.is_empty() { String::new() } else { format!(" ({})", shown.join(", ")) }
+}

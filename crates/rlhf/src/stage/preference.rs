@@ -1,0 +1,75 @@
+//! The stages that learn from fixed data: SFT, reward model, DPO.
+
+use rlhf_dpo::loss::PreferenceLoss;
+use rlhf_dpo::train::{self as dpo_train, DpoConfig};
+use rlhf_model::CausalLm as _;
+use rlhf_policy::sft::{self as sft_train, SftConfig};
+use rlhf_reward::train::{self as reward_train, RewardConfig};
+
+use super::{Context, Ended};
+use crate::recipe::{Dpo, Reward, Sft};
+
+pub(super) fn sft(ctx: &Context<'_>, name: &str, s: &Sft) -> anyhow::Result<Ended> {
+    let model = ctx.policy(&s.model)?;
+    let data = ctx.inputs.sft(&s.data)?;
+    let cfg = SftConfig { seed: ctx.recipe.run.seed, steps: s.steps, batch_size: s.batch_size, micro_tokens: s.micro_tokens };
+    let mut stepper = ctx.stepper(model.parameters(), &s.optim, s.steps);
+    let mut session = ctx.session(name, s.steps)?;
+    let flow = sft_train::train(&model, &data.rows, &cfg, &mut stepper, &mut session)?;
+    let ended = ctx.finish(flow, session)?;
+    ctx.save_policy(name, &model)?;
+    Ok(ended)
+}
+
+pub(super) fn reward(ctx: &Context<'_>, name: &str, s: &Reward) -> anyhow::Result<Ended> {
+    let mut model = ctx.scalar(&s.model)?;
+    let data = ctx.inputs.preference(&s.data)?;
+    let test = ctx.inputs.preference(&s.test)?;
+    let cfg = RewardConfig {
+        seed: ctx.recipe.run.seed,
+        steps: s.steps,
+        batch_size: s.batch_size,
+        micro_tokens: s.micro_tokens,
+        centering: s.centering,
+    };
+    let mut stepper = ctx.stepper(model.parameters(), &s.optim, s.steps);
+    let mut session = ctx.session(name, s.steps)?;
+    let flow = reward_train::train(&model, &data.rows, &cfg, &mut stepper, &mut session)?;
+    let mut ended = ctx.finish(flow, session)?;
+    let reference = &data.rows[..data.rows.len().min(512)];
+    reward_train::normalize_on(&mut model, reference, s.micro_tokens)?;
+    let pairs = reward_train::pair_scores(&model, &test.rows, s.micro_tokens)?;
+    let right: f64 = pairs.iter().map(|(c, r)| if c > r { 1.0 } else if c == r { 0.5 } else { 0.0 }).sum();
+    ended.last.insert("test_accuracy".into(), right / pairs.len().max(1) as f64);
+    model.save(&ctx.model_dir(name))?;
+    rlhf_model::copy_tokenizer(&ctx.plan.tokenizer_dir, &ctx.model_dir(name))?;
+    Ok(ended)
+}
+
+pub(super) fn dpo(ctx: &Context<'_>, name: &str, s: &Dpo) -> anyhow::Result<Ended> {
+    let model = ctx.policy(&s.model)?;
+    let data = ctx.inputs.preference(&s.data)?;
+    let cfg = DpoConfig {
+        loss: PreferenceLoss::Sigmoid { beta: s.beta, label_smoothing: s.label_smoothing },
+        seed: ctx.recipe.run.seed,
+        steps: s.steps,
+        batch_size: s.batch_size,
+        micro_tokens: s.micro_tokens,
+    };
+    // Before the first step the model is the reference; on resume the checkpoint is loaded later.
+    let reference = dpo_train::pair_sums(&model, &data.rows, s.micro_tokens)?;
+    let test = s.test.as_ref().map(|t| ctx.inputs.preference(t)).transpose()?;
+    let test_reference = test.as_ref().map(|t| dpo_train::pair_sums(&model, &t.rows, s.micro_tokens)).transpose()?;
+    let mut stepper = ctx.stepper(model.parameters(), &s.optim, s.steps);
+    let mut session = ctx.session(name, s.steps)?;
+    let flow = dpo_train::train(&model, &data.rows, &reference, &cfg, &mut stepper, &mut session)?;
+    let mut ended = ctx.finish(flow, session)?;
+    if let (Some(test), Some(before)) = (test, test_reference) {
+        let after = dpo_train::pair_sums(&model, &test.rows, s.micro_tokens)?;
+        let e = dpo_train::evaluate(&after, &before, s.beta);
+        ended.last.insert("test_accuracy".into(), e.accuracy);
+        ended.last.insert("test_margin".into(), e.margin);
+    }
+    ctx.save_policy(name, &model)?;
+    Ok(ended)
+}
