@@ -1,7 +1,7 @@
 //! Direct alignment: DPO and kin.
 //!
 //! The losses ([`loss`]) need only tensors: use them with a model of your own by turning the default
-//! feature `train` off. The trainer is [`train`](mod@train).
+//! feature `train` off. The trainer is the module `train`.
 //!
 //! ```
 //! use rlhf_dpo::loss::{PairLogprobs, PreferenceLoss};

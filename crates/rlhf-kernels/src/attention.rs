@@ -126,7 +126,8 @@ fn by_completion(q: &Tensor, k: &Tensor, v: &Tensor, layout: &AttentionLayout, s
             let length = own.end - own.start;
             let mask = (seen > 0)
                 .then(|| Tensor::ones([length, seen + length], (Kind::Bool, q.device())).tril(seen));
-            let out = rows(q, own).f_scaled_dot_product_attention(
+            let out = Tensor::f_scaled_dot_product_attention(
+                &rows(q, own),
                 &keys(k),
                 &keys(v),
                 mask.as_ref(),

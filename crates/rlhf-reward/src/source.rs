@@ -138,7 +138,7 @@ pub fn model_scores(model: &ScalarModel, groups: &[&PromptGroup], micro_tokens: 
 pub struct RewardMix {
     parts: Vec<(f64, Box<dyn RewardSource>)>,
     /// Added to the score of a completion that has no end of its own.
-    pub missing_eos_penalty: f64,
+    missing_eos_penalty: f64,
 }
 
 impl std::fmt::Debug for RewardMix {
@@ -158,6 +158,12 @@ pub struct Scores {
 }
 
 impl RewardMix {
+    /// An empty mix.
+    #[must_use]
+    pub fn new(missing_eos_penalty: f64) -> Self {
+        Self { parts: Vec::new(), missing_eos_penalty }
+    }
+
     /// Adds a source with its weight.
     pub fn push(&mut self, weight: f64, source: Box<dyn RewardSource>) {
         self.parts.push((weight, source));
@@ -207,7 +213,7 @@ mod tests {
     #[test]
     fn a_mix_adds_weighted_parts_and_the_penalty() {
         let rule = Rule::Words { positive: vec!["fun".into()], negative: vec![] };
-        let mut mix = RewardMix { missing_eos_penalty: -3.0, ..RewardMix::default() };
+        let mut mix = RewardMix::new(-3.0);
         mix.push(2.0, Box::new(rule.clone()));
         mix.push(0.5, Box::new(rule));
         let completion = |finish| rlhf_data::group::Completion::whole(vec![1], finish);

@@ -1,27 +1,19 @@
-//! RLHF post-training for language models: recipes, stages, reports and the command line.
+//! The command line of RLHF post-training: what needs no libtorch.
 //!
-//! Two layers of configuration: [`recipe`] is what the user typed, `plan` what it means. `stage` runs
-//! the plan, [`report`] shows what came of it.
+//! The commands that compute are in `rlhf-engine`; [`front`] hands over to it. What both sides share
+//! is here: arguments, recipes' texts, the formats of results, the [`report`], messages and exit codes.
 
 pub mod args;
 mod data;
-pub mod engine;
-mod exit;
-#[allow(unsafe_code, reason = "the binary's calls into the C library")]
-mod ffi;
-mod files;
+pub mod exit;
+pub mod files;
 pub mod front;
-mod inputs;
 pub mod interval;
-mod logprobs;
-mod plan;
-pub mod recipe;
 pub mod report;
 pub mod results;
-mod run;
+pub mod shipped;
 mod show;
-mod stage;
 pub mod terminal;
 mod usage;
 
-pub use usage::Usage;
+pub use usage::{Usage, usage};

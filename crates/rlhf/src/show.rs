@@ -4,19 +4,37 @@
 use std::process::ExitCode;
 
 use crate::args::{RecipesAction, RecipesArgs, ReportArgs};
-use crate::recipe::{SHIPPED, Source};
-use crate::usage::usage;
+use crate::shipped::{self, SHIPPED};
+use crate::usage;
+
+/// As much of a recipe as a list shows; `rlhf-engine` reads it whole.
+#[derive(serde::Deserialize)]
+struct Outline {
+    run: OutlineRun,
+    stages: Vec<OutlineStage>,
+}
+
+#[derive(serde::Deserialize)]
+struct OutlineRun {
+    title: String,
+}
+
+#[derive(serde::Deserialize)]
+struct OutlineStage {
+    name: String,
+}
 
 /// `rlhf recipes`
 pub(crate) fn recipes(args: &RecipesArgs) -> anyhow::Result<ExitCode> {
     if let Some(RecipesAction::Show { name }) = &args.action {
-        print!("{}", Source::find(name)?.text);
+        let unknown = || usage(format!("no recipe named `{name}`"), "the command line", format!("use one of {}", shipped::names()));
+        print!("{}", shipped::find(name).ok_or_else(unknown)?.text);
         return Ok(ExitCode::SUCCESS);
     }
     let mut rows = Vec::new();
     for shipped in SHIPPED {
-        let recipe = Source::find(shipped.name)?.parse(false, &[])?;
-        let stages: Vec<String> = recipe.stages.iter().map(|s| s.name.clone()).collect();
+        let recipe: Outline = toml::from_str(shipped.text)?;
+        let stages: Vec<String> = recipe.stages.into_iter().map(|s| s.name).collect();
         rows.push((shipped.name, recipe.run.title, stages));
     }
     if args.json {

@@ -16,6 +16,7 @@ pub struct Usage {
 }
 
 /// Makes a [`Usage`] error.
+#[must_use]
 pub fn usage(cause: impl Into<String>, place: impl Into<String>, mend: impl Into<String>) -> Usage {
     Usage { cause: cause.into(), place: place.into(), mend: mend.into() }
 }

@@ -15,10 +15,11 @@ use rlhf_model::{
 };
 use tch::{Device, Kind};
 
-use crate::args::{ChatArgs, Cli, Command, DeviceArg, GenerateArgs, ImportGgufArgs, LogprobsArgs, SamplingArgs, WeightsArg};
+use rlhf::args::{ChatArgs, Cli, Command, DeviceArg, GenerateArgs, ImportGgufArgs, LogprobsArgs, SamplingArgs, WeightsArg};
 use crate::inputs::plain_text;
-use crate::usage::usage;
-use crate::{exit, ffi, logprobs, run};
+use rlhf::usage;
+use crate::{ffi, logprobs, run};
+use rlhf::exit;
 
 /// `main` of `rlhf-engine`.
 pub fn main() -> ExitCode {
@@ -141,9 +142,9 @@ fn generate_command(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
                 writeln!(out, "{line}")?;
             } else {
                 if prompts.len() > 1 || args.n > 1 {
-                    writeln!(out, "── {} · {}", crate::terminal::escape(&plain_text(prompt)), i + 1)?;
+                    writeln!(out, "── {} · {}", rlhf::terminal::escape(&plain_text(prompt)), i + 1)?;
                 }
-                writeln!(out, "{}", crate::terminal::escape(text.trim()))?;
+                writeln!(out, "{}", rlhf::terminal::escape(text.trim()))?;
             }
         }
     }
@@ -211,7 +212,7 @@ fn speak(model: &Transformer, tokenizer: &ChatTokenizer, cfg: &SamplingConfig, p
         match tokenizer.decode(&ids, true) {
             // A token may end inside a character; it is shown when it is whole.
             Ok(text) if text.len() > shown && !text.ends_with('\u{fffd}') => {
-                print!("{}", crate::terminal::escape(&text[shown..]));
+                print!("{}", rlhf::terminal::escape(&text[shown..]));
                 shown = text.len();
                 if let Err(e) = std::io::stdout().flush() {
                     failed = Some(anyhow::Error::from(e));

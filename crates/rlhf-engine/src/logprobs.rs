@@ -12,7 +12,7 @@ use rlhf_data::tokenize::{ChatTokenizer, Limits};
 use rlhf_model::Transformer;
 
 use crate::stage::measure::logprobs_of;
-use crate::usage::usage;
+use rlhf::usage;
 
 /// Rows tokenised and written at once.
 const CHUNK: usize = 512;

@@ -20,13 +20,13 @@ use rlhf_reward::source::{ModelSource, RewardMix};
 use rlhf_train::{Flow, Session, SessionConfig, Stepper, StepperConfig, StopFlag};
 use tch::{Device, Kind, Tensor};
 
-use crate::exit::Interrupted;
-use crate::files::write_json;
+use rlhf::exit::Interrupted;
+use rlhf::files::write_json;
 use crate::inputs::Inputs;
 use crate::plan::Plan;
 use crate::recipe::{Optim, Recipe, RewardPart, Stage, StageKind};
-use crate::results::StageSummary;
-use crate::usage::usage;
+use rlhf::results::StageSummary;
+use rlhf::usage;
 
 /// Everything that stages share.
 pub(crate) struct Context<'a> {
@@ -128,7 +128,7 @@ impl Context<'_> {
 
     /// The mix of rewards that a recipe's parts describe.
     pub(crate) fn rewards(&self, parts: &[RewardPart], missing_eos_penalty: f64, micro_tokens: usize) -> anyhow::Result<RewardMix> {
-        let mut mix = RewardMix { missing_eos_penalty, ..RewardMix::default() };
+        let mut mix = RewardMix::new(missing_eos_penalty);
         for part in parts {
             match (&part.model, &part.rule) {
                 (Some(name), _) => mix.push(part.weight, Box::new(self.reward_source(name, micro_tokens)?)),

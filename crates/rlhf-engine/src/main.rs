@@ -1,5 +1,5 @@
 //! The part of `rlhf` that is linked to libtorch; `rlhf` starts it.
 
 fn main() -> std::process::ExitCode {
-    rlhf::engine::main()
+    rlhf_engine::engine::main()
 }

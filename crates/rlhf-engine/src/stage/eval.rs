@@ -11,11 +11,11 @@ use rlhf_reward::train::pair_scores;
 use super::measure::{Judges, Written, write};
 use super::policy::rollout_config;
 use super::{Context, Ended};
-use crate::files::write_json;
-use crate::interval::{Interval, bootstrap, mean, share};
+use rlhf::files::write_json;
+use rlhf::interval::{Interval, bootstrap, mean, share};
 use crate::recipe::{Eval, StageKind};
-use crate::results::{Answer, Check, Evaluation, ModelRow, Sample, Token};
-use crate::terminal;
+use rlhf::results::{Answer, Check, Evaluation, ModelRow, Sample, Token};
+use rlhf::terminal;
 
 /// Resamples for the intervals of distinct-n.
 const ROUNDS: u32 = 200;
@@ -83,7 +83,9 @@ fn prefers(a: f64, b: f64) -> f64 {
 }
 
 fn measure(w: &Written, baseline: Option<&Written>, seed: u64, into: &mut BTreeMap<String, Interval>) {
-    let mut put = |key: &str, i: Interval| drop(into.insert(key.into(), i));
+    let mut put = |key: &str, i: Interval| {
+        into.insert(key.into(), i);
+    };
     put("kl", mean(&w.kl()));
     put("length", mean(&w.lengths()));
     let stopped = w.stopped();

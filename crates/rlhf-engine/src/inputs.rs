@@ -18,7 +18,7 @@ use rlhf_policy::rollout::Prompt;
 use serde::Serialize;
 
 use crate::recipe::{self, Data};
-use crate::usage::usage;
+use rlhf::usage;
 
 /// A tokenised file.
 #[derive(Debug)]

@@ -11,14 +11,15 @@ use rlhf_model::{Transformer, copy_tokenizer};
 use rlhf_train::{StopFlag, hash_file, peak_memory};
 use tch::{Device, Kind};
 
-use crate::args::{DeviceArg, RunArgs};
-use crate::files::{write, write_json};
+use rlhf::args::{DeviceArg, RunArgs};
+use rlhf::files::{write, write_json};
 use crate::plan::{self, Plan};
 use crate::recipe::{self, Source};
-use crate::results::{RunSummary, StageSummary};
+use rlhf::results::{RunSummary, StageSummary};
 use crate::stage::Context;
-use crate::usage::{Usage, usage};
-use crate::{engine, report, terminal};
+use rlhf::{Usage, usage};
+use crate::engine;
+use rlhf::{report, terminal};
 
 pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let shared = PathBuf::from(std::env::var_os("RLHF_SHARED").unwrap_or_else(|| "../shared".into()));

@@ -9,8 +9,8 @@ use serde::Serialize;
 
 use crate::inputs::{Facts, Inputs};
 use crate::recipe::{self, Init, Recipe, Scratch, StageKind};
-use crate::terminal;
-use crate::usage::usage;
+use rlhf::terminal;
+use rlhf::usage;
 
 /// A resolved recipe.
 #[derive(Debug, Serialize)]

@@ -15,23 +15,7 @@ use rlhf_reward::source::Rule;
 use rlhf_train::lr_schedule::LrSchedule;
 use serde::{Deserialize, Serialize};
 
-use crate::usage::{Usage, usage};
-
-/// A recipe shipped in the binary.
-#[derive(Clone, Copy, Debug)]
-pub struct Shipped {
-    /// Its name on the command line.
-    pub name: &'static str,
-    /// Its TOML text.
-    pub text: &'static str,
-}
-
-/// The shipped recipes.
-pub const SHIPPED: &[Shipped] = &[
-    Shipped { name: "quickstart", text: include_str!("../recipes/quickstart.toml") },
-    Shipped { name: "stories", text: include_str!("../recipes/stories.toml") },
-    Shipped { name: "smollm2-persona", text: include_str!("../recipes/smollm2-persona.toml") },
-];
+use rlhf::{Usage, shipped, usage};
 
 /// A whole recipe.
 #[derive(Clone, Debug, Serialize)]
@@ -449,7 +433,7 @@ impl Source {
     /// # Errors
     /// A usage error that lists the shipped recipes.
     pub fn find(name: &str) -> Result<Self, Usage> {
-        if let Some(s) = SHIPPED.iter().find(|s| s.name == name) {
+        if let Some(s) = shipped::find(name) {
             return Ok(Self { name: name.into(), text: s.text.into(), origin: format!("recipe {name}") });
         }
         let path = Path::new(name);
@@ -460,11 +444,10 @@ impl Source {
             let stem = path.file_stem().map_or_else(|| "recipe".into(), |s| s.to_string_lossy().into_owned());
             return Ok(Self { name: stem, text, origin: name.into() });
         }
-        let names: Vec<_> = SHIPPED.iter().map(|s| s.name).collect();
         Err(usage(
             format!("no recipe named `{name}`"),
             "the command line",
-            format!("use one of {}, or the path of a .toml file", names.join(", ")),
+            format!("use one of {}, or the path of a .toml file", shipped::names()),
         ))
     }
 

@@ -1,0 +1,14 @@
+//! What computes behind the `rlhf` command.
+//!
+//! Two layers of configuration: [`recipe`] is what the user typed, `plan` what it means. `stage` runs
+//! the plan.
+
+pub mod engine;
+#[allow(unsafe_code, reason = "the binary's calls into the C library")]
+mod ffi;
+mod inputs;
+mod logprobs;
+mod plan;
+pub mod recipe;
+mod run;
+mod stage;

@@ -1,0 +1,109 @@
+//! Every gradient against central differences in f64.
+
+use rlhf_kernels::{LogprobOptions, entropy, linear_logprobs, recompute, shared_prefix_attention, token_logprobs};
+use tch::{Kind, Tensor};
+
+use crate::{largest_difference, layout, wave};
+
+const STEP: f64 = 1e-5;
+
+/// Checks d f / d inputs, element by element. `f` gives any tensor; a fixed pattern weighs it.
+fn check(name: &str, inputs: &[Tensor], f: &dyn Fn(&[Tensor]) -> Tensor) {
+    let scalar = |x: &[Tensor]| {
+        let y = f(x);
+        let weights = wave(&y.size(), 7.3, Kind::Double);
+        (y * weights).sum(Kind::Double)
+    };
+    let leaves: Vec<Tensor> = inputs.iter().map(|t| t.copy().set_requires_grad(true)).collect();
+    let analytic = Tensor::run_backward(&[scalar(&leaves)], &leaves, false, false);
+    let _guard = tch::no_grad_guard();
+    for (i, input) in inputs.iter().enumerate() {
+        let mut numeric = Vec::new();
+        for j in 0..input.numel() as i64 {
+            let shifted = |by: f64| {
+                let mut all: Vec<Tensor> = inputs.iter().map(Tensor::copy).collect();
+                let _ = all[i].view(-1).get(j).fill_(input.view(-1).double_value(&[j]) + by);
+                let y = scalar(&all).double_value(&[]);
+                all.clear();
+                y
+            };
+            numeric.push((shifted(STEP) - shifted(-STEP)) / (2.0 * STEP));
+        }
+        let numeric = Tensor::from_slice(&numeric).view_as(input);
+        let scale = numeric.abs().max().double_value(&[]).max(1.0);
+        let error = largest_difference(&analytic[i], &numeric) / scale;
+        assert!(error < 1e-6, "{name}: input {i} differs by {error:.2e}");
+    }
+}
+
+#[test]
+fn linear_logprobs_all_settings() {
+    let (m, h, v) = (5, 4, 7);
+    let inputs = [wave(&[m, h], 1.0, Kind::Double), wave(&[v, h], 2.0, Kind::Double) * 2.0];
+    let ids = Tensor::from_slice(&[0i64, 6, 3, 3, 1]);
+    for (temperature, softcap) in [(1.0, None), (0.7, None), (1.0, Some(1.5)), (1.3, Some(0.8))] {
+        for chunk in [1, 3, m] {
+            for entropy in [false, true] {
+                let options = LogprobOptions { temperature, softcap, entropy, chunk_rows: Some(chunk) };
+                let name = format!("{options:?}");
+                check(&name, &inputs, &|x| {
+                    let out = linear_logprobs(&x[0], &x[1], &ids, &options).unwrap();
+                    out.entropy.map_or(out.logprobs.shallow_clone(), |h| Tensor::cat(&[out.logprobs, h], 0))
+                });
+            }
+        }
+    }
+}
+
+/// Where only the entropy is used, and where one side is frozen.
+#[test]
+fn linear_logprobs_in_part() {
+    let hidden = wave(&[4, 3], 1.0, Kind::Double);
+    let weight = wave(&[6, 3], 2.0, Kind::Double);
+    let ids = Tensor::from_slice(&[0i64, 5, 3, 3]);
+    let with = |entropy| LogprobOptions { entropy, chunk_rows: Some(3), softcap: Some(2.0), ..Default::default() };
+    check("entropy alone", &[hidden.copy(), weight.copy()], &|x| {
+        linear_logprobs(&x[0], &x[1], &ids, &with(true)).unwrap().entropy.unwrap()
+    });
+    for entropy in [false, true] {
+        check("frozen weight", &[hidden.copy()], &|x| {
+            linear_logprobs(&x[0], &weight, &ids, &with(entropy)).unwrap().logprobs
+        });
+        check("frozen hidden", &[weight.copy()], &|x| {
+            linear_logprobs(&hidden, &x[0], &ids, &with(entropy)).unwrap().logprobs
+        });
+    }
+}
+
+#[test]
+fn from_logits() {
+    let logits = wave(&[4, 6], 3.0, Kind::Double) * 3.0;
+    let ids = Tensor::from_slice(&[0i64, 5, 2, 2]);
+    check("token_logprobs", &[logits.copy()], &|x| token_logprobs(&x[0], &ids).unwrap());
+    check("entropy", &[logits], &|x| entropy(&x[0]).unwrap());
+}
+
+#[test]
+fn attention_ragged_groups_and_shared_heads() {
+    let layout = layout(&[(3, &[2, 1, 3]), (0, &[2]), (2, &[]), (1, &[0, 2])]);
+    let n = layout.num_rows();
+    for (hq, hkv, d) in [(2, 2, 3), (4, 2, 2), (3, 1, 5)] {
+        let size = |h: i64| [n, h, d];
+        let inputs = [
+            wave(&size(hq), 1.0, Kind::Double),
+            wave(&size(hkv), 2.0, Kind::Double),
+            wave(&size(hkv), 3.0, Kind::Double),
+        ];
+        check(&format!("{hq} over {hkv} heads of {d}"), &inputs, &|x| {
+            shared_prefix_attention(&x[0], &x[1], &x[2], &layout, 0.9).unwrap()
+        });
+    }
+}
+
+#[test]
+fn recompute_of_a_block() {
+    let inputs = [wave(&[3, 4], 1.0, Kind::Double), wave(&[4, 2], 2.0, Kind::Double)];
+    check("recompute", &inputs, &|x| {
+        recompute(&[&x[0], &x[1]], |x| x[0].tanh().matmul(&x[1]).sin()).unwrap()
+    });
+}

@@ -1,0 +1,99 @@
+//! Properties over random shapes.
+
+use proptest::prelude::*;
+use rlhf_kernels::{LogprobOptions, Offsets, Ragged, discounted_returns, gae, linear_logprobs, reference};
+use tch::{Device, Kind, Tensor};
+
+use crate::{largest_difference, wave};
+
+/// Up to six sequences of up to nine values, empty ones among them.
+fn ragged() -> impl Strategy<Value = Vec<Vec<f64>>> {
+    prop::collection::vec(prop::collection::vec(-3.0..3.0f64, 0..9), 0..6)
+}
+
+fn build(rows: &[Vec<f64>]) -> Ragged {
+    let lengths: Vec<i64> = rows.iter().map(|r| r.len() as i64).collect();
+    Ragged::new(Tensor::from_slice(&rows.concat()), Offsets::from_lengths(&lengths).unwrap()).unwrap()
+}
+
+fn host(t: &Tensor) -> Vec<f64> {
+    Vec::try_from(t).unwrap()
+}
+
+fn close(a: &[f64], b: &[f64]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-12 * b.abs().max(1.0))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn sums_means_and_spreading(rows in ragged()) {
+        let x = build(&rows);
+        let sums: Vec<f64> = rows.iter().map(|r| r.iter().sum()).collect();
+        let means: Vec<f64> = rows.iter().zip(&sums).map(|(r, s)| if r.is_empty() { 0.0 } else { s / r.len() as f64 }).collect();
+        prop_assert!(close(&host(&x.sum()), &sums));
+        prop_assert!(close(&host(&x.mean()), &means));
+        let spread: Vec<f64> = rows.iter().zip(&sums).flat_map(|(r, s)| vec![*s; r.len()]).collect();
+        prop_assert!(close(&host(&x.broadcast(&Tensor::from_slice(&sums))), &spread));
+    }
+
+    #[test]
+    fn padding_and_back(rows in ragged()) {
+        let x = build(&rows);
+        let padded = x.to_padded(f64::NAN);
+        let back = Ragged::from_padded(&padded, &padded.isnan().logical_not()).unwrap();
+        prop_assert_eq!(back.offsets(), x.offsets());
+        prop_assert_eq!(host(back.values()), host(x.values()));
+    }
+
+    #[test]
+    fn sum_is_differentiable(rows in ragged()) {
+        let x = build(&rows);
+        let leaf = x.values().set_requires_grad(true);
+        let weights: Vec<f64> = (0..rows.len()).map(|s| s as f64 + 1.0).collect();
+        let weights = Tensor::from_slice(&weights);
+        (x.with_values(leaf.shallow_clone()).unwrap().sum() * &weights).sum(Kind::Double).backward();
+        prop_assert_eq!(host(&leaf.grad()), host(&x.broadcast(&weights)));
+    }
+
+    /// A_t = Σ_k (γλ)^k δ_{t+k} by the double sum, and G_t = Σ_k γ^k r_{t+k}.
+    #[test]
+    fn scans_are_the_double_sums(rows in ragged(), gamma in 0.0..1.0f64, lambda in 0.0..1.0f64) {
+        let rewards = build(&rows);
+        let values = rewards.with_values(rewards.values().sin()).unwrap();
+        let (mut advantages, mut totals) = (Vec::new(), Vec::new());
+        for r in &rows {
+            let v: Vec<f64> = r.iter().map(|x| x.sin()).collect();
+            for t in 0..r.len() {
+                let delta = |k: usize| r[k] + gamma * v.get(k + 1).unwrap_or(&0.0) - v[k];
+                advantages.push((t..r.len()).map(|k| (gamma * lambda).powi((k - t) as i32) * delta(k)).sum::<f64>());
+                totals.push((t..r.len()).map(|k| gamma.powi((k - t) as i32) * r[k]).sum::<f64>());
+            }
+        }
+        let (a, returns) = gae(&rewards, &values, gamma, lambda).unwrap();
+        prop_assert!(close(&host(a.values()), &advantages));
+        let expected: Vec<f64> = advantages.iter().zip(host(values.values())).map(|(a, v)| a + v).collect();
+        prop_assert!(close(&host(returns.values()), &expected));
+        prop_assert!(close(&host(discounted_returns(&rewards, gamma).unwrap().values()), &totals));
+    }
+
+    #[test]
+    fn linear_logprobs_of_any_shape(m in 0..9i64, h in 1..9i64, v in 1..70i64, chunk in 1..10i64, t in 0.3..3.0f64, entropy: bool) {
+        let hidden = wave(&[m, h], 1.0, Kind::Float).set_requires_grad(true);
+        let weight = (wave(&[v, h], 2.0, Kind::Float) * 3.0).set_requires_grad(true);
+        let ids = (Tensor::arange(m, (Kind::Int64, Device::Cpu)) * 7).remainder(v);
+        let options = LogprobOptions { temperature: t, entropy, chunk_rows: Some(chunk), softcap: None };
+        let run = |out: rlhf_kernels::Logprobs| {
+            let loss = out.logprobs.sum(Kind::Float) + out.entropy.map_or(Tensor::from(0f32), |h| h.sum(Kind::Float) * 0.5);
+            let mut all = Tensor::run_backward(&[loss], &[&hidden, &weight], false, false);
+            all.push(out.logprobs.detach());
+            all
+        };
+        let ours = run(linear_logprobs(&hidden, &weight, &ids, &options).unwrap());
+        let plain = run(reference::linear_logprobs(&hidden, &weight, &ids, &options).unwrap());
+        for (a, b) in ours.iter().zip(&plain) {
+            prop_assert!(largest_difference(a, b) < 2e-5, "{}", largest_difference(a, b));
+        }
+    }
+}

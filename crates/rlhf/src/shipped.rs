@@ -1,0 +1,29 @@
+//! The recipes shipped in the binary, as text.
+
+/// A recipe shipped in the binary.
+#[derive(Clone, Copy, Debug)]
+pub struct Shipped {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// Its TOML text.
+    pub text: &'static str,
+}
+
+/// The shipped recipes.
+pub const SHIPPED: &[Shipped] = &[
+    Shipped { name: "quickstart", text: include_str!("../recipes/quickstart.toml") },
+    Shipped { name: "stories", text: include_str!("../recipes/stories.toml") },
+    Shipped { name: "smollm2-persona", text: include_str!("../recipes/smollm2-persona.toml") },
+];
+
+/// Finds a shipped recipe.
+#[must_use]
+pub fn find(name: &str) -> Option<&'static Shipped> {
+    SHIPPED.iter().find(|s| s.name == name)
+}
+
+/// The names of all shipped recipes, for messages.
+#[must_use]
+pub fn names() -> String {
+    SHIPPED.iter().map(|s| s.name).collect::<Vec<_>>().join(", ")
+}
