@@ -6,7 +6,17 @@ use std::path::PathBuf;
 const INSTRUCTION_SETS: [(&str, &[&str]); 3] = [
     ("cpu_plain", &[]),
     ("cpu_avx2", &["-mavx2", "-mfma"]),
-    ("cpu_avx512", &["-mavx2", "-mfma", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]),
+    (
+        "cpu_avx512",
+        &[
+            "-mavx2",
+            "-mfma",
+            "-mavx512f",
+            "-mavx512dq",
+            "-mavx512bw",
+            "-mavx512vl",
+        ],
+    ),
 ];
 
 fn main() {
@@ -21,21 +31,38 @@ fn main() {
 
     let include = lib.join("../include");
     let mut shim = compiler();
-    shim.define("_GLIBCXX_USE_CXX11_ABI", "1").include(&include).include(include.join("torch/csrc/api/include"));
+    shim.define("_GLIBCXX_USE_CXX11_ABI", "1")
+        .include(&include)
+        .include(include.join("torch/csrc/api/include"));
     if linux {
         shim.flag("-fopenmp"); // ATen's parallel_for is a header
     }
     shim.files(
-        ["attention", "cpu_dispatch", "linear_logprobs", "optim", "recompute"].map(|f| format!("csrc/{f}.cpp")),
+        [
+            "attention",
+            "cpu_dispatch",
+            "linear_logprobs",
+            "optim",
+            "recompute",
+        ]
+        .map(|f| format!("csrc/{f}.cpp")),
     );
     shim.compile("rlhf_kernels");
-    for (name, flags) in INSTRUCTION_SETS.iter().filter(|(_, flags)| x86_64 || flags.is_empty()) {
+    for (name, flags) in INSTRUCTION_SETS
+        .iter()
+        .filter(|(_, flags)| x86_64 || flags.is_empty())
+    {
         let mut loops = compiler();
-        loops.define("RLHF_ISA", *name).flag("-ffp-contract=fast").flag_if_supported("-Wno-psabi");
+        loops
+            .define("RLHF_ISA", *name)
+            .flag("-ffp-contract=fast")
+            .flag_if_supported("-Wno-psabi");
         for flag in *flags {
             loops.flag(flag);
         }
-        loops.file("csrc/cpu_kernels.cpp").compile(&format!("rlhf_{name}"));
+        loops
+            .file("csrc/cpu_kernels.cpp")
+            .compile(&format!("rlhf_{name}"));
     }
 
     println!("cargo:rustc-link-search=native={}", lib.display());
@@ -50,6 +77,13 @@ fn main() {
 /// Optimised in every profile: unoptimised kernels would make the tests slow and tell nothing more.
 fn compiler() -> cc::Build {
     let mut build = cc::Build::new();
-    build.cpp(true).std("c++17").pic(true).warnings(false).opt_level(3).debug(false).flag("-fvisibility=hidden");
+    build
+        .cpp(true)
+        .std("c++17")
+        .pic(true)
+        .warnings(false)
+        .opt_level(3)
+        .debug(false)
+        .flag("-fvisibility=hidden");
     build
 }

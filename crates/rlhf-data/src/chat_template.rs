@@ -6,8 +6,8 @@
 use std::ops::Range;
 use std::path::Path;
 
-use minijinja::value::{Kwargs, Value};
 use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Value};
 use minijinja::{Environment, Error as JinjaError, ErrorKind, context};
 
 use crate::conversation::{Message, Role};
@@ -53,20 +53,45 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// [`Error::Template`] with the line of a syntax error.
-    pub fn new(source: &str, place: &str, bos: &str, eos: &str, special: Vec<String>, date: (i32, u32, u32)) -> Result<Self> {
+    pub fn new(
+        source: &str,
+        place: &str,
+        bos: &str,
+        eos: &str,
+        special: Vec<String>,
+        date: (i32, u32, u32),
+    ) -> Result<Self> {
         let (source, marks_generation) = mark_generation(source);
         let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        let syntax = SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build();
         environment.set_syntax(syntax.map_err(|e| template_error(place, &e))?);
         environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", |what: String| -> std::result::Result<String, JinjaError> {
-            Err(JinjaError::new(ErrorKind::InvalidOperation, what))
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function(
+            "raise_exception",
+            |what: String| -> std::result::Result<String, JinjaError> {
+                Err(JinjaError::new(ErrorKind::InvalidOperation, what))
+            },
+        );
+        environment.add_function("strftime_now", move |format: String| {
+            strftime(&format, date)
         });
-        environment.add_function("strftime_now", move |format: String| strftime(&format, date));
         environment.add_filter("tojson", tojson);
-        environment.add_template_owned("chat", source).map_err(|e| template_error(place, &e))?;
-        Ok(Self { environment, place: place.into(), bos: bos.into(), eos: eos.into(), marks_generation, special })
+        environment
+            .add_template_owned("chat", source)
+            .map_err(|e| template_error(place, &e))?;
+        Ok(Self {
+            environment,
+            place: place.into(),
+            bos: bos.into(),
+            eos: eos.into(),
+            marks_generation,
+            special,
+        })
     }
 
     /// Whether the template says what the model generates.
@@ -80,15 +105,25 @@ impl ChatTemplate {
     /// # Errors
     /// [`Error::Template`] when the template raises, runs too long or gives too much text.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Rendered> {
-        let bad = |what: &str, mend: &str| Error::Template { place: self.place.clone(), what: what.into(), mend: mend.into() };
+        let bad = |what: &str, mend: &str| Error::Template {
+            place: self.place.clone(),
+            what: what.into(),
+            mend: mend.into(),
+        };
         let mut list = Vec::with_capacity(messages.len());
         for m in messages {
             if m.content.contains([BEGIN, END, SPLIT]) {
-                return Err(bad("a message holds a character that is reserved for marks (U+F0A11 to U+F0A13)", "remove it"));
+                return Err(bad(
+                    "a message holds a character that is reserved for marks (U+F0A11 to U+F0A13)",
+                    "remove it",
+                ));
             }
             list.push(context! { role => m.role.name(), content => self.defuse(&m.content) });
         }
-        let template = self.environment.get_template("chat").map_err(|e| template_error(&self.place, &e))?;
+        let template = self
+            .environment
+            .get_template("chat")
+            .map_err(|e| template_error(&self.place, &e))?;
         let mut sink = Sink { text: Vec::new() };
         let variables = context! {
             messages => list, add_generation_prompt => add_generation_prompt,
@@ -97,14 +132,21 @@ impl ChatTemplate {
         match template.render_captured_to(variables, &mut sink) {
             Ok(_) => {}
             Err(_) if sink.text.len() >= MAX_TEXT => {
-                return Err(bad("it gives more than 64 MiB of text", "correct the template"));
+                return Err(bad(
+                    "it gives more than 64 MiB of text",
+                    "correct the template",
+                ));
             }
             Err(e) if e.kind() == ErrorKind::OutOfFuel => {
-                return Err(bad("it runs too long", "correct the template: it may loop for ever"));
+                return Err(bad(
+                    "it runs too long",
+                    "correct the template: it may loop for ever",
+                ));
             }
             Err(e) => return Err(template_error(&self.place, &e)),
         }
-        let text = String::from_utf8(sink.text).map_err(|_| bad("it gives no UTF-8", "correct the template"))?;
+        let text = String::from_utf8(sink.text)
+            .map_err(|_| bad("it gives no UTF-8", "correct the template"))?;
         Ok(unmark(&text))
     }
 
@@ -114,7 +156,12 @@ impl ChatTemplate {
         for token in &self.special {
             if out.contains(token.as_str()) {
                 let mut chars = token.chars();
-                let broken: String = chars.next().into_iter().chain([SPLIT]).chain(chars).collect();
+                let broken: String = chars
+                    .next()
+                    .into_iter()
+                    .chain([SPLIT])
+                    .chain(chars)
+                    .collect();
                 out = out.replace(token.as_str(), &broken);
             }
         }
@@ -126,23 +173,40 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// When a file is unreadable or the template has a syntax error.
-    pub fn of_folder(dir: &Path, config: &serde_json::Value, special: Vec<String>, date: (i32, u32, u32)) -> Result<Option<Self>> {
+    pub fn of_folder(
+        dir: &Path,
+        config: &serde_json::Value,
+        special: Vec<String>,
+        date: (i32, u32, u32),
+    ) -> Result<Option<Self>> {
         let token = |key: &str| match config.get(key) {
             Some(serde_json::Value::String(s)) => s.clone(),
-            Some(v) => v.get("content").and_then(serde_json::Value::as_str).unwrap_or_default().to_owned(),
+            Some(v) => v
+                .get("content")
+                .and_then(serde_json::Value::as_str)
+                .unwrap_or_default()
+                .to_owned(),
             None => String::new(),
         };
         let (bos, eos) = (token("bos_token"), token("eos_token"));
         let file = dir.join("chat_template.jinja");
         let (source, place) = if file.is_file() {
-            (std::fs::read_to_string(&file).map_err(Error::io(&file))?, file.display().to_string())
+            (
+                std::fs::read_to_string(&file).map_err(Error::io(&file))?,
+                file.display().to_string(),
+            )
         } else {
             let place = dir.join("tokenizer_config.json").display().to_string();
             match config.get("chat_template") {
                 Some(serde_json::Value::String(s)) => (s.clone(), place),
                 Some(serde_json::Value::Array(named)) => {
-                    let default = named.iter().find(|t| t.get("name").and_then(|n| n.as_str()) == Some("default"));
-                    match default.and_then(|t| t.get("template")).and_then(|t| t.as_str()) {
+                    let default = named
+                        .iter()
+                        .find(|t| t.get("name").and_then(|n| n.as_str()) == Some("default"));
+                    match default
+                        .and_then(|t| t.get("template"))
+                        .and_then(|t| t.as_str())
+                    {
                         Some(s) => (s.to_owned(), place),
                         None => return Ok(None),
                     }
@@ -174,7 +238,9 @@ impl std::io::Write for Sink {
 
 fn template_error(place: &str, e: &JinjaError) -> Error {
     let line = e.line().map_or_else(String::new, |l| format!(", line {l}"));
-    let detail = e.detail().map_or_else(|| e.kind().to_string(), str::to_owned);
+    let detail = e
+        .detail()
+        .map_or_else(|| e.kind().to_string(), str::to_owned);
     Error::Template {
         place: format!("{place}{line}"),
         what: detail,
@@ -188,19 +254,26 @@ fn mark_generation(source: &str) -> (String, bool) {
     let mut rest = source;
     let mut found = false;
     while let Some(start) = rest.find("{%") {
-        let Some(len) = rest[start..].find("%}") else { break };
+        let Some(len) = rest[start..].find("%}") else {
+            break;
+        };
         let tag = &rest[start..start + len + 2];
         let inner = &tag[2..tag.len() - 2];
-        let (open, inner) = inner.strip_prefix(['-', '+']).map_or(("", inner), |i| (&tag[2..3], i));
-        let (close, inner) =
-            inner.strip_suffix(['-', '+']).map_or(("", inner), |i| (&tag[tag.len() - 3..tag.len() - 2], i));
+        let (open, inner) = inner
+            .strip_prefix(['-', '+'])
+            .map_or(("", inner), |i| (&tag[2..3], i));
+        let (close, inner) = inner
+            .strip_suffix(['-', '+'])
+            .map_or(("", inner), |i| (&tag[tag.len() - 3..tag.len() - 2], i));
         out.push_str(&rest[..start]);
         match inner.trim() {
             "generation" => {
                 found = true;
                 out.push_str(&format!("{{%{open} if true %}}{BEGIN}{{% endif {close}%}}"));
             }
-            "endgeneration" => out.push_str(&format!("{{%{open} if true %}}{END}{{% endif {close}%}}")),
+            "endgeneration" => {
+                out.push_str(&format!("{{%{open} if true %}}{END}{{% endif {close}%}}"))
+            }
             _ => out.push_str(tag),
         }
         rest = &rest[start + len + 2..];
@@ -210,7 +283,11 @@ fn mark_generation(source: &str) -> (String, bool) {
 }
 
 fn unmark(marked: &str) -> Rendered {
-    let mut r = Rendered { text: String::with_capacity(marked.len()), generated: Vec::new(), cuts: Vec::new() };
+    let mut r = Rendered {
+        text: String::with_capacity(marked.len()),
+        generated: Vec::new(),
+        cuts: Vec::new(),
+    };
     let mut begin = None;
     for c in marked.chars() {
         match c {
@@ -227,7 +304,8 @@ fn unmark(marked: &str) -> Rendered {
 fn tojson(value: Value, kwargs: Kwargs) -> std::result::Result<String, JinjaError> {
     let indent: Option<usize> = kwargs.get("indent")?;
     kwargs.assert_all_used()?;
-    let json = serde_json::to_value(&value).map_err(|e| JinjaError::new(ErrorKind::InvalidOperation, e.to_string()))?;
+    let json = serde_json::to_value(&value)
+        .map_err(|e| JinjaError::new(ErrorKind::InvalidOperation, e.to_string()))?;
     let mut out = String::new();
     dump(&json, indent, 0, &mut out);
     Ok(out)
@@ -275,9 +353,23 @@ fn dump(v: &serde_json::Value, indent: Option<usize>, depth: usize, out: &mut St
 /// The directives that templates in the wild use: %Y %m %d %B %b %y.
 fn strftime(format: &str, (year, month, day): (i32, u32, u32)) -> String {
     const MONTHS: [&str; 12] = [
-        "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December",
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
+        "December",
     ];
-    let name = MONTHS.get(month.saturating_sub(1) as usize).copied().unwrap_or("");
+    let name = MONTHS
+        .get(month.saturating_sub(1) as usize)
+        .copied()
+        .unwrap_or("");
     format
         .replace("%Y", &format!("{year:04}"))
         .replace("%y", &format!("{:02}", year.rem_euclid(100)))
@@ -305,12 +397,23 @@ mod tests {
     }
 
     fn messages() -> Vec<Message> {
-        vec![Message { role: Role::User, content: "hi".into() }, Message { role: Role::Assistant, content: "yo".into() }]
+        vec![
+            Message {
+                role: Role::User,
+                content: "hi".into(),
+            },
+            Message {
+                role: Role::Assistant,
+                content: "yo".into(),
+            },
+        ]
     }
 
     #[test]
     fn generation_blocks_become_ranges() {
-        let t = template("{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content }}|{% endif %}{% endfor %}");
+        let t = template(
+            "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content }}|{% endif %}{% endfor %}",
+        );
         let r = t.render(&messages(), false).unwrap();
         assert_eq!(r.text, "hi|yo</s>");
         assert_eq!(r.generated, [3..9]);
@@ -320,7 +423,13 @@ mod tests {
     #[test]
     fn special_tokens_in_a_message_are_cut() {
         let r = template("{{ messages[0].content }}{{ eos_token }}")
-            .render(&[Message { role: Role::User, content: "a</s>b".into() }], false)
+            .render(
+                &[Message {
+                    role: Role::User,
+                    content: "a</s>b".into(),
+                }],
+                false,
+            )
             .unwrap();
         assert_eq!(r.text, "a</s>b</s>");
         assert_eq!(r.cuts, [2]);
@@ -328,9 +437,16 @@ mod tests {
 
     #[test]
     fn what_templates_in_the_wild_use() {
-        let t = template("{%- for m in messages %}{%- if loop.first %}{%- continue %}{%- endif %}{{- m['content'].strip().upper() }}{%- endfor %} {{ strftime_now('%d %b %Y') }} {{ {'a': [1, 'é']} | tojson }}");
-        assert_eq!(t.render(&messages(), false).unwrap().text, "YO 09 Jul 2024 {\"a\": [1, \"é\"]}");
-        let e = template("{{ raise_exception('no system turn') }}").render(&messages(), false).unwrap_err();
+        let t = template(
+            "{%- for m in messages %}{%- if loop.first %}{%- continue %}{%- endif %}{{- m['content'].strip().upper() }}{%- endfor %} {{ strftime_now('%d %b %Y') }} {{ {'a': [1, 'é']} | tojson }}",
+        );
+        assert_eq!(
+            t.render(&messages(), false).unwrap().text,
+            "YO 09 Jul 2024 {\"a\": [1, \"é\"]}"
+        );
+        let e = template("{{ raise_exception('no system turn') }}")
+            .render(&messages(), false)
+            .unwrap_err();
         assert!(e.to_string().contains("no system turn"), "{e}");
     }
 
@@ -339,7 +455,10 @@ mod tests {
         let e = template("{% for a in range(100000) %}{% for b in range(100000) %}{{ a }}{% endfor %}{% endfor %}")
             .render(&messages(), false)
             .unwrap_err();
-        assert!(e.to_string().contains("too long") || e.to_string().contains("64 MiB"), "{e}");
+        assert!(
+            e.to_string().contains("too long") || e.to_string().contains("64 MiB"),
+            "{e}"
+        );
         let e = ChatTemplate::new("\n{% for %}", "here", "", "", vec![], DATE).unwrap_err();
         assert!(e.to_string().contains("here, line 2"), "{e}");
     }

@@ -71,7 +71,12 @@ impl CheckReport {
         *self.counts.entry(rule).or_default() += 1;
         self.failed |= level == Level::Error;
         if self.findings.len() < MAX_FINDINGS {
-            self.findings.push(Finding { rule, level, place: place.into(), what: excerpt(&what.into()) });
+            self.findings.push(Finding {
+                rule,
+                level,
+                place: place.into(),
+                what: excerpt(&what.into()),
+            });
         }
     }
 }
@@ -79,33 +84,57 @@ impl CheckReport {
 impl fmt::Display for CheckReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for x in &self.findings {
-            let level = if x.level == Level::Error { "error" } else { "warning" };
+            let level = if x.level == Level::Error {
+                "error"
+            } else {
+                "warning"
+            };
             writeln!(f, "{level:<8} {:<18} {:<10} {}", x.rule, x.place, x.what)?;
         }
         for (rule, n) in self.counts.iter().filter(|(_, n)| **n > 1) {
             writeln!(f, "{n} × {rule}")?;
         }
-        write!(f, "{} rows, {}", self.rows, if self.failed { "not fit for training" } else { "fit for training" })
+        write!(
+            f,
+            "{} rows, {}",
+            self.rows,
+            if self.failed {
+                "not fit for training"
+            } else {
+                "fit for training"
+            }
+        )
     }
 }
 
 /// The first characters of a text, control characters escaped.
 fn excerpt(text: &str) -> String {
-    let invisible = |c: char| c.is_control() || matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}');
+    let invisible = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+    };
     let mut out = String::new();
     for (i, c) in text.chars().enumerate() {
         if i == 160 {
             out.push('…');
             break;
         }
-        if invisible(c) { out.extend(c.escape_unicode()) } else { out.push(c) }
+        if invisible(c) {
+            out.extend(c.escape_unicode())
+        } else {
+            out.push(c)
+        }
     }
     out
 }
 
 /// Checks a file for a purpose; with a tokenizer also what becomes of each row in tokens.
 #[must_use]
-pub fn check(path: &Path, purpose: Purpose, tokens: Option<(&ChatTokenizer, Limits)>) -> CheckReport {
+pub fn check(
+    path: &Path,
+    purpose: Purpose,
+    tokens: Option<(&ChatTokenizer, Limits)>,
+) -> CheckReport {
     let mut report = CheckReport::default();
     let rows = match source::rows(path) {
         Ok(rows) => rows,
@@ -126,14 +155,27 @@ pub fn check(path: &Path, purpose: Purpose, tokens: Option<(&ChatTokenizer, Limi
         report.rows += 1;
         let key = serde_json::Value::Object(row.columns.clone()).to_string();
         if let Some(first) = seen.get(&key) {
-            report.add("duplicate", Level::Warning, &row.place, format!("the same as {first}"));
+            report.add(
+                "duplicate",
+                Level::Warning,
+                &row.place,
+                format!("the same as {first}"),
+            );
         } else {
             seen.insert(key, row.place.clone());
         }
-        let mut one = RowCheck { report: &mut report, place: &row.place, row: index as u64, tokens };
+        let mut one = RowCheck {
+            report: &mut report,
+            place: &row.place,
+            row: index as u64,
+            tokens,
+        };
         match purpose {
             Purpose::Sft => one.judge(SftRecord::from_row(row.columns), RowCheck::sft),
-            Purpose::Preference => one.judge(PreferenceRecord::from_row(row.columns), RowCheck::preference),
+            Purpose::Preference => one.judge(
+                PreferenceRecord::from_row(row.columns),
+                RowCheck::preference,
+            ),
             Purpose::Prompts => one.judge(PromptRecord::from_row(row.columns), RowCheck::prompt),
         }
     }
@@ -163,14 +205,23 @@ impl RowCheck<'_> {
         match record {
             Ok(r) => then(self, &r),
             Err(f) => {
-                let column = if f.column.is_empty() { String::new() } else { format!("column `{}`: ", f.column) };
+                let column = if f.column.is_empty() {
+                    String::new()
+                } else {
+                    format!("column `{}`: ", f.column)
+                };
                 self.add("wrong_row", Level::Error, format!("{column}{}", f.what));
             }
         }
     }
 
     fn sft(&mut self, r: &SftRecord) {
-        let conversation: Vec<Message> = r.prompt.iter().chain([&r.completion]).flat_map(messages).collect();
+        let conversation: Vec<Message> = r
+            .prompt
+            .iter()
+            .chain([&r.completion])
+            .flat_map(messages)
+            .collect();
         self.order(&conversation);
         self.text(r.prompt.iter().chain([&r.completion]));
         if let Some((t, limits)) = self.tokens {
@@ -179,11 +230,18 @@ impl RowCheck<'_> {
     }
 
     fn preference(&mut self, r: &PreferenceRecord) {
-        let conversation: Vec<Message> = [&r.prompt, &r.chosen].into_iter().flat_map(messages).collect();
+        let conversation: Vec<Message> = [&r.prompt, &r.chosen]
+            .into_iter()
+            .flat_map(messages)
+            .collect();
         self.order(&conversation);
         self.text([&r.prompt, &r.chosen, &r.rejected].into_iter());
         if r.chosen == r.rejected {
-            self.add("identical", Level::Warning, "chosen equals rejected: the pair is dropped");
+            self.add(
+                "identical",
+                Level::Warning,
+                "chosen equals rejected: the pair is dropped",
+            );
         }
         if let Some((t, limits)) = self.tokens {
             self.outcome(t.preference_group(self.row, r, &limits));
@@ -195,7 +253,15 @@ impl RowCheck<'_> {
         if let Some((t, limits)) = self.tokens {
             match t.prompt_ids(&r.prompt) {
                 Ok(ids) if ids.len() > limits.max_prompt => {
-                    self.add("dropped", Level::Warning, format!("the prompt has {} tokens, the limit is {}", ids.len(), limits.max_prompt));
+                    self.add(
+                        "dropped",
+                        Level::Warning,
+                        format!(
+                            "the prompt has {} tokens, the limit is {}",
+                            ids.len(),
+                            limits.max_prompt
+                        ),
+                    );
                 }
                 Ok(_) => {}
                 Err(e) => self.add("template", Level::Error, one_line(&e)),
@@ -206,7 +272,11 @@ impl RowCheck<'_> {
     fn outcome<T>(&mut self, outcome: crate::Result<Outcome<T>>) {
         match outcome {
             Ok(Outcome::Kept(_)) => {}
-            Ok(Outcome::Truncated(_)) => self.add("truncated", Level::Warning, "a completion is cut at the limit and loses its end"),
+            Ok(Outcome::Truncated(_)) => self.add(
+                "truncated",
+                Level::Warning,
+                "a completion is cut at the limit and loses its end",
+            ),
             Ok(Outcome::Dropped(reason)) => self.add("dropped", Level::Warning, reason.to_string()),
             Err(e) => self.add("template", Level::Error, one_line(&e)),
         }
@@ -216,9 +286,17 @@ impl RowCheck<'_> {
     fn order(&mut self, conversation: &[Message]) {
         let talk: Vec<Role> = conversation.iter().map(|m| m.role).collect();
         if talk.iter().skip(1).any(|r| *r == Role::System) {
-            self.add("role_order", Level::Warning, "a system message after the first");
+            self.add(
+                "role_order",
+                Level::Warning,
+                "a system message after the first",
+            );
         }
-        let turns: Vec<Role> = talk.iter().copied().filter(|r| matches!(r, Role::User | Role::Assistant)).collect();
+        let turns: Vec<Role> = talk
+            .iter()
+            .copied()
+            .filter(|r| matches!(r, Role::User | Role::Assistant))
+            .collect();
         if turns.first() == Some(&Role::Assistant) {
             self.add("role_order", Level::Warning, "the assistant speaks first");
         }
@@ -228,16 +306,31 @@ impl RowCheck<'_> {
     }
 
     fn text<'t>(&mut self, texts: impl Iterator<Item = &'t Text>) {
-        const MARKERS: [&str; 6] = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "[INST]", "<|eot_id|>", "</s>"];
+        const MARKERS: [&str; 6] = [
+            "<|im_start|>",
+            "<|im_end|>",
+            "<|endoftext|>",
+            "[INST]",
+            "<|eot_id|>",
+            "</s>",
+        ];
         let mut found: HashSet<&'static str> = HashSet::new();
         for t in texts {
             let joined = t.joined();
             if let Some(m) = MARKERS.iter().find(|m| joined.contains(**m))
                 && found.insert("marker")
             {
-                self.add("special_token", Level::Warning, format!("{m} stands in the text; it is read as plain text"));
+                self.add(
+                    "special_token",
+                    Level::Warning,
+                    format!("{m} stands in the text; it is read as plain text"),
+                );
             }
-            if joined.chars().any(|c| c.is_control() && !matches!(c, '\n' | '\t' | '\r')) && found.insert("control") {
+            if joined
+                .chars()
+                .any(|c| c.is_control() && !matches!(c, '\n' | '\t' | '\r'))
+                && found.insert("control")
+            {
                 self.add("control_character", Level::Warning, joined);
             }
         }

@@ -63,7 +63,11 @@ impl Text {
     pub fn joined(&self) -> String {
         match self {
             Self::Plain(s) => s.clone(),
-            Self::Messages(m) => m.iter().map(|m| m.content.as_str()).collect::<Vec<_>>().join("\n"),
+            Self::Messages(m) => m
+                .iter()
+                .map(|m| m.content.as_str())
+                .collect::<Vec<_>>()
+                .join("\n"),
         }
     }
 

@@ -59,7 +59,11 @@ pub enum Error {
 }
 
 fn column_text(column: &str) -> String {
-    if column.is_empty() { String::new() } else { format!(", column `{column}`") }
+    if column.is_empty() {
+        String::new()
+    } else {
+        format!(", column `{column}`")
+    }
 }
 
 /// The crate's result.
@@ -72,14 +76,21 @@ impl Error {
         match self {
             Self::Io { source, .. } => matches!(
                 source.kind(),
-                std::io::ErrorKind::NotFound | std::io::ErrorKind::InvalidData | std::io::ErrorKind::UnexpectedEof | std::io::ErrorKind::IsADirectory
+                std::io::ErrorKind::NotFound
+                    | std::io::ErrorKind::InvalidData
+                    | std::io::ErrorKind::UnexpectedEof
+                    | std::io::ErrorKind::IsADirectory
             ),
             _ => true,
         }
     }
 
     pub(crate) fn file(path: &Path, what: impl Into<String>, mend: impl Into<String>) -> Self {
-        Self::File { path: path.to_owned(), what: what.into(), mend: mend.into() }
+        Self::File {
+            path: path.to_owned(),
+            what: what.into(),
+            mend: mend.into(),
+        }
     }
 
     pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self {

@@ -44,10 +44,18 @@ pub struct Completion {
 impl Completion {
     /// A completion all of whose tokens are trained.
     #[must_use]
-    #[allow(clippy::single_range_in_vec_init, reason = "a list of one range is meant")]
+    #[allow(
+        clippy::single_range_in_vec_init,
+        reason = "a list of one range is meant"
+    )]
     pub fn whole(ids: Vec<u32>, finish: Finish) -> Self {
         let n = ids.len();
-        Self { ids, trained: vec![0..n], finish, sampler: None }
+        Self {
+            ids,
+            trained: vec![0..n],
+            finish,
+            sampler: None,
+        }
     }
 
     /// How many tokens are trained.

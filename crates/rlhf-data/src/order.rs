@@ -23,7 +23,12 @@ impl Permutation {
     pub fn new(seed: u64, n: usize, epoch: u64) -> Self {
         let n = n as u64;
         let bits = 64 - n.saturating_sub(1).leading_zeros();
-        Self { stream: Stream::new(seed, Purpose::Order), epoch, n, half_bits: bits.div_ceil(2).max(1) }
+        Self {
+            stream: Stream::new(seed, Purpose::Order),
+            epoch,
+            n,
+            half_bits: bits.div_ceil(2).max(1),
+        }
     }
 
     /// How many rows are permuted.
@@ -85,22 +90,37 @@ mod tests {
             let p = Permutation::new(3, n, 1);
             let mut seen = vec![false; n];
             for i in 0..n {
-                assert!(!std::mem::replace(&mut seen[p.at(i)], true), "n = {n}, i = {i}");
+                assert!(
+                    !std::mem::replace(&mut seen[p.at(i)], true),
+                    "n = {n}, i = {i}"
+                );
             }
         }
     }
 
     #[test]
     fn epochs_and_seeds_differ_and_it_looks_shuffled() {
-        let order = |seed, epoch| (0..1000).map(|i| Permutation::new(seed, 1000, epoch).at(i)).collect::<Vec<_>>();
+        let order = |seed, epoch| {
+            (0..1000)
+                .map(|i| Permutation::new(seed, 1000, epoch).at(i))
+                .collect::<Vec<_>>()
+        };
         assert_ne!(order(1, 0), order(1, 1));
         assert_ne!(order(1, 0), order(2, 0));
         // A random permutation keeps one point fixed on average.
-        let fixed = order(1, 0).iter().enumerate().filter(|(i, x)| i == *x).count();
+        let fixed = order(1, 0)
+            .iter()
+            .enumerate()
+            .filter(|(i, x)| i == *x)
+            .count();
         assert!(fixed < 10, "{fixed} points stay in place");
         // Mean displacement of a random permutation is n/3.
-        let moved: f64 =
-            order(1, 0).iter().enumerate().map(|(i, x)| i.abs_diff(*x) as f64).sum::<f64>() / 1000.0;
+        let moved: f64 = order(1, 0)
+            .iter()
+            .enumerate()
+            .map(|(i, x)| i.abs_diff(*x) as f64)
+            .sum::<f64>()
+            / 1000.0;
         assert!((moved - 333.0).abs() < 40.0, "{moved}");
     }
 

@@ -86,14 +86,18 @@ impl PackedBatch {
             self.offsets.push(self.target_rows.len() as i64);
             completions.push(rows);
         }
-        self.groups.push(GroupSpan { prompt, completions });
+        self.groups.push(GroupSpan {
+            prompt,
+            completions,
+        });
         self.rows.push(group.row);
     }
 
     fn append(&mut self, ids: &[u32], first_position: usize) -> Range<usize> {
         let start = self.token_ids.len();
         self.token_ids.extend(ids.iter().map(|&id| i64::from(id)));
-        self.positions.extend((0..ids.len()).map(|i| (first_position + i) as i64));
+        self.positions
+            .extend((0..ids.len()).map(|i| (first_position + i) as i64));
         start..self.token_ids.len()
     }
 
@@ -117,7 +121,9 @@ impl PackedBatch {
 
     /// Each completion's rows, in completion order.
     pub fn completion_rows(&self) -> impl Iterator<Item = Range<usize>> + '_ {
-        self.groups.iter().flat_map(|g| g.completions.iter().cloned())
+        self.groups
+            .iter()
+            .flat_map(|g| g.completions.iter().cloned())
     }
 
     /// `[S]` the last row of each completion (no pads exist, so it is a real token).
@@ -138,7 +144,9 @@ pub fn batches_by_tokens(tokens_per_group: &[usize], budget: usize) -> Result<Ve
     for (i, &n) in tokens_per_group.iter().enumerate() {
         if n > budget {
             return Err(Error::Invalid {
-                what: format!("group {i} has {n} tokens, more than the budget of {budget} a micro-batch"),
+                what: format!(
+                    "group {i} has {n} tokens, more than the budget of {budget} a micro-batch"
+                ),
                 mend: "raise the token budget or lower the length limits".into(),
             });
         }
@@ -163,13 +171,17 @@ mod tests {
         PromptGroup {
             row: 9,
             prompt: prompt.to_vec(),
-            completions: completions.iter().map(|c| Completion::whole(c.to_vec(), Finish::Stop)).collect(),
+            completions: completions
+                .iter()
+                .map(|c| Completion::whole(c.to_vec(), Finish::Stop))
+                .collect(),
         }
     }
 
     #[test]
     fn two_groups_by_hand() {
-        let b = PackedBatch::pack(&[group(&[1, 2], &[&[3, 4], &[5]]), group(&[], &[&[6, 7]])]).unwrap();
+        let b =
+            PackedBatch::pack(&[group(&[1, 2], &[&[3, 4], &[5]]), group(&[], &[&[6, 7]])]).unwrap();
         assert_eq!(b.token_ids, [1, 2, 3, 4, 5, 6, 7]);
         assert_eq!(b.positions, [0, 1, 2, 3, 2, 0, 1]);
         // 3 is predicted by row 1 (prompt's last), 4 by row 2; 5 by row 1 again; 6 by nothing.
@@ -203,7 +215,10 @@ mod tests {
     #[test]
     fn batches_fill_the_budget_in_order() {
         assert_eq!(batches_by_tokens(&[3, 3, 3, 10], 10).unwrap(), [0..3, 3..4]);
-        assert_eq!(batches_by_tokens(&[], 10).unwrap(), Vec::<Range<usize>>::new());
+        assert_eq!(
+            batches_by_tokens(&[], 10).unwrap(),
+            Vec::<Range<usize>>::new()
+        );
         let e = batches_by_tokens(&[3, 11], 10).unwrap_err().to_string();
         assert!(e.contains("group 1 has 11 tokens"), "{e}");
     }

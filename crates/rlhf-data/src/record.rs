@@ -56,7 +56,11 @@ pub struct Fault {
 }
 
 fn fault(column: &str, what: impl Into<String>, mend: impl Into<String>) -> Fault {
-    Fault { column: column.into(), what: what.into(), mend: mend.into() }
+    Fault {
+        column: column.into(),
+        what: what.into(),
+        mend: mend.into(),
+    }
 }
 
 /// A row as a kind of record.
@@ -75,21 +79,40 @@ impl Record for SftRecord {
         if row.contains_key("messages") {
             let messages = messages(&take(&mut row, "messages")?, "messages")?;
             if !messages.iter().any(|m| m.role == Role::Assistant) {
-                return Err(fault("messages", "no assistant turn to train on", "drop the row or add the answer"));
+                return Err(fault(
+                    "messages",
+                    "no assistant turn to train on",
+                    "drop the row or add the answer",
+                ));
             }
-            return Ok(Self { prompt: None, completion: not_blank(Text::Messages(messages), "messages")? });
+            return Ok(Self {
+                prompt: None,
+                completion: not_blank(Text::Messages(messages), "messages")?,
+            });
         }
         if row.contains_key("completion") {
             let prompt = text(&take(&mut row, "prompt")?, "prompt")?;
-            let completion = not_blank(text(&take(&mut row, "completion")?, "completion")?, "completion")?;
+            let completion = not_blank(
+                text(&take(&mut row, "completion")?, "completion")?,
+                "completion",
+            )?;
             same_form(&prompt, &completion, "completion")?;
-            return Ok(Self { prompt: Some(prompt), completion });
+            return Ok(Self {
+                prompt: Some(prompt),
+                completion,
+            });
         }
         if row.contains_key("text") {
             let t = not_blank(text(&take(&mut row, "text")?, "text")?, "text")?;
-            return Ok(Self { prompt: None, completion: t });
+            return Ok(Self {
+                prompt: None,
+                completion: t,
+            });
         }
-        Err(missing("`messages`, or `prompt` and `completion`, or `text`", &row))
+        Err(missing(
+            "`messages`, or `prompt` and `completion`, or `text`",
+            &row,
+        ))
     }
 }
 
@@ -104,13 +127,22 @@ impl Record for PreferenceRecord {
         let rejected = not_blank(text(&take(&mut row, "rejected")?, "rejected")?, "rejected")?;
         let margin = margin(&row)?;
         let (prompt, chosen, rejected) = if row.contains_key("prompt") {
-            (not_blank(text(&take(&mut row, "prompt")?, "prompt")?, "prompt")?, chosen, rejected)
+            (
+                not_blank(text(&take(&mut row, "prompt")?, "prompt")?, "prompt")?,
+                chosen,
+                rejected,
+            )
         } else {
             implicit_prompt(chosen, rejected)?
         };
         same_form(&prompt, &chosen, "chosen")?;
         same_form(&prompt, &rejected, "rejected")?;
-        Ok(Self { prompt, chosen, rejected, margin })
+        Ok(Self {
+            prompt,
+            chosen,
+            rejected,
+            margin,
+        })
     }
 }
 
@@ -120,17 +152,25 @@ impl Record for PromptRecord {
             return Err(missing("`prompt`", &row));
         }
         let prompt = not_blank(text(&take(&mut row, "prompt")?, "prompt")?, "prompt")?;
-        Ok(Self { prompt, fields: row })
+        Ok(Self {
+            prompt,
+            fields: row,
+        })
     }
 }
 
 fn missing(wanted: &str, row: &Row) -> Fault {
     let have: Vec<&str> = row.keys().map(String::as_str).collect();
-    fault("", format!("there is no column {wanted}; there are {}", have.join(", ")), "rename the columns, or name another purpose")
+    fault(
+        "",
+        format!("there is no column {wanted}; there are {}", have.join(", ")),
+        "rename the columns, or name another purpose",
+    )
 }
 
 fn take(row: &mut Row, column: &str) -> Result<Value, Fault> {
-    row.remove(column).ok_or_else(|| missing(&format!("`{column}`"), row))
+    row.remove(column)
+        .ok_or_else(|| missing(&format!("`{column}`"), row))
 }
 
 fn margin(row: &Row) -> Result<Option<f64>, Fault> {
@@ -138,7 +178,11 @@ fn margin(row: &Row) -> Result<Option<f64>, Fault> {
         None | Some(Value::Null) => Ok(None),
         Some(v) => match v.as_f64() {
             Some(m) if m.is_finite() => Ok(Some(m)),
-            _ => Err(fault("margin", format!("{v} is no finite number"), "correct the margin or drop the column")),
+            _ => Err(fault(
+                "margin",
+                format!("{v} is no finite number"),
+                "correct the margin or drop the column",
+            )),
         },
     }
 }
@@ -158,66 +202,127 @@ fn text(v: &Value, column: &str) -> Result<Text, Fault> {
     match v {
         Value::String(s) => Ok(Text::Plain(s.clone())),
         Value::Array(_) => Ok(Text::Messages(messages(v, column)?)),
-        other => Err(fault(column, format!("{}, expected text or a list of messages", kind_of(other)), "correct or drop the row")),
+        other => Err(fault(
+            column,
+            format!("{}, expected text or a list of messages", kind_of(other)),
+            "correct or drop the row",
+        )),
     }
 }
 
 fn messages(v: &Value, column: &str) -> Result<Vec<Message>, Fault> {
     let Value::Array(list) = v else {
-        return Err(fault(column, format!("{}, expected a list of messages", kind_of(v)), "correct or drop the row"));
+        return Err(fault(
+            column,
+            format!("{}, expected a list of messages", kind_of(v)),
+            "correct or drop the row",
+        ));
     };
     if list.is_empty() {
         return Err(fault(column, "an empty list of messages", "drop the row"));
     }
-    list.iter().enumerate().map(|(i, m)| message(m, i).map_err(|what| fault(column, what, "correct or drop the row"))).collect()
+    list.iter()
+        .enumerate()
+        .map(|(i, m)| message(m, i).map_err(|what| fault(column, what, "correct or drop the row")))
+        .collect()
 }
 
 fn message(v: &Value, i: usize) -> Result<Message, String> {
     let field = |key: &str| match v.get(key) {
         Some(Value::String(s)) => Ok(s),
-        Some(other) => Err(format!("message {i} has {} as its {key}, expected text", kind_of(other))),
+        Some(other) => Err(format!(
+            "message {i} has {} as its {key}, expected text",
+            kind_of(other)
+        )),
         None => Err(format!("message {i} has no {key}")),
     };
     let role = field("role")?;
     let known = || Role::ALL.map(Role::name).join(", ");
-    let role = Role::parse(role).ok_or_else(|| format!("message {i} has the unknown role `{role}`; the roles are {}", known()))?;
-    Ok(Message { role, content: field("content")?.clone() })
+    let role = Role::parse(role).ok_or_else(|| {
+        format!(
+            "message {i} has the unknown role `{role}`; the roles are {}",
+            known()
+        )
+    })?;
+    Ok(Message {
+        role,
+        content: field("content")?.clone(),
+    })
 }
 
 fn not_blank(t: Text, column: &str) -> Result<Text, Fault> {
-    if t.is_blank() { Err(fault(column, "empty text", "drop the row, or fill it")) } else { Ok(t) }
+    if t.is_blank() {
+        Err(fault(column, "empty text", "drop the row, or fill it"))
+    } else {
+        Ok(t)
+    }
 }
 
 fn same_form(prompt: &Text, completion: &Text, column: &str) -> Result<(), Fault> {
     match (prompt, completion) {
         (Text::Plain(_), Text::Plain(_)) | (Text::Messages(_), Text::Messages(_)) => Ok(()),
-        _ => Err(fault(column, "the prompt and this column differ in form: one is plain text, the other messages", "use one form in all columns")),
+        _ => Err(fault(
+            column,
+            "the prompt and this column differ in form: one is plain text, the other messages",
+            "use one form in all columns",
+        )),
     }
 }
 
 /// Splits chosen and rejected conversations into the prompt they share and their last turns.
 fn implicit_prompt(chosen: Text, rejected: Text) -> Result<(Text, Text, Text), Fault> {
     let (Text::Messages(mut c), Text::Messages(mut r)) = (chosen, rejected) else {
-        return Err(fault("chosen", "plain text without a `prompt` column", "add the prompt, or use messages"));
+        return Err(fault(
+            "chosen",
+            "plain text without a `prompt` column",
+            "add the prompt, or use messages",
+        ));
     };
     let mend = "give both the same prompt, or drop the row";
     match (c.pop(), r.pop()) {
         (Some(cl), Some(rl)) if cl.role == Role::Assistant && rl.role == Role::Assistant => {
             if c != r {
-                return Err(fault("rejected", "the prompt in it is not the prompt in `chosen`", mend));
+                return Err(fault(
+                    "rejected",
+                    "the prompt in it is not the prompt in `chosen`",
+                    mend,
+                ));
             }
             if c.is_empty() {
-                return Err(fault("chosen", "no turn before the answer: there is no prompt", mend));
+                return Err(fault(
+                    "chosen",
+                    "no turn before the answer: there is no prompt",
+                    mend,
+                ));
             }
-            Ok((Text::Messages(c), Text::Messages(vec![cl]), Text::Messages(vec![rl])))
+            Ok((
+                Text::Messages(c),
+                Text::Messages(vec![cl]),
+                Text::Messages(vec![rl]),
+            ))
         }
-        _ => Err(fault("chosen", "chosen and rejected must both end with an assistant turn", mend)),
+        _ => Err(fault(
+            "chosen",
+            "chosen and rejected must both end with an assistant turn",
+            mend,
+        )),
     }
 }
 
 fn message_list(name: &str) -> Field {
-    let message = Fields::from(vec![Field::new("role", DataType::Utf8, false), Field::new("content", DataType::Utf8, false)]);
-    Field::new(name, DataType::List(Arc::new(Field::new("item", DataType::Struct(message), true))), false)
+    let message = Fields::from(vec![
+        Field::new("role", DataType::Utf8, false),
+        Field::new("content", DataType::Utf8, false),
+    ]);
+    Field::new(
+        name,
+        DataType::List(Arc::new(Field::new(
+            "item",
+            DataType::Struct(message),
+            true,
+        ))),
+        false,
+    )
 }
 
 fn schema(fields: Vec<Field>) -> SchemaRef {
@@ -234,25 +339,39 @@ pub fn sft_schema() -> SchemaRef {
 /// `prompt`, `chosen`, `rejected`: `list<{role, content}>`; `margin: f64?`.
 #[must_use]
 pub fn preference_schema() -> SchemaRef {
-    schema(vec![message_list("prompt"), message_list("chosen"), message_list("rejected"), Field::new("margin", DataType::Float64, true)])
+    schema(vec![
+        message_list("prompt"),
+        message_list("chosen"),
+        message_list("rejected"),
+        Field::new("margin", DataType::Float64, true),
+    ])
 }
 
 /// `prompt: list<{role, content}>`, `fields: utf8` (the other columns as JSON).
 #[must_use]
 pub fn prompt_schema() -> SchemaRef {
-    schema(vec![message_list("prompt"), Field::new("fields", DataType::Utf8, false)])
+    schema(vec![
+        message_list("prompt"),
+        Field::new("fields", DataType::Utf8, false),
+    ])
 }
 
 /// Plain text becomes one message of `role`.
 fn as_messages(t: &Text, role: Role) -> Vec<Message> {
     match t {
         Text::Messages(m) => m.clone(),
-        Text::Plain(s) => vec![Message { role, content: s.clone() }],
+        Text::Plain(s) => vec![Message {
+            role,
+            content: s.clone(),
+        }],
     }
 }
 
 fn message_column<'a>(rows: impl Iterator<Item = Vec<Message>> + 'a) -> ArrayRef {
-    let fields = Fields::from(vec![Field::new("role", DataType::Utf8, false), Field::new("content", DataType::Utf8, false)]);
+    let fields = Fields::from(vec![
+        Field::new("role", DataType::Utf8, false),
+        Field::new("content", DataType::Utf8, false),
+    ]);
     let item = Field::new("item", DataType::Struct(fields.clone()), true);
     let mut list = ListBuilder::new(StructBuilder::from_fields(fields, 0)).with_field(item);
     for row in rows {
@@ -276,7 +395,11 @@ fn message_column<'a>(rows: impl Iterator<Item = Vec<Message>> + 'a) -> ArrayRef
 /// When Arrow refuses.
 pub fn sft_batch(records: &[SftRecord]) -> Result<RecordBatch, ArrowError> {
     let rows = records.iter().map(|r| {
-        let mut m = r.prompt.as_ref().map(|p| as_messages(p, Role::User)).unwrap_or_default();
+        let mut m = r
+            .prompt
+            .as_ref()
+            .map(|p| as_messages(p, Role::User))
+            .unwrap_or_default();
         m.extend(as_messages(&r.completion, Role::Assistant));
         m
     });
@@ -294,8 +417,16 @@ pub fn preference_batch(records: &[PreferenceRecord]) -> Result<RecordBatch, Arr
         preference_schema(),
         vec![
             message_column(records.iter().map(|r| as_messages(&r.prompt, Role::User))),
-            message_column(records.iter().map(|r| as_messages(&r.chosen, Role::Assistant))),
-            message_column(records.iter().map(|r| as_messages(&r.rejected, Role::Assistant))),
+            message_column(
+                records
+                    .iter()
+                    .map(|r| as_messages(&r.chosen, Role::Assistant)),
+            ),
+            message_column(
+                records
+                    .iter()
+                    .map(|r| as_messages(&r.rejected, Role::Assistant)),
+            ),
             Arc::new(margins.finish()),
         ],
     )
@@ -307,10 +438,15 @@ pub fn preference_batch(records: &[PreferenceRecord]) -> Result<RecordBatch, Arr
 /// When Arrow refuses.
 pub fn prompt_batch(records: &[PromptRecord]) -> Result<RecordBatch, ArrowError> {
     let mut fields = StringBuilder::new();
-    records.iter().for_each(|r| fields.append_value(Value::Object(r.fields.clone()).to_string()));
+    records
+        .iter()
+        .for_each(|r| fields.append_value(Value::Object(r.fields.clone()).to_string()));
     RecordBatch::try_new(
         prompt_schema(),
-        vec![message_column(records.iter().map(|r| as_messages(&r.prompt, Role::User))), Arc::new(fields.finish())],
+        vec![
+            message_column(records.iter().map(|r| as_messages(&r.prompt, Role::User))),
+            Arc::new(fields.finish()),
+        ],
     )
 }
 
@@ -327,23 +463,50 @@ mod tests {
     fn implicit_prompts_are_split_off() {
         let u = json!({"role": "user", "content": "hi"});
         let a = |t: &str| json!({"role": "assistant", "content": t});
-        let r = PreferenceRecord::from_row(row(json!({"chosen": [u, a("yes")], "rejected": [u, a("no")]}))).unwrap();
+        let r = PreferenceRecord::from_row(row(
+            json!({"chosen": [u, a("yes")], "rejected": [u, a("no")]}),
+        ))
+        .unwrap();
         assert_eq!(r.prompt.joined(), "hi");
-        assert_eq!((r.chosen.joined().as_str(), r.rejected.joined().as_str()), ("yes", "no"));
+        assert_eq!(
+            (r.chosen.joined().as_str(), r.rejected.joined().as_str()),
+            ("yes", "no")
+        );
         let other = json!({"role": "user", "content": "bye"});
-        let f = PreferenceRecord::from_row(row(json!({"chosen": [u, a("yes")], "rejected": [other, a("no")]}))).unwrap_err();
+        let f = PreferenceRecord::from_row(row(
+            json!({"chosen": [u, a("yes")], "rejected": [other, a("no")]}),
+        ))
+        .unwrap_err();
         assert!(f.what.contains("not the prompt"), "{f:?}");
     }
 
     #[test]
     fn faults_name_the_column_and_the_role() {
-        let f = SftRecord::from_row(row(json!({"messages": [{"role": "wizard", "content": "x"}]}))).unwrap_err();
-        assert!(f.column == "messages" && f.what.contains("`wizard`") && f.what.contains("assistant"), "{f:?}");
-        let f = PreferenceRecord::from_row(row(json!({"prompt": "p", "chosen": "c", "notes": 1}))).unwrap_err();
-        assert!(f.what.contains("`rejected`") && f.what.contains("notes"), "{f:?}");
-        let f = PreferenceRecord::from_row(row(json!({"prompt": "p", "chosen": 3, "rejected": "r"}))).unwrap_err();
-        assert_eq!((f.column.as_str(), f.what.as_str()), ("chosen", "a number, expected text or a list of messages"));
-        assert!(PreferenceRecord::from_row(row(json!({"prompt": "p", "chosen": " ", "rejected": "r"}))).is_err());
+        let f = SftRecord::from_row(row(
+            json!({"messages": [{"role": "wizard", "content": "x"}]}),
+        ))
+        .unwrap_err();
+        assert!(
+            f.column == "messages" && f.what.contains("`wizard`") && f.what.contains("assistant"),
+            "{f:?}"
+        );
+        let f = PreferenceRecord::from_row(row(json!({"prompt": "p", "chosen": "c", "notes": 1})))
+            .unwrap_err();
+        assert!(
+            f.what.contains("`rejected`") && f.what.contains("notes"),
+            "{f:?}"
+        );
+        let f =
+            PreferenceRecord::from_row(row(json!({"prompt": "p", "chosen": 3, "rejected": "r"})))
+                .unwrap_err();
+        assert_eq!(
+            (f.column.as_str(), f.what.as_str()),
+            ("chosen", "a number, expected text or a list of messages")
+        );
+        assert!(
+            PreferenceRecord::from_row(row(json!({"prompt": "p", "chosen": " ", "rejected": "r"})))
+                .is_err()
+        );
         assert!(PreferenceRecord::from_row(row(json!({"prompt": "p", "chosen": [{"role": "assistant", "content": "x"}], "rejected": "r"}))).is_err());
     }
 }

@@ -43,7 +43,9 @@ impl Stream {
         let lo = seed as u32;
         let hi = (seed >> 32) as u32;
         let mixed = philox4x32([lo, hi], [purpose as u32, 0x524c_4846, 0, 0]);
-        Self { key: [mixed[0], mixed[1]] }
+        Self {
+            key: [mixed[0], mixed[1]],
+        }
     }
 
     /// 128 random bits at the counters `(a, b, c)`.
@@ -131,9 +133,18 @@ mod tests {
     #[test]
     fn streams_differ_by_seed_purpose_and_counter() {
         let s = Stream::new(7, Purpose::Order);
-        assert_eq!(s.bits(1, 2, 3), Stream::new(7, Purpose::Order).bits(1, 2, 3));
-        assert_ne!(s.bits(1, 2, 3), Stream::new(7, Purpose::Sample).bits(1, 2, 3));
-        assert_ne!(s.bits(1, 2, 3), Stream::new(8, Purpose::Order).bits(1, 2, 3));
+        assert_eq!(
+            s.bits(1, 2, 3),
+            Stream::new(7, Purpose::Order).bits(1, 2, 3)
+        );
+        assert_ne!(
+            s.bits(1, 2, 3),
+            Stream::new(7, Purpose::Sample).bits(1, 2, 3)
+        );
+        assert_ne!(
+            s.bits(1, 2, 3),
+            Stream::new(8, Purpose::Order).bits(1, 2, 3)
+        );
         assert_ne!(s.bits(1, 2, 3), s.bits(1, 2, 4));
     }
 

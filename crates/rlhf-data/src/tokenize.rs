@@ -100,9 +100,16 @@ impl fmt::Display for TokenizeReport {
             parts.push(format!("{} truncated", self.truncated));
         }
         for (reason, d) in &self.dropped {
-            parts.push(format!("{} dropped ({reason}; first rows {:?})", d.count, d.first_rows));
+            parts.push(format!(
+                "{} dropped ({reason}; first rows {:?})",
+                d.count, d.first_rows
+            ));
         }
-        f.write_str(&if parts.is_empty() { "all rows kept".to_owned() } else { parts.join(", ") })
+        f.write_str(&if parts.is_empty() {
+            "all rows kept".to_owned()
+        } else {
+            parts.join(", ")
+        })
     }
 }
 
@@ -136,22 +143,46 @@ impl ChatTokenizer {
     pub fn load_dated(dir: &Path, date: (i32, u32, u32)) -> Result<Self> {
         let file = dir.join("tokenizer.json");
         if !file.is_file() {
-            return Err(Error::file(&file, "no such file", "name a folder with tokenizer.json"));
+            return Err(Error::file(
+                &file,
+                "no such file",
+                "name a folder with tokenizer.json",
+            ));
         }
         let bytes = std::fs::read(&file).map_err(Error::io(&file))?;
-        let tokenizer = Tokenizer::from_bytes(&bytes)
-            .map_err(|e| Error::file(&file, format!("no readable tokenizer: {e}"), "get the file again"))?;
+        let tokenizer = Tokenizer::from_bytes(&bytes).map_err(|e| {
+            Error::file(
+                &file,
+                format!("no readable tokenizer: {e}"),
+                "get the file again",
+            )
+        })?;
         let config = json(&dir.join("tokenizer_config.json"))?;
         let generation = json(&dir.join("generation_config.json"))?;
         let added = tokenizer.get_added_tokens_decoder();
-        let mut special: Vec<String> = added.values().filter(|t| t.special).map(|t| t.content.clone()).collect();
+        let mut special: Vec<String> = added
+            .values()
+            .filter(|t| t.special)
+            .map(|t| t.content.clone())
+            .collect();
         special.sort_by_key(|t| std::cmp::Reverse(t.len()));
         let template = ChatTemplate::of_folder(dir, &config, special, date)?;
-        let vocab_size = tokenizer.get_vocab(true).values().max().map_or(0, |m| *m as usize + 1);
+        let vocab_size = tokenizer
+            .get_vocab(true)
+            .values()
+            .max()
+            .map_or(0, |m| *m as usize + 1);
         let eos_ids = eos_ids(&tokenizer, &config, &generation);
         let mut literal = tokenizer.clone();
         literal.set_encode_special_tokens(true);
-        Ok(Self { tokenizer, literal, template, place: dir.display().to_string(), eos_ids, vocab_size })
+        Ok(Self {
+            tokenizer,
+            literal,
+            template,
+            place: dir.display().to_string(),
+            eos_ids,
+            vocab_size,
+        })
     }
 
     /// The largest id plus one.
@@ -190,7 +221,12 @@ impl ChatTokenizer {
     /// # Errors
     /// When the tokenizer fails.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        Ok(self.literal.encode_fast(text, true).map_err(|e| self.failed(&e))?.get_ids().to_vec())
+        Ok(self
+            .literal
+            .encode_fast(text, true)
+            .map_err(|e| self.failed(&e))?
+            .get_ids()
+            .to_vec())
     }
 
     /// Text of ids; special tokens are left out if `skip_special`.
@@ -198,7 +234,9 @@ impl ChatTokenizer {
     /// # Errors
     /// When the tokenizer fails.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        self.tokenizer.decode(ids, skip_special).map_err(|e| self.failed(&e))
+        self.tokenizer
+            .decode(ids, skip_special)
+            .map_err(|e| self.failed(&e))
     }
 
     /// The text of each id by itself, special tokens by name; for display.
@@ -209,8 +247,17 @@ impl ChatTokenizer {
         let mut before = String::new();
         for end in 1..=ids.len() {
             let start = end.saturating_sub(8);
-            let base = if start == 0 { before.clone() } else { self.tokenizer.decode(&ids[start..end - 1], false).unwrap_or_default() };
-            let all = self.tokenizer.decode(&ids[start..end], false).unwrap_or_default();
+            let base = if start == 0 {
+                before.clone()
+            } else {
+                self.tokenizer
+                    .decode(&ids[start..end - 1], false)
+                    .unwrap_or_default()
+            };
+            let all = self
+                .tokenizer
+                .decode(&ids[start..end], false)
+                .unwrap_or_default();
             pieces.push(all.strip_prefix(base.as_str()).unwrap_or(&all).to_owned());
             before = all;
         }
@@ -235,7 +282,12 @@ impl ChatTokenizer {
     ///
     /// # Errors
     /// When the template or the tokenizer fails.
-    pub fn sft_group(&self, row: u64, record: &SftRecord, limits: &Limits) -> Result<Outcome<PromptGroup>> {
+    pub fn sft_group(
+        &self,
+        row: u64,
+        record: &SftRecord,
+        limits: &Limits,
+    ) -> Result<Outcome<PromptGroup>> {
         let split = match (&record.prompt, &record.completion) {
             (Some(prompt), completion) => self.prompt_and_completion(prompt, completion)?,
             (None, Text::Plain(text)) => {
@@ -253,7 +305,9 @@ impl ChatTokenizer {
                 }
             }
         };
-        let Some((prompt, ids)) = split else { return Ok(Outcome::Dropped(DropReason::NoPrefix)) };
+        let Some((prompt, ids)) = split else {
+            return Ok(Outcome::Dropped(DropReason::NoPrefix));
+        };
         if prompt.len() > limits.max_prompt {
             return Ok(Outcome::Dropped(DropReason::PromptTooLong));
         }
@@ -262,15 +316,28 @@ impl ChatTokenizer {
         if completion.ids.len() < 1 + usize::from(prompt.is_empty()) {
             return Ok(Outcome::Dropped(DropReason::NothingTrained));
         }
-        let group = PromptGroup { row, prompt, completions: vec![completion] };
-        Ok(if cut { Outcome::Truncated(group) } else { Outcome::Kept(group) })
+        let group = PromptGroup {
+            row,
+            prompt,
+            completions: vec![completion],
+        };
+        Ok(if cut {
+            Outcome::Truncated(group)
+        } else {
+            Outcome::Kept(group)
+        })
     }
 
     /// A preference pair as a group: completion 0 chosen, 1 rejected.
     ///
     /// # Errors
     /// When the template or the tokenizer fails.
-    pub fn preference_group(&self, row: u64, record: &PreferenceRecord, limits: &Limits) -> Result<Outcome<PromptGroup>> {
+    pub fn preference_group(
+        &self,
+        row: u64,
+        record: &PreferenceRecord,
+        limits: &Limits,
+    ) -> Result<Outcome<PromptGroup>> {
         let chosen = self.prompt_and_completion(&record.prompt, &record.chosen)?;
         let rejected = self.prompt_and_completion(&record.prompt, &record.rejected)?;
         let (Some((prompt, chosen)), Some((other, rejected))) = (chosen, rejected) else {
@@ -282,22 +349,37 @@ impl ChatTokenizer {
         if prompt.len() > limits.max_prompt {
             return Ok(Outcome::Dropped(DropReason::PromptTooLong));
         }
-        let ((chosen, cut_c), (rejected, cut_r)) = (self.completion(chosen, limits), self.completion(rejected, limits));
+        let ((chosen, cut_c), (rejected, cut_r)) = (
+            self.completion(chosen, limits),
+            self.completion(rejected, limits),
+        );
         if chosen.ids.is_empty() || rejected.ids.is_empty() {
             return Ok(Outcome::Dropped(DropReason::NothingTrained));
         }
         if chosen.ids == rejected.ids {
             return Ok(Outcome::Dropped(DropReason::Identical));
         }
-        let group = PromptGroup { row, prompt, completions: vec![chosen, rejected] };
-        Ok(if cut_c || cut_r { Outcome::Truncated(group) } else { Outcome::Kept(group) })
+        let group = PromptGroup {
+            row,
+            prompt,
+            completions: vec![chosen, rejected],
+        };
+        Ok(if cut_c || cut_r {
+            Outcome::Truncated(group)
+        } else {
+            Outcome::Kept(group)
+        })
     }
 
     /// All demonstrations, in order, in parallel.
     ///
     /// # Errors
     /// The first row's error.
-    pub fn sft_groups(&self, records: &[SftRecord], limits: &Limits) -> Result<(Vec<PromptGroup>, TokenizeReport)> {
+    pub fn sft_groups(
+        &self,
+        records: &[SftRecord],
+        limits: &Limits,
+    ) -> Result<(Vec<PromptGroup>, TokenizeReport)> {
         collect(records, |row, r| self.sft_group(row, r, limits))
     }
 
@@ -305,43 +387,69 @@ impl ChatTokenizer {
     ///
     /// # Errors
     /// The first row's error.
-    pub fn preference_groups(&self, records: &[PreferenceRecord], limits: &Limits) -> Result<(Vec<PromptGroup>, TokenizeReport)> {
+    pub fn preference_groups(
+        &self,
+        records: &[PreferenceRecord],
+        limits: &Limits,
+    ) -> Result<(Vec<PromptGroup>, TokenizeReport)> {
         collect(records, |row, r| self.preference_group(row, r, limits))
     }
 
     /// Ids of a prompt and of its completion, or `None` when the prompt is no prefix of both together.
-    fn prompt_and_completion(&self, prompt: &Text, completion: &Text) -> Result<Option<(Vec<u32>, Vec<u32>)>> {
+    fn prompt_and_completion(
+        &self,
+        prompt: &Text,
+        completion: &Text,
+    ) -> Result<Option<(Vec<u32>, Vec<u32>)>> {
         match (prompt, completion) {
             (Text::Messages(p), Text::Messages(c)) => self.conversation(p, c),
             (p, c) => {
                 let (p, c) = (p.joined(), c.joined());
                 let prompt = self.encode(&p)?;
                 let whole = self.encode(&(p + &c))?;
-                Ok(whole.strip_prefix(prompt.as_slice()).map(<[u32]>::to_vec).map(|mut completion| {
-                    self.close(&mut completion);
-                    (prompt, completion)
-                }))
+                Ok(whole
+                    .strip_prefix(prompt.as_slice())
+                    .map(<[u32]>::to_vec)
+                    .map(|mut completion| {
+                        self.close(&mut completion);
+                        (prompt, completion)
+                    }))
             }
         }
     }
 
-    fn conversation(&self, before: &[Message], answer: &[Message]) -> Result<Option<(Vec<u32>, Vec<u32>)>> {
+    fn conversation(
+        &self,
+        before: &[Message],
+        answer: &[Message],
+    ) -> Result<Option<(Vec<u32>, Vec<u32>)>> {
         let template = self.template()?;
         let prompt = self.encode_rendered(&template.render(before, true)?)?.0;
         let all: Vec<Message> = before.iter().chain(answer).cloned().collect();
         let whole = self.encode_rendered(&template.render(&all, false)?)?.0;
         Ok(whole.strip_prefix(prompt.as_slice()).map(|rest| {
-            let end = rest.iter().rposition(|id| self.eos_ids.contains(id)).map_or(rest.len(), |i| i + 1);
+            let end = rest
+                .iter()
+                .rposition(|id| self.eos_ids.contains(id))
+                .map_or(rest.len(), |i| i + 1);
             (prompt.clone(), rest[..end].to_vec())
         }))
     }
 
-    fn marked_group(&self, row: u64, messages: &[Message], limits: &Limits) -> Result<Outcome<PromptGroup>> {
+    fn marked_group(
+        &self,
+        row: u64,
+        messages: &[Message],
+        limits: &Limits,
+    ) -> Result<Outcome<PromptGroup>> {
         let rendered = self.template()?.render(messages, false)?;
         let (ids, starts) = self.encode_rendered(&rendered)?;
         let inside = |at: usize| rendered.generated.iter().any(|r| r.contains(&at));
         let trained: Vec<bool> = starts.iter().map(|&s| inside(s)).collect();
-        let (Some(first), Some(last)) = (trained.iter().position(|&t| t), trained.iter().rposition(|&t| t)) else {
+        let (Some(first), Some(last)) = (
+            trained.iter().position(|&t| t),
+            trained.iter().rposition(|&t| t),
+        ) else {
             return Ok(Outcome::Dropped(DropReason::NothingTrained));
         };
         if first > limits.max_prompt {
@@ -349,8 +457,16 @@ impl ChatTokenizer {
         }
         let (mut completion, cut) = self.completion(ids[first..=last].to_vec(), limits);
         completion.trained = ranges(&trained[first..first + completion.ids.len()]);
-        let group = PromptGroup { row, prompt: ids[..first].to_vec(), completions: vec![completion] };
-        Ok(if cut { Outcome::Truncated(group) } else { Outcome::Kept(group) })
+        let group = PromptGroup {
+            row,
+            prompt: ids[..first].to_vec(),
+            completions: vec![completion],
+        };
+        Ok(if cut {
+            Outcome::Truncated(group)
+        } else {
+            Outcome::Kept(group)
+        })
     }
 
     /// Cuts to the limit; never adds an end-of-sequence token.
@@ -358,7 +474,10 @@ impl ChatTokenizer {
         let cut = ids.len() > limits.max_completion.max(1);
         ids.truncate(limits.max_completion.max(1));
         let ends = ids.last().is_some_and(|id| self.eos_ids.contains(id));
-        (Completion::whole(ids, if ends { Finish::Stop } else { Finish::Cut }), cut)
+        (
+            Completion::whole(ids, if ends { Finish::Stop } else { Finish::Cut }),
+            cut,
+        )
     }
 
     /// Ends plain text with the first end-of-sequence token, where it has none.
@@ -378,7 +497,10 @@ impl ChatTokenizer {
         let (mut ids, mut starts) = (Vec::new(), Vec::new());
         for w in bounds.windows(2) {
             let part = &rendered.text[w[0]..w[1]];
-            let encoding = self.tokenizer.encode(part, false).map_err(|e| self.failed(&e))?;
+            let encoding = self
+                .tokenizer
+                .encode(part, false)
+                .map_err(|e| self.failed(&e))?;
             ids.extend_from_slice(encoding.get_ids());
             starts.extend(encoding.get_offsets().iter().map(|o| w[0] + o.0));
         }
@@ -386,7 +508,10 @@ impl ChatTokenizer {
     }
 
     fn failed(&self, e: &tokenizers::Error) -> Error {
-        Error::Invalid { what: format!("the tokenizer of {} failed: {e}", self.place), mend: "look at the text and at tokenizer.json".into() }
+        Error::Invalid {
+            what: format!("the tokenizer of {} failed: {e}", self.place),
+            mend: "look at the text and at tokenizer.json".into(),
+        }
     }
 }
 
@@ -406,8 +531,11 @@ fn collect<R: Sync>(
     records: &[R],
     one: impl Fn(u64, &R) -> Result<Outcome<PromptGroup>> + Sync,
 ) -> Result<(Vec<PromptGroup>, TokenizeReport)> {
-    let outcomes: Vec<Outcome<PromptGroup>> =
-        records.par_iter().enumerate().map(|(row, r)| one(row as u64, r)).collect::<Result<_>>()?;
+    let outcomes: Vec<Outcome<PromptGroup>> = records
+        .par_iter()
+        .enumerate()
+        .map(|(row, r)| one(row as u64, r))
+        .collect::<Result<_>>()?;
     let mut report = TokenizeReport::default();
     let mut kept = Vec::with_capacity(outcomes.len());
     for (row, outcome) in outcomes.into_iter().enumerate() {
@@ -428,11 +556,21 @@ fn json(path: &Path) -> Result<serde_json::Value> {
         return Ok(serde_json::Value::Null);
     }
     let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-    serde_json::from_str(&text).map_err(|e| Error::file(path, format!("no readable JSON: {e}"), "correct or remove the file"))
+    serde_json::from_str(&text).map_err(|e| {
+        Error::file(
+            path,
+            format!("no readable JSON: {e}"),
+            "correct or remove the file",
+        )
+    })
 }
 
 /// `eos_token_id` of the generation settings (one or several), then the tokenizer's `eos_token`.
-fn eos_ids(tokenizer: &Tokenizer, config: &serde_json::Value, generation: &serde_json::Value) -> Vec<u32> {
+fn eos_ids(
+    tokenizer: &Tokenizer,
+    config: &serde_json::Value,
+    generation: &serde_json::Value,
+) -> Vec<u32> {
     let mut ids: Vec<u32> = Vec::new();
     let token = match config.get("eos_token") {
         Some(serde_json::Value::String(s)) => Some(s.as_str()),
@@ -441,7 +579,9 @@ fn eos_ids(tokenizer: &Tokenizer, config: &serde_json::Value, generation: &serde
     };
     ids.extend(token.and_then(|t| tokenizer.token_to_id(t)));
     match generation.get("eos_token_id") {
-        Some(serde_json::Value::Array(list)) => ids.extend(list.iter().filter_map(|v| v.as_u64()).map(|v| v as u32)),
+        Some(serde_json::Value::Array(list)) => {
+            ids.extend(list.iter().filter_map(|v| v.as_u64()).map(|v| v as u32))
+        }
         Some(v) => ids.extend(v.as_u64().map(|v| v as u32)),
         None => {}
     }
@@ -452,14 +592,21 @@ fn eos_ids(tokenizer: &Tokenizer, config: &serde_json::Value, generation: &serde
 
 /// Today in UTC (days to a civil date after Howard Hinnant's public-domain algorithm).
 fn today() -> (i32, u32, u32) {
-    let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let seconds = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs());
     let z = (seconds / 86_400) as i64 + 719_468;
     let era = z.div_euclid(146_097);
     let day_of_era = z.rem_euclid(146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let mp = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * mp + 2) / 5 + 1;
     let month = if mp < 10 { mp + 3 } else { mp - 9 };
-    ((year_of_era + era * 400 + i64::from(month <= 2)) as i32, month as u32, day as u32)
+    (
+        (year_of_era + era * 400 + i64::from(month <= 2)) as i32,
+        month as u32,
+        day as u32,
+    )
 }

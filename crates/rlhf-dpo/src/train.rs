@@ -33,7 +33,11 @@ pub type PairSums = Vec<(f64, f64)>;
 ///
 /// # Errors
 /// When a pair exceeds `micro_tokens` or the model fails.
-pub fn pair_sums(model: &Transformer, data: &[PromptGroup], micro_tokens: usize) -> Result<PairSums> {
+pub fn pair_sums(
+    model: &Transformer,
+    data: &[PromptGroup],
+    micro_tokens: usize,
+) -> Result<PairSums> {
     let _guard = tch::no_grad_guard();
     let lengths: Vec<usize> = data.iter().map(PromptGroup::num_tokens).collect();
     let mut sums = Vec::with_capacity(data.len());
@@ -62,15 +66,31 @@ pub struct PairEval {
 /// Accuracy of the implicit reward β log π/π₀ on pairs, from their sums under policy and reference.
 #[must_use]
 pub fn evaluate(policy: &[(f64, f64)], reference: &[(f64, f64)], beta: f64) -> PairEval {
-    let prefers = |a: f64, b: f64| if a > b { 1.0 } else if a == b { 0.5 } else { 0.0 };
-    let mut e = PairEval { pairs: policy.len(), ..PairEval::default() };
+    let prefers = |a: f64, b: f64| {
+        if a > b {
+            1.0
+        } else if a == b {
+            0.5
+        } else {
+            0.0
+        }
+    };
+    let mut e = PairEval {
+        pairs: policy.len(),
+        ..PairEval::default()
+    };
     for ((pc, pr), (rc, rr)) in policy.iter().zip(reference) {
         e.accuracy += prefers(pc - rc, pr - rr);
         e.logprob_accuracy += prefers(*pc, *pr);
         e.margin += beta * ((pc - rc) - (pr - rr));
     }
     let n = policy.len().max(1) as f64;
-    PairEval { accuracy: e.accuracy / n, logprob_accuracy: e.logprob_accuracy / n, margin: e.margin / n, ..e }
+    PairEval {
+        accuracy: e.accuracy / n,
+        logprob_accuracy: e.logprob_accuracy / n,
+        margin: e.margin / n,
+        ..e
+    }
 }
 
 /// Trains `model`, whose parameters `stepper` holds, on `data` (completion 0 chosen, 1 rejected).
@@ -87,10 +107,14 @@ pub fn train(
     session: &mut Session,
 ) -> Result<Flow> {
     let device = model.device();
-    let start = session.resume(&mut [("model", stepper)])?.map_or(0, |r: rlhf_train::Restored<()>| r.step);
+    let start = session
+        .resume(&mut [("model", stepper)])?
+        .map_or(0, |r: rlhf_train::Restored<()>| r.step);
     for step in start..cfg.steps {
         let first = step * cfg.batch_size as u64;
-        let picks: Vec<usize> = (0..cfg.batch_size as u64).map(|i| endless(cfg.seed, data.len(), first + i)).collect();
+        let picks: Vec<usize> = (0..cfg.batch_size as u64)
+            .map(|i| endless(cfg.seed, data.len(), first + i))
+            .collect();
         let lengths: Vec<usize> = picks.iter().map(|&i| data[i].num_tokens()).collect();
         let mut seen = Seen::default();
         for range in batches_by_tokens(&lengths, cfg.micro_tokens)? {
@@ -100,7 +124,9 @@ pub fn train(
             let sums = target_logprobs(model, &batch, 1.0, false)?.logprobs.sum();
             let column = |pick: fn(&(f64, f64)) -> f64| {
                 let host: Vec<f64> = picks.iter().map(|&i| pick(&reference[i])).collect();
-                Tensor::from_slice(&host).to_kind(sums.kind()).to_device(device)
+                Tensor::from_slice(&host)
+                    .to_kind(sums.kind())
+                    .to_device(device)
             };
             let pairs = PairLogprobs {
                 chosen: sums.slice(0, 0, None, 2),
@@ -113,7 +139,11 @@ pub fn train(
             stepper.accumulate(out.loss)?;
         }
         let report = stepper.apply()?;
-        let mut metrics = vec![("loss", report.loss), ("grad_norm", report.grad_norm), ("lr", report.lr)];
+        let mut metrics = vec![
+            ("loss", report.loss),
+            ("grad_norm", report.grad_norm),
+            ("lr", report.lr),
+        ];
         metrics.extend(seen.means(picks.len()));
         session.log(step, lengths.iter().sum(), &metrics)?;
         if let Flow::Stop(signal) = session.after_step(step, &[("model", stepper)], &())? {
@@ -139,7 +169,13 @@ impl Seen {
         let host = |t: &Tensor| Vec::<f64>::try_from(&t.detach().to_kind(Kind::Double));
         let (c, r) = (host(&out.chosen_rewards)?, host(&out.rejected_rewards)?);
         for (c, r) in c.iter().zip(&r) {
-            self.right += if c > r { 1.0 } else if c == r { 0.5 } else { 0.0 };
+            self.right += if c > r {
+                1.0
+            } else if c == r {
+                0.5
+            } else {
+                0.0
+            };
             self.margin += c - r;
             self.chosen_reward += c;
             self.rejected_reward += r;

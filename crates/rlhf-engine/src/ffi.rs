@@ -13,7 +13,11 @@ pub(crate) fn keep_pages() {
     const M_TRIM_THRESHOLD: c_int = -1;
     const M_TOP_PAD: c_int = -2;
     const M_MMAP_THRESHOLD: c_int = -3;
-    for (param, value) in [(M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, c_int::MAX), (M_TOP_PAD, 64 << 20)] {
+    for (param, value) in [
+        (M_MMAP_THRESHOLD, 1 << 30),
+        (M_TRIM_THRESHOLD, c_int::MAX),
+        (M_TOP_PAD, 64 << 20),
+    ] {
         // SAFETY: mallopt only stores the value; it is called before other threads start.
         unsafe { mallopt(param, value) };
     }

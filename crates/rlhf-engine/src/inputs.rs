@@ -68,43 +68,59 @@ impl Inputs {
 
     /// Demonstrations.
     pub(crate) fn sft(&self, data: &Data) -> anyhow::Result<Rc<Table<PromptGroup>>> {
-        self.cached(&self.sft, data, |path, limits| {
-            let records = collect::<SftRecord>(source::read_sft(path)?, data.limit)?;
-            let (rows, report) = self.tokenizer.sft_groups(&records, limits)?;
-            Ok((rows, report, records.len()))
-        }, PromptGroup::num_tokens)
+        self.cached(
+            &self.sft,
+            data,
+            |path, limits| {
+                let records = collect::<SftRecord>(source::read_sft(path)?, data.limit)?;
+                let (rows, report) = self.tokenizer.sft_groups(&records, limits)?;
+                Ok((rows, report, records.len()))
+            },
+            PromptGroup::num_tokens,
+        )
     }
 
     /// Preference pairs: completion 0 chosen, 1 rejected.
     pub(crate) fn preference(&self, data: &Data) -> anyhow::Result<Rc<Table<PromptGroup>>> {
-        self.cached(&self.preference, data, |path, limits| {
-            let records = collect::<PreferenceRecord>(source::read_preference(path)?, data.limit)?;
-            let (rows, report) = self.tokenizer.preference_groups(&records, limits)?;
-            Ok((rows, report, records.len()))
-        }, PromptGroup::num_tokens)
+        self.cached(
+            &self.preference,
+            data,
+            |path, limits| {
+                let records =
+                    collect::<PreferenceRecord>(source::read_preference(path)?, data.limit)?;
+                let (rows, report) = self.tokenizer.preference_groups(&records, limits)?;
+                Ok((rows, report, records.len()))
+            },
+            PromptGroup::num_tokens,
+        )
     }
 
     /// Prompts.
     pub(crate) fn prompts(&self, data: &Data) -> anyhow::Result<Rc<Table<Prompt>>> {
-        self.cached(&self.prompts, data, |path, limits| {
-            let records = collect::<PromptRecord>(source::read_prompts(path)?, data.limit)?;
-            let mut report = TokenizeReport::default();
-            let mut rows = Vec::new();
-            for (row, record) in records.iter().enumerate() {
-                let ids = self.tokenizer.prompt_ids(&record.prompt)?;
-                if ids.len() > limits.max_prompt {
-                    report.drop(row as u64, rlhf_data::tokenize::DropReason::PromptTooLong);
-                    continue;
+        self.cached(
+            &self.prompts,
+            data,
+            |path, limits| {
+                let records = collect::<PromptRecord>(source::read_prompts(path)?, data.limit)?;
+                let mut report = TokenizeReport::default();
+                let mut rows = Vec::new();
+                for (row, record) in records.iter().enumerate() {
+                    let ids = self.tokenizer.prompt_ids(&record.prompt)?;
+                    if ids.len() > limits.max_prompt {
+                        report.drop(row as u64, rlhf_data::tokenize::DropReason::PromptTooLong);
+                        continue;
+                    }
+                    rows.push(Prompt {
+                        row: row as u64,
+                        ids,
+                        text: plain_text(&record.prompt),
+                        fields: record.fields.clone(),
+                    });
                 }
-                rows.push(Prompt {
-                    row: row as u64,
-                    ids,
-                    text: plain_text(&record.prompt),
-                    fields: record.fields.clone(),
-                });
-            }
-            Ok((rows, report, records.len()))
-        }, |p| p.ids.len())
+                Ok((rows, report, records.len()))
+            },
+            |p| p.ids.len(),
+        )
     }
 
     fn cached<T>(
@@ -139,11 +155,23 @@ impl Inputs {
             )
             .into());
         }
-        let limits = Limits { max_prompt: data.max_prompt, max_completion: data.max_completion };
+        let limits = Limits {
+            max_prompt: data.max_prompt,
+            max_completion: data.max_completion,
+        };
         let (rows, report, read_rows) = read(&path, &limits)?;
         if rows.is_empty() {
-            let what = if read_rows == 0 { "no rows".to_owned() } else { format!("no rows left of {read_rows}: {report}") };
-            return Err(usage(what, place, "look at the file with `rlhf data check`, or raise the limits").into());
+            let what = if read_rows == 0 {
+                "no rows".to_owned()
+            } else {
+                format!("no rows left of {read_rows}: {report}")
+            };
+            return Err(usage(
+                what,
+                place,
+                "look at the file with `rlhf data check`, or raise the limits",
+            )
+            .into());
         }
         let facts = Facts {
             sha256: rlhf_train::hash_file(&path).with_context(|| format!("hashing {place}"))?,
@@ -184,7 +212,10 @@ impl Inputs {
     }
 }
 
-fn collect<T>(rows: impl Iterator<Item = rlhf_data::Result<T>>, limit: Option<usize>) -> rlhf_data::Result<Vec<T>> {
+fn collect<T>(
+    rows: impl Iterator<Item = rlhf_data::Result<T>>,
+    limit: Option<usize>,
+) -> rlhf_data::Result<Vec<T>> {
     rows.take(limit.unwrap_or(usize::MAX)).collect()
 }
 

@@ -27,7 +27,13 @@ pub(crate) fn write(
     limits: &Limits,
     micro_tokens: usize,
 ) -> anyhow::Result<usize> {
-    let list = |name: &str, t: DataType| Field::new(name, DataType::List(Arc::new(Field::new("item", t, true))), false);
+    let list = |name: &str, t: DataType| {
+        Field::new(
+            name,
+            DataType::List(Arc::new(Field::new("item", t, true))),
+            false,
+        )
+    };
     let schema = Arc::new(Schema::new(vec![
         Field::new("row", DataType::UInt64, false),
         list("ids", DataType::UInt32),
@@ -38,17 +44,30 @@ pub(crate) fn write(
     let mut records = source::read_sft(input)?;
     let (mut first, mut written) = (0u64, 0);
     loop {
-        let chunk = records.by_ref().take(CHUNK).collect::<rlhf_data::Result<Vec<_>>>()?;
+        let chunk = records
+            .by_ref()
+            .take(CHUNK)
+            .collect::<rlhf_data::Result<Vec<_>>>()?;
         if chunk.is_empty() {
             break;
         }
         let (groups, _) = tokenizer.sft_groups(&chunk, limits)?;
-        let logprobs = logprobs_of(model, &groups, 1.0, micro_tokens).with_context(|| format!("rows from {first} on"))?;
+        let logprobs = logprobs_of(model, &groups, 1.0, micro_tokens)
+            .with_context(|| format!("rows from {first} on"))?;
         let (mut rows, mut sums) = (Vec::new(), Vec::new());
-        let (mut ids, mut values) = (ListBuilder::new(UInt32Builder::new()), ListBuilder::new(Float32Builder::new()));
+        let (mut ids, mut values) = (
+            ListBuilder::new(UInt32Builder::new()),
+            ListBuilder::new(Float32Builder::new()),
+        );
         for (group, lp) in groups.iter().zip(&logprobs) {
             let completion = &group.completions[0];
-            let trained: Vec<u32> = completion.trained.iter().cloned().flatten().map(|i| completion.ids[i]).collect();
+            let trained: Vec<u32> = completion
+                .trained
+                .iter()
+                .cloned()
+                .flatten()
+                .map(|i| completion.ids[i])
+                .collect();
             // Without a prompt the first token has no log-probability.
             let skip = trained.len() - lp.len();
             rows.push(first + group.row);
@@ -67,7 +86,12 @@ pub(crate) fn write(
         file.write(&RecordBatch::try_new(schema.clone(), columns)?)?;
     }
     if written == 0 {
-        return Err(usage("no usable rows", input.display().to_string(), "look at the file with `rlhf data check`").into());
+        return Err(usage(
+            "no usable rows",
+            input.display().to_string(),
+            "look at the file with `rlhf data check`",
+        )
+        .into());
     }
     file.finish()?;
     Ok(written)

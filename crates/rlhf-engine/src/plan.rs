@@ -41,18 +41,36 @@ pub(crate) struct Plan {
 }
 
 /// Reads everything that `recipe` names.
-pub(crate) fn resolve(name: &str, recipe_arg: &str, recipe: Recipe, shared: &Path) -> anyhow::Result<(Plan, Inputs)> {
-    let init_from = recipe.init.from.as_ref().map(|p| recipe::resolve(p, shared));
+pub(crate) fn resolve(
+    name: &str,
+    recipe_arg: &str,
+    recipe: Recipe,
+    shared: &Path,
+) -> anyhow::Result<(Plan, Inputs)> {
+    let init_from = recipe
+        .init
+        .from
+        .as_ref()
+        .map(|p| recipe::resolve(p, shared));
     let tokenizer_dir = tokenizer_dir(&recipe.init, init_from.as_deref(), shared)?;
-    let tokenizer = ChatTokenizer::load(&tokenizer_dir).with_context(|| format!("loading the tokenizer of {}", tokenizer_dir.display()))?;
+    let tokenizer = ChatTokenizer::load(&tokenizer_dir)
+        .with_context(|| format!("loading the tokenizer of {}", tokenizer_dir.display()))?;
     let config = match (&init_from, &recipe.init.scratch) {
-        (Some(dir), _) => Config::load(dir).with_context(|| format!("reading the model in {}", dir.display()))?,
+        (Some(dir), _) => {
+            Config::load(dir).with_context(|| format!("reading the model in {}", dir.display()))?
+        }
         (None, Some(scratch)) => from_scratch(scratch, &tokenizer)?,
-        (None, None) => return Err(usage("[init] is empty", name, "give `from` or `scratch`").into()),
+        (None, None) => {
+            return Err(usage("[init] is empty", name, "give `from` or `scratch`").into());
+        }
     };
     if tokenizer.vocab_size() > config.vocab_size as usize {
         return Err(usage(
-            format!("the tokenizer has ids up to {}, the model a vocabulary of {}", tokenizer.vocab_size() - 1, config.vocab_size),
+            format!(
+                "the tokenizer has ids up to {}, the model a vocabulary of {}",
+                tokenizer.vocab_size() - 1,
+                config.vocab_size
+            ),
             format!("{} and the model", tokenizer_dir.display()),
             "use the tokenizer that belongs to the model",
         )
@@ -80,10 +98,22 @@ fn tokenizer_dir(init: &Init, from: Option<&Path>, shared: &Path) -> anyhow::Res
     let dir = match (&init.tokenizer, from) {
         (Some(t), _) => recipe::resolve(t, shared),
         (None, Some(from)) => from.to_owned(),
-        (None, None) => return Err(usage("[init] has no tokenizer", "the recipe", "name a folder with tokenizer.json").into()),
+        (None, None) => {
+            return Err(usage(
+                "[init] has no tokenizer",
+                "the recipe",
+                "name a folder with tokenizer.json",
+            )
+            .into());
+        }
     };
     if !dir.is_dir() {
-        return Err(usage("no such folder", dir.display().to_string(), "run from the project's root, or correct [init]").into());
+        return Err(usage(
+            "no such folder",
+            dir.display().to_string(),
+            "run from the project's root, or correct [init]",
+        )
+        .into());
     }
     Ok(dir)
 }
@@ -143,10 +173,21 @@ impl Plan {
             terminal::bytes(self.training_bytes),
         );
         for f in &self.data {
-            out += &format!("  data       {} · {} rows, {} kept, {} tokens\n", f.path, f.rows, f.kept, terminal::count(f.tokens as f64));
+            out += &format!(
+                "  data       {} · {} rows, {} kept, {} tokens\n",
+                f.path,
+                f.rows,
+                f.kept,
+                terminal::count(f.tokens as f64)
+            );
         }
         for s in &self.recipe.stages {
-            out += &format!("  stage      {:<8} {:<7} {}\n", s.name, s.kind.name(), steps(&s.kind));
+            out += &format!(
+                "  stage      {:<8} {:<7} {}\n",
+                s.name,
+                s.kind.name(),
+                steps(&s.kind)
+            );
         }
         out
     }
@@ -157,8 +198,14 @@ fn steps(kind: &StageKind) -> String {
         StageKind::Sft(s) => format!("{} steps of {} rows", s.steps, s.batch_size),
         StageKind::Reward(s) => format!("{} steps of {} pairs", s.steps, s.batch_size),
         StageKind::Dpo(s) => format!("{} steps of {} pairs", s.steps, s.batch_size),
-        StageKind::Grpo(s) => format!("{} steps of {} × {} completions", s.steps, s.rollouts.prompts_per_step, s.rollouts.group_size),
-        StageKind::Ppo(s) => format!("{} steps of {} × {} completions", s.steps, s.rollouts.prompts_per_step, s.rollouts.group_size),
+        StageKind::Grpo(s) => format!(
+            "{} steps of {} × {} completions",
+            s.steps, s.rollouts.prompts_per_step, s.rollouts.group_size
+        ),
+        StageKind::Ppo(s) => format!(
+            "{} steps of {} × {} completions",
+            s.steps, s.rollouts.prompts_per_step, s.rollouts.group_size
+        ),
         StageKind::Eval(s) => format!("{} against {}", s.models.join(", "), s.baseline),
     }
 }

@@ -158,7 +158,11 @@ impl Optim {
     /// AdamW's settings.
     #[must_use]
     pub fn adamw(&self) -> AdamWConfig {
-        AdamWConfig { beta2: self.beta2, weight_decay: self.weight_decay, ..AdamWConfig::default() }
+        AdamWConfig {
+            beta2: self.beta2,
+            weight_decay: self.weight_decay,
+            ..AdamWConfig::default()
+        }
     }
 }
 
@@ -390,7 +394,12 @@ impl Stage {
     /// The names that this stage takes from `init` or earlier stages, with the key that names each.
     fn inputs(&self) -> Vec<(&'static str, &str)> {
         fn rollouts<'a>(r: &'a Rollouts, into: &mut Vec<(&'static str, &'a str)>) {
-            into.extend(r.reward.iter().filter_map(|p| p.model.as_deref()).map(|m| ("rollouts.reward.model", m)));
+            into.extend(
+                r.reward
+                    .iter()
+                    .filter_map(|p| p.model.as_deref())
+                    .map(|m| ("rollouts.reward.model", m)),
+            );
         }
         let mut names = Vec::new();
         match &self.kind {
@@ -434,20 +443,37 @@ impl Source {
     /// A usage error that lists the shipped recipes.
     pub fn find(name: &str) -> Result<Self, Usage> {
         if let Some(s) = shipped::find(name) {
-            return Ok(Self { name: name.into(), text: s.text.into(), origin: format!("recipe {name}") });
+            return Ok(Self {
+                name: name.into(),
+                text: s.text.into(),
+                origin: format!("recipe {name}"),
+            });
         }
         let path = Path::new(name);
         if path.extension().is_some_and(|e| e == "toml") || path.exists() {
             let text = std::fs::read_to_string(path).map_err(|e| {
-                usage(format!("cannot read the recipe: {e}"), name, "give the path of a TOML file, or a name from `rlhf recipes`")
+                usage(
+                    format!("cannot read the recipe: {e}"),
+                    name,
+                    "give the path of a TOML file, or a name from `rlhf recipes`",
+                )
             })?;
-            let stem = path.file_stem().map_or_else(|| "recipe".into(), |s| s.to_string_lossy().into_owned());
-            return Ok(Self { name: stem, text, origin: name.into() });
+            let stem = path
+                .file_stem()
+                .map_or_else(|| "recipe".into(), |s| s.to_string_lossy().into_owned());
+            return Ok(Self {
+                name: stem,
+                text,
+                origin: name.into(),
+            });
         }
         Err(usage(
             format!("no recipe named `{name}`"),
             "the command line",
-            format!("use one of {}, or the path of a .toml file", shipped::names()),
+            format!(
+                "use one of {}, or the path of a .toml file",
+                shipped::names()
+            ),
         ))
     }
 
@@ -461,7 +487,11 @@ impl Source {
         let overlay = table.remove("smoke");
         if smoke {
             let Some(toml::Value::Table(overlay)) = overlay else {
-                return Err(usage("the recipe has no [smoke] overlay", &self.origin, "run it without --smoke"));
+                return Err(usage(
+                    "the recipe has no [smoke] overlay",
+                    &self.origin,
+                    "run it without --smoke",
+                ));
             };
             for (key, value) in overlay {
                 self.set(&mut table, &key, value)?;
@@ -469,7 +499,11 @@ impl Source {
         }
         for set in sets {
             let Some((key, value)) = set.split_once('=') else {
-                return Err(usage(format!("--set {set}: no `=`"), "the command line", "write --set key=value"));
+                return Err(usage(
+                    format!("--set {set}: no `=`"),
+                    "the command line",
+                    "write --set key=value",
+                ));
             };
             self.set(&mut table, key.trim(), scalar(value.trim()))?;
         }
@@ -498,22 +532,38 @@ impl Source {
                         at = &mut stages[i];
                         continue;
                     }
-                    _ => return Err(bad(format!("`{key}`: `{part}` lies below a plain value"), "shorten the key".into())),
+                    _ => {
+                        return Err(bad(
+                            format!("`{key}`: `{part}` lies below a plain value"),
+                            "shorten the key".into(),
+                        ));
+                    }
                 },
             };
             if parts.peek().is_none() {
                 map.insert(part.into(), value);
                 return Ok(());
             }
-            at = map.entry(part).or_insert_with(|| toml::Value::Table(toml::Table::new()));
+            at = map
+                .entry(part)
+                .or_insert_with(|| toml::Value::Table(toml::Table::new()));
         }
-        Err(bad(format!("`{key}` names a whole stage"), "name one of its keys, as in stages.sft.steps".into()))
+        Err(bad(
+            format!("`{key}` names a whole stage"),
+            "name one of its keys, as in stages.sft.steps".into(),
+        ))
     }
 
     fn build(&self, mut table: toml::Table) -> Result<Recipe, Usage> {
         let stages = match table.remove("stages") {
             Some(toml::Value::Array(a)) if !a.is_empty() => a,
-            _ => return Err(usage("the recipe has no stages", &self.origin, "add at least one [[stages]] table")),
+            _ => {
+                return Err(usage(
+                    "the recipe has no stages",
+                    &self.origin,
+                    "add at least one [[stages]] table",
+                ));
+            }
         };
         #[derive(Deserialize)]
         #[serde(deny_unknown_fields)]
@@ -521,11 +571,22 @@ impl Source {
             run: Run,
             init: Init,
         }
-        let head: Head = table
-            .try_into()
-            .map_err(|e: toml::de::Error| usage(first_lines(e.message()), &self.origin, "mend the key in [run] or [init]"))?;
-        let stages = stages.into_iter().map(|v| self.stage(v)).collect::<Result<Vec<_>, _>>()?;
-        let recipe = Recipe { run: head.run, init: head.init, stages };
+        let head: Head = table.try_into().map_err(|e: toml::de::Error| {
+            usage(
+                first_lines(e.message()),
+                &self.origin,
+                "mend the key in [run] or [init]",
+            )
+        })?;
+        let stages = stages
+            .into_iter()
+            .map(|v| self.stage(v))
+            .collect::<Result<Vec<_>, _>>()?;
+        let recipe = Recipe {
+            run: head.run,
+            init: head.init,
+            stages,
+        };
         self.check(&recipe)?;
         Ok(recipe)
     }
@@ -538,12 +599,22 @@ impl Source {
         };
         let text = |t: &mut toml::Table, key: &str| match t.remove(key) {
             Some(toml::Value::String(s)) => Ok(s),
-            _ => Err(usage(format!("the stage has no `{key}`"), &place, format!("add {key} = \"…\""))),
+            _ => Err(usage(
+                format!("the stage has no `{key}`"),
+                &place,
+                format!("add {key} = \"…\""),
+            )),
         };
         let name = text(&mut t, "name")?;
         let kind = text(&mut t, "kind")?;
         fn read<T: serde::de::DeserializeOwned>(t: toml::Table, place: &str) -> Result<T, Usage> {
-            t.try_into().map_err(|e: toml::de::Error| usage(first_lines(e.message()), place, "mend the key; `rlhf recipes show quickstart` shows a whole recipe"))
+            t.try_into().map_err(|e: toml::de::Error| {
+                usage(
+                    first_lines(e.message()),
+                    place,
+                    "mend the key; `rlhf recipes show quickstart` shows a whole recipe",
+                )
+            })
         }
         let kind = match kind.as_str() {
             "sft" => StageKind::Sft(read(t, &place)?),
@@ -565,7 +636,11 @@ impl Source {
 
     fn check(&self, recipe: &Recipe) -> Result<(), Usage> {
         if recipe.run.checkpoint_every == 0 {
-            return Err(usage("run.checkpoint_every is 0", &self.origin, "give the steps between checkpoints, 1 or more"));
+            return Err(usage(
+                "run.checkpoint_every is 0",
+                &self.origin,
+                "give the steps between checkpoints, 1 or more",
+            ));
         }
         if recipe.init.from.is_some() == recipe.init.scratch.is_some() {
             return Err(usage(
@@ -575,14 +650,22 @@ impl Source {
             ));
         }
         if recipe.init.scratch.is_some() && recipe.init.tokenizer.is_none() {
-            return Err(usage("[init] from scratch needs a `tokenizer`", &self.origin, "name a folder with tokenizer.json"));
+            return Err(usage(
+                "[init] from scratch needs a `tokenizer`",
+                &self.origin,
+                "name a folder with tokenizer.json",
+            ));
         }
         let mut known: BTreeSet<&str> = BTreeSet::from(["init"]);
         for stage in &recipe.stages {
             let place = format!("{}, stage `{}`", self.origin, stage.name);
             let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
             if stage.name.is_empty() || !stage.name.chars().all(plain) {
-                return Err(usage("a stage's name is letters, digits, - and _", &place, "rename it"));
+                return Err(usage(
+                    "a stage's name is letters, digits, - and _",
+                    &place,
+                    "rename it",
+                ));
             }
             for (key, name) in stage.inputs() {
                 if !known.contains(name) {
@@ -612,44 +695,85 @@ impl Source {
         let mut optim = |o: &Optim| {
             need(o.lr > 0.0 && o.lr.is_finite(), "optim.lr must be above 0");
             need(o.max_grad_norm > 0.0, "optim.max_grad_norm must be above 0");
-            need(o.weight_decay >= 0.0, "optim.weight_decay must not be negative");
+            need(
+                o.weight_decay >= 0.0,
+                "optim.weight_decay must not be negative",
+            );
         };
         let rollouts = |r: &Rollouts, need: &mut dyn FnMut(bool, &str)| {
-            need(r.prompts_per_step > 0 && r.group_size > 0, "rollouts.prompts_per_step and group_size must be above 0");
-            need(!r.reward.is_empty(), "rollouts.reward must have at least one part");
             need(
-                r.reward.iter().all(|p| p.model.is_some() != p.rule.is_some()),
+                r.prompts_per_step > 0 && r.group_size > 0,
+                "rollouts.prompts_per_step and group_size must be above 0",
+            );
+            need(
+                !r.reward.is_empty(),
+                "rollouts.reward must have at least one part",
+            );
+            need(
+                r.reward
+                    .iter()
+                    .all(|p| p.model.is_some() != p.rule.is_some()),
                 "each part of rollouts.reward has either `model` or `rule`",
             );
-            need(r.sampling.temperature > 0.0, "rollouts.sampling.temperature must be above 0: greedy draws give no gradient");
-            need(r.sampling.max_new_tokens > 0, "rollouts.sampling.max_new_tokens must be above 0");
+            need(
+                r.sampling.temperature > 0.0,
+                "rollouts.sampling.temperature must be above 0: greedy draws give no gradient",
+            );
+            need(
+                r.sampling.max_new_tokens > 0,
+                "rollouts.sampling.max_new_tokens must be above 0",
+            );
         };
         match &stage.kind {
             StageKind::Sft(s) => {
                 optim(&s.optim);
-                need(s.batch_size > 0 && s.steps > 0, "steps and batch_size must be above 0");
+                need(
+                    s.batch_size > 0 && s.steps > 0,
+                    "steps and batch_size must be above 0",
+                );
             }
             StageKind::Reward(s) => {
                 optim(&s.optim);
-                need(s.batch_size > 0 && s.steps > 0, "steps and batch_size must be above 0");
+                need(
+                    s.batch_size > 0 && s.steps > 0,
+                    "steps and batch_size must be above 0",
+                );
             }
             StageKind::Dpo(s) => {
                 optim(&s.optim);
-                need(s.batch_size > 0 && s.steps > 0, "steps and batch_size must be above 0");
+                need(
+                    s.batch_size > 0 && s.steps > 0,
+                    "steps and batch_size must be above 0",
+                );
                 need(s.beta > 0.0, "beta must be above 0");
-                need((0.0..0.5).contains(&s.label_smoothing), "label_smoothing must be in 0 to 0.5");
+                need(
+                    (0.0..0.5).contains(&s.label_smoothing),
+                    "label_smoothing must be in 0 to 0.5",
+                );
             }
             StageKind::Grpo(s) => {
                 optim(&s.optim);
                 rollouts(&s.rollouts, &mut need);
-                need(s.rollouts.group_size > 1, "group_size must be at least 2: one completion has no group to compare with");
-                need(s.steps > 0 && s.epochs > 0, "steps and epochs must be above 0");
+                need(
+                    s.rollouts.group_size > 1,
+                    "group_size must be at least 2: one completion has no group to compare with",
+                );
+                need(
+                    s.steps > 0 && s.epochs > 0,
+                    "steps and epochs must be above 0",
+                );
             }
             StageKind::Ppo(s) => {
                 optim(&s.optim);
                 rollouts(&s.rollouts, &mut need);
-                need(s.steps > 0 && s.epochs > 0 && s.minibatches > 0, "steps, epochs and minibatches must be above 0");
-                need((0.0..=1.0).contains(&s.gamma) && (0.0..=1.0).contains(&s.gae_lambda), "gamma and gae_lambda lie in 0 to 1");
+                need(
+                    s.steps > 0 && s.epochs > 0 && s.minibatches > 0,
+                    "steps, epochs and minibatches must be above 0",
+                );
+                need(
+                    (0.0..=1.0).contains(&s.gamma) && (0.0..=1.0).contains(&s.gae_lambda),
+                    "gamma and gae_lambda lie in 0 to 1",
+                );
             }
             StageKind::Eval(s) => {
                 need(!s.models.is_empty(), "models must name at least one stage");
@@ -666,11 +790,15 @@ impl Source {
 /// Resolves a path of a recipe: `shared:X` lies in the shared folder, others are as typed.
 #[must_use]
 pub fn resolve(path: &str, shared: &Path) -> PathBuf {
-    path.strip_prefix("shared:").map_or_else(|| PathBuf::from(path), |rest| shared.join(rest))
+    path.strip_prefix("shared:")
+        .map_or_else(|| PathBuf::from(path), |rest| shared.join(rest))
 }
 
 fn stage_name(v: &toml::Value) -> String {
-    v.get("name").and_then(toml::Value::as_str).unwrap_or("?").to_owned()
+    v.get("name")
+        .and_then(toml::Value::as_str)
+        .unwrap_or("?")
+        .to_owned()
 }
 
 /// A `--set` value: TOML when it parses as such, else text.

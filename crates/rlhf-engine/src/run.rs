@@ -1,5 +1,9 @@
 //! `rlhf run`: recipe, plan, stages, report.
-#![allow(clippy::print_stdout, clippy::print_stderr, reason = "the command speaks to the terminal")]
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "the command speaks to the terminal"
+)]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,25 +15,30 @@ use rlhf_model::{Transformer, copy_tokenizer};
 use rlhf_train::{StopFlag, hash_file, peak_memory};
 use tch::{Device, Kind};
 
-use rlhf::args::{DeviceArg, RunArgs};
-use rlhf::files::{write, write_json};
+use crate::engine;
 use crate::plan::{self, Plan};
 use crate::recipe::{self, Source};
-use rlhf::results::{RunSummary, StageSummary};
 use crate::stage::Context;
+use rlhf::args::{DeviceArg, RunArgs};
+use rlhf::files::{write, write_json};
+use rlhf::results::{RunSummary, StageSummary};
 use rlhf::{Usage, usage};
-use crate::engine;
 use rlhf::{report, terminal};
 
 pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
-    let shared = PathBuf::from(std::env::var_os("RLHF_SHARED").unwrap_or_else(|| "../shared".into()));
+    let shared =
+        PathBuf::from(std::env::var_os("RLHF_SHARED").unwrap_or_else(|| "../shared".into()));
     let source = Source::find(&args.recipe)?;
     let recipe = source.parse(args.smoke, &args.set)?;
     if let Some(needs) = &recipe.run.needs
         && !recipe::resolve(&needs.path, &shared).exists()
     {
         let path = recipe::resolve(&needs.path, &shared);
-        println!("skipped: {} is not there; to run this recipe: {}", path.display(), needs.mend);
+        println!(
+            "skipped: {} is not there; to run this recipe: {}",
+            path.display(),
+            needs.mend
+        );
         return Ok(ExitCode::SUCCESS);
     }
     let device = engine::device(args.device)?;
@@ -63,7 +72,11 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     if args.json {
         println!("{}", serde_json::to_string_pretty(&summary)?);
     } else {
-        println!("done in {}; report: {}", terminal::seconds(summary.seconds), html.display());
+        println!(
+            "done in {}; report: {}",
+            terminal::seconds(summary.seconds),
+            html.display()
+        );
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -80,14 +93,28 @@ fn folder(args: &RunArgs, name: &str) -> Result<PathBuf, Usage> {
             ));
         }
         if args.resume && !used(out) {
-            return Err(usage("there is no run to resume", out.display().to_string(), "name the folder of an interrupted run"));
+            return Err(usage(
+                "there is no run to resume",
+                out.display().to_string(),
+                "name the folder of an interrupted run",
+            ));
         }
         return Ok(out.clone());
     }
-    let numbered = |i: u32| if i == 1 { Path::new("runs").join(name) } else { Path::new("runs").join(format!("{name}-{i}")) };
+    let numbered = |i: u32| {
+        if i == 1 {
+            Path::new("runs").join(name)
+        } else {
+            Path::new("runs").join(format!("{name}-{i}"))
+        }
+    };
     let free = (1..).find(|&i| !used(&numbered(i))).unwrap_or(1);
     match (args.resume, free) {
-        (true, 1) => Err(usage("there is no run to resume", format!("runs/{name}"), "leave out --resume")),
+        (true, 1) => Err(usage(
+            "there is no run to resume",
+            format!("runs/{name}"),
+            "leave out --resume",
+        )),
         (true, n) => Ok(numbered(n - 1)),
         (false, n) => Ok(numbered(n)),
     }
@@ -98,10 +125,15 @@ fn prepare(dir: &Path, source: &Source, plan: &Plan, args: &RunArgs) -> anyhow::
     std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     let path = dir.join("plan.json");
     if args.resume {
-        let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-        let before: serde_json::Value = serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display()))?;
+        let text = std::fs::read_to_string(&path)
+            .with_context(|| format!("reading {}", path.display()))?;
+        let before: serde_json::Value = serde_json::from_str(&text)
+            .with_context(|| format!("{} is damaged", path.display()))?;
         let now = serde_json::to_value(plan)?;
-        if before["recipe"] != now["recipe"] || before["data"] != now["data"] || before["model"] != now["model"] {
+        if before["recipe"] != now["recipe"]
+            || before["data"] != now["data"]
+            || before["model"] != now["model"]
+        {
             return Err(usage(
                 "the recipe, the data or the model are not those of the interrupted run",
                 dir.display().to_string(),
@@ -121,14 +153,26 @@ fn init(dir: &Path, plan: &Plan, device: Device) -> anyhow::Result<()> {
     if plan.init_from.is_some() || target.join("config.json").exists() {
         return Ok(());
     }
-    let model = Transformer::init(plan.config.clone(), plan.recipe.run.seed, device, Kind::Float)?;
-    std::fs::create_dir_all(dir.join("init")).with_context(|| format!("cannot make {}", target.display()))?;
+    let model = Transformer::init(
+        plan.config.clone(),
+        plan.recipe.run.seed,
+        device,
+        Kind::Float,
+    )?;
+    std::fs::create_dir_all(dir.join("init"))
+        .with_context(|| format!("cannot make {}", target.display()))?;
     model.save(&target)?;
     copy_tokenizer(&plan.tokenizer_dir, &target)?;
     Ok(())
 }
 
-fn summarize(plan: &Plan, dir: &Path, args: &RunArgs, stages: Vec<StageSummary>, began: &Instant) -> anyhow::Result<RunSummary> {
+fn summarize(
+    plan: &Plan,
+    dir: &Path,
+    args: &RunArgs,
+    stages: Vec<StageSummary>,
+    began: &Instant,
+) -> anyhow::Result<RunSummary> {
     let mut models = BTreeMap::new();
     for s in &stages {
         let weights = dir.join(&s.name).join("model").join("model.safetensors");
@@ -150,14 +194,22 @@ fn summarize(plan: &Plan, dir: &Path, args: &RunArgs, stages: Vec<StageSummary>,
         seconds: total.max(began.elapsed().as_secs_f64()),
         peak_memory: peak_memory(),
         stages,
-        data: plan.data.iter().map(|f| (f.path.clone(), f.sha256.clone())).collect(),
+        data: plan
+            .data
+            .iter()
+            .map(|f| (f.path.clone(), f.sha256.clone()))
+            .collect(),
         models,
     })
 }
 
 /// The revision of the working folder, where git and a repository are at hand.
 fn git_revision() -> Option<String> {
-    let out = std::process::Command::new("git").args(["rev-parse", "HEAD"]).stderr(std::process::Stdio::null()).output().ok()?;
+    let out = std::process::Command::new("git")
+        .args(["rev-parse", "HEAD"])
+        .stderr(std::process::Stdio::null())
+        .output()
+        .ok()?;
     let text = String::from_utf8(out.stdout).ok()?;
     out.status.success().then(|| text.trim().to_owned())
 }

@@ -36,15 +36,21 @@ impl AttentionLayout {
         let mut flat = Vec::new();
         for g in &groups {
             for range in std::iter::once(&g.prompt).chain(&g.completions) {
-                ensure(range.start == end && range.end >= range.start, "attention layout", || {
-                    format!("rows {range:?} come after row {end}, expected them to begin there")
-                })?;
+                ensure(
+                    range.start == end && range.end >= range.start,
+                    "attention layout",
+                    || format!("rows {range:?} come after row {end}, expected them to begin there"),
+                )?;
                 end = range.end;
             }
             flat.extend([g.prompt.start, g.prompt.end, g.completions.len() as i64]);
             flat.extend(g.completions.iter().flat_map(|c| [c.start, c.end]));
         }
-        Ok(Self { groups, rows: end, flat })
+        Ok(Self {
+            groups,
+            rows: end,
+            flat,
+        })
     }
 
     /// The groups.
@@ -82,27 +88,60 @@ pub fn shared_prefix_attention(
 ) -> Result<Tensor> {
     const OP: &str = "shared_prefix_attention";
     let (qs, ks, vs) = (q.size(), k.size(), v.size());
-    ensure(qs.len() == 3 && ks.len() == 3 && ks == vs && qs[2] == ks[2], OP, || {
-        format!("q is {qs:?}, k {ks:?}, v {vs:?}, expected [N, Hq, D], [N, Hkv, D] twice")
-    })?;
+    ensure(
+        qs.len() == 3 && ks.len() == 3 && ks == vs && qs[2] == ks[2],
+        OP,
+        || format!("q is {qs:?}, k {ks:?}, v {vs:?}, expected [N, Hq, D], [N, Hkv, D] twice"),
+    )?;
     ensure(qs[0] == layout.rows && ks[0] == layout.rows, OP, || {
-        format!("q has {} rows and k {}, the layout {}", qs[0], ks[0], layout.rows)
+        format!(
+            "q has {} rows and k {}, the layout {}",
+            qs[0], ks[0], layout.rows
+        )
     })?;
-    ensure(qs[1] > 0 && ks[1] > 0 && qs[2] > 0 && qs[1] % ks[1] == 0, OP, || {
-        format!("{} query heads are no multiple of {} key heads", qs[1], ks[1])
-    })?;
+    ensure(
+        qs[1] > 0 && ks[1] > 0 && qs[2] > 0 && qs[1] % ks[1] == 0,
+        OP,
+        || {
+            format!(
+                "{} query heads are no multiple of {} key heads",
+                qs[1], ks[1]
+            )
+        },
+    )?;
     ensure(q.kind() == k.kind() && k.kind() == v.kind(), OP, || {
-        format!("q is {:?}, k {:?}, v {:?}, expected one type", q.kind(), k.kind(), v.kind())
+        format!(
+            "q is {:?}, k {:?}, v {:?}, expected one type",
+            q.kind(),
+            k.kind(),
+            v.kind()
+        )
     })?;
-    ensure(q.device() == k.device() && k.device() == v.device(), OP, || {
-        format!("q is on {:?}, k on {:?}, v on {:?}", q.device(), k.device(), v.device())
+    ensure(
+        q.device() == k.device() && k.device() == v.device(),
+        OP,
+        || {
+            format!(
+                "q is on {:?}, k on {:?}, v on {:?}",
+                q.device(),
+                k.device(),
+                v.device()
+            )
+        },
+    )?;
+    ensure(scale > 0.0 && scale.is_finite(), OP, || {
+        format!("the scale is {scale}, expected a positive number")
     })?;
-    ensure(scale > 0.0 && scale.is_finite(), OP, || format!("the scale is {scale}, expected a positive number"))?;
     match (q.device(), q.kind()) {
-        (Device::Cpu, Kind::Float | Kind::Double) => ffi::prefix_attention(q, k, v, &layout.flat, scale),
+        (Device::Cpu, Kind::Float | Kind::Double) => {
+            ffi::prefix_attention(q, k, v, &layout.flat, scale)
+        }
         (Device::Cpu, Kind::BFloat16 | Kind::Half) => {
             let wide = |t: &Tensor| t.to_kind(Kind::Float);
-            Ok(ffi::prefix_attention(&wide(q), &wide(k), &wide(v), &layout.flat, scale)?.to_kind(q.kind()))
+            Ok(
+                ffi::prefix_attention(&wide(q), &wide(k), &wide(v), &layout.flat, scale)?
+                    .to_kind(q.kind()),
+            )
         }
         _ => by_completion(q, k, v, layout, scale),
     }
@@ -110,22 +149,34 @@ pub fn shared_prefix_attention(
 
 /// Any device: libtorch's attention for each prompt and each completion, whose keys are the prompt's
 /// and its own laid end to end.
-fn by_completion(q: &Tensor, k: &Tensor, v: &Tensor, layout: &AttentionLayout, scale: f64) -> Result<Tensor> {
+fn by_completion(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    layout: &AttentionLayout,
+    scale: f64,
+) -> Result<Tensor> {
     // [1, H, L, D] of some rows.
-    let rows = |t: &Tensor, r: &Range<i64>| t.narrow(0, r.start, r.end - r.start).transpose(0, 1).unsqueeze(0);
+    let rows = |t: &Tensor, r: &Range<i64>| {
+        t.narrow(0, r.start, r.end - r.start)
+            .transpose(0, 1)
+            .unsqueeze(0)
+    };
     let gqa = q.size()[1] != k.size()[1];
     let mut parts = Vec::new();
     for g in &layout.groups {
         let prompt_len = g.prompt.end - g.prompt.start;
-        let sequences = std::iter::once((&g.prompt, 0)).chain(g.completions.iter().map(|c| (c, prompt_len)));
+        let sequences =
+            std::iter::once((&g.prompt, 0)).chain(g.completions.iter().map(|c| (c, prompt_len)));
         for (own, seen) in sequences.filter(|(own, _)| !own.is_empty()) {
             let keys = |t: &Tensor| match seen {
                 0 => rows(t, own),
                 _ => Tensor::cat(&[rows(t, &g.prompt), rows(t, own)], 2),
             };
             let length = own.end - own.start;
-            let mask = (seen > 0)
-                .then(|| Tensor::ones([length, seen + length], (Kind::Bool, q.device())).tril(seen));
+            let mask = (seen > 0).then(|| {
+                Tensor::ones([length, seen + length], (Kind::Bool, q.device())).tril(seen)
+            });
             let out = Tensor::f_scaled_dot_product_attention(
                 &rows(q, own),
                 &keys(k),
@@ -139,7 +190,11 @@ fn by_completion(q: &Tensor, k: &Tensor, v: &Tensor, layout: &AttentionLayout, s
             parts.push(out.squeeze_dim(0).transpose(0, 1));
         }
     }
-    Ok(if parts.is_empty() { q.zeros_like() } else { Tensor::f_cat(&parts, 0)? })
+    Ok(if parts.is_empty() {
+        q.zeros_like()
+    } else {
+        Tensor::f_cat(&parts, 0)?
+    })
 }
 
 #[cfg(test)]
@@ -149,14 +204,26 @@ mod tests {
 
     fn wave(size: &[i64], step: f64) -> Tensor {
         let n = size.iter().product::<i64>();
-        (Tensor::arange(n, (Kind::Double, Device::Cpu)) * step).sin().view(size).set_requires_grad(true)
+        (Tensor::arange(n, (Kind::Double, Device::Cpu)) * step)
+            .sin()
+            .view(size)
+            .set_requires_grad(true)
     }
 
     fn layout() -> AttentionLayout {
         AttentionLayout::new(vec![
-            AttentionGroup { prompt: 0..3, completions: vec![3..5, 5..5, 5..9] },
-            AttentionGroup { prompt: 9..9, completions: vec![9..12] },
-            AttentionGroup { prompt: 12..13, completions: vec![] },
+            AttentionGroup {
+                prompt: 0..3,
+                completions: vec![3..5, 5..5, 5..9],
+            },
+            AttentionGroup {
+                prompt: 9..9,
+                completions: vec![9..12],
+            },
+            AttentionGroup {
+                prompt: 12..13,
+                completions: vec![],
+            },
         ])
         .unwrap()
     }
@@ -164,13 +231,25 @@ mod tests {
     /// What other devices run is right too.
     #[test]
     fn the_composition_agrees_with_the_reference() {
-        let (q, k, v) = (wave(&[13, 4, 6], 0.7), wave(&[13, 2, 6], 0.3), wave(&[13, 2, 6], 1.1));
+        let (q, k, v) = (
+            wave(&[13, 4, 6], 0.7),
+            wave(&[13, 2, 6], 0.3),
+            wave(&[13, 2, 6], 1.1),
+        );
         let run = |f: &dyn Fn() -> Tensor| {
             let out = f();
-            let grads = Tensor::run_backward(&[(&out * &out).sum(Kind::Double)], &[&q, &k, &v], false, false);
-            std::iter::once(out.detach()).chain(grads).collect::<Vec<_>>()
+            let grads = Tensor::run_backward(
+                &[(&out * &out).sum(Kind::Double)],
+                &[&q, &k, &v],
+                false,
+                false,
+            );
+            std::iter::once(out.detach())
+                .chain(grads)
+                .collect::<Vec<_>>()
         };
-        let plain = run(&|| reference::shared_prefix_attention(&q, &k, &v, &layout(), 0.4).unwrap());
+        let plain =
+            run(&|| reference::shared_prefix_attention(&q, &k, &v, &layout(), 0.4).unwrap());
         let ours = run(&|| by_completion(&q, &k, &v, &layout(), 0.4).unwrap());
         for (a, b) in ours.iter().zip(&plain) {
             assert!((a - b).abs().max().double_value(&[]) < 1e-12);
@@ -179,7 +258,14 @@ mod tests {
 
     #[test]
     fn layouts_with_gaps_are_refused() {
-        let e = AttentionLayout::new(vec![AttentionGroup { prompt: 0..2, completions: vec![3..4] }]).unwrap_err();
-        assert_eq!(e.to_string(), "attention layout: rows 3..4 come after row 2, expected them to begin there");
+        let e = AttentionLayout::new(vec![AttentionGroup {
+            prompt: 0..2,
+            completions: vec![3..4],
+        }])
+        .unwrap_err();
+        assert_eq!(
+            e.to_string(),
+            "attention layout: rows 3..4 come after row 2, expected them to begin there"
+        );
     }
 }

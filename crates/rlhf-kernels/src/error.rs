@@ -34,5 +34,9 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 /// An [`Error::Argument`] unless `ok`.
 pub(crate) fn ensure(ok: bool, op: &'static str, what: impl FnOnce() -> String) -> Result<()> {
-    if ok { Ok(()) } else { Err(Error::Argument { op, what: what() }) }
+    if ok {
+        Ok(())
+    } else {
+        Err(Error::Argument { op, what: what() })
+    }
 }

@@ -10,7 +10,8 @@ use torch_sys::C_tensor;
 
 use crate::error::{Error, Result};
 
-type Call = extern "C" fn(*mut c_void, *const *const C_tensor, i64, *mut *mut c_char) -> *mut C_tensor;
+type Call =
+    extern "C" fn(*mut c_void, *const *const C_tensor, i64, *mut *mut c_char) -> *mut C_tensor;
 type Release = extern "C" fn(*mut c_void);
 
 unsafe extern "C" {
@@ -33,7 +34,11 @@ unsafe extern "C" {
         n: i64,
         scale: f64,
     ) -> *mut c_char;
-    fn rlhf_logit_logprobs(out: *mut *mut C_tensor, logits: *const C_tensor, ids: *const C_tensor) -> *mut c_char;
+    fn rlhf_logit_logprobs(
+        out: *mut *mut C_tensor,
+        logits: *const C_tensor,
+        ids: *const C_tensor,
+    ) -> *mut c_char;
     fn rlhf_recompute(
         out: *mut *mut C_tensor,
         inputs: *const *const C_tensor,
@@ -66,7 +71,12 @@ fn check(op: &'static str, message: *mut c_char) -> Result<()> {
     }
     // SAFETY: the shim's messages are NUL-terminated and malloc'ed; it is copied, then freed once.
     let text = unsafe {
-        let text = CStr::from_ptr(message).to_string_lossy().lines().next().unwrap_or_default().to_owned();
+        let text = CStr::from_ptr(message)
+            .to_string_lossy()
+            .lines()
+            .next()
+            .unwrap_or_default()
+            .to_owned();
         free(message.cast());
         text
     };
@@ -111,7 +121,11 @@ pub(crate) fn linear_logprobs(
 }
 
 /// Log-probabilities of `ids` under `logits`, or without ids the entropies.
-pub(crate) fn logit_logprobs(op: &'static str, logits: &Tensor, ids: Option<&Tensor>) -> Result<Tensor> {
+pub(crate) fn logit_logprobs(
+    op: &'static str,
+    logits: &Tensor,
+    ids: Option<&Tensor>,
+) -> Result<Tensor> {
     let mut out = std::ptr::null_mut();
     let ids = ids.map_or(std::ptr::null(), Tensor::as_ptr);
     // SAFETY: the tensors are alive for the call; the shim allows `ids` to be null.
@@ -121,7 +135,13 @@ pub(crate) fn logit_logprobs(op: &'static str, logits: &Tensor, ids: Option<&Ten
 }
 
 /// `groups`: for each the prompt's start and end, the number of completions, their starts and ends.
-pub(crate) fn prefix_attention(q: &Tensor, k: &Tensor, v: &Tensor, groups: &[i64], scale: f64) -> Result<Tensor> {
+pub(crate) fn prefix_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    groups: &[i64],
+    scale: f64,
+) -> Result<Tensor> {
     let mut out = std::ptr::null_mut();
     // SAFETY: all tensors are alive for the call, and `groups` is copied by it.
     let message = unsafe {
@@ -192,18 +212,40 @@ pub(crate) fn recompute(inputs: &[&Tensor], body: Body) -> Result<Tensor> {
     let data = Box::into_raw(Box::new(body)).cast();
     let mut out = std::ptr::null_mut();
     // SAFETY: the inputs are alive for the call; the shim owns `data` from here on, also on failure.
-    let message =
-        unsafe { rlhf_recompute(&raw mut out, list.as_ptr(), list.len() as i64, data, call_body, release_body) };
+    let message = unsafe {
+        rlhf_recompute(
+            &raw mut out,
+            list.as_ptr(),
+            list.len() as i64,
+            data,
+            call_body,
+            release_body,
+        )
+    };
     check("recompute", message)?;
     Ok(take(out))
 }
 
 /// `tensors`: n parameters, gradients, first moments, second moments, steps.
-pub(crate) fn adamw(tensors: &[&Tensor], lr: f64, betas: (f64, f64), weight_decay: f64, eps: f64) -> Result<()> {
+pub(crate) fn adamw(
+    tensors: &[&Tensor],
+    lr: f64,
+    betas: (f64, f64),
+    weight_decay: f64,
+    eps: f64,
+) -> Result<()> {
     let list = pointers(tensors);
     // SAFETY: the list holds 5n live tensors.
     let message = unsafe {
-        rlhf_adamw(list.as_ptr(), list.len() as i64 / 5, lr, betas.0, betas.1, weight_decay, eps)
+        rlhf_adamw(
+            list.as_ptr(),
+            list.len() as i64 / 5,
+            lr,
+            betas.0,
+            betas.1,
+            weight_decay,
+            eps,
+        )
     };
     check("adamw", message)
 }
@@ -229,24 +271,46 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
-    use crate::{AttentionGroup, AttentionLayout, LogprobOptions, linear_logprobs, shared_prefix_attention};
+    use crate::{
+        AttentionGroup, AttentionLayout, LogprobOptions, linear_logprobs, shared_prefix_attention,
+    };
 
     /// Results and gradients of both kernels, as one row of numbers.
     fn everything() -> Vec<f32> {
         let f32 = (Kind::Float, Device::Cpu);
         let wave = |size: &[i64], step: f64| {
-            (Tensor::arange(size.iter().product::<i64>(), f32) * step).sin().view(size).set_requires_grad(true)
+            (Tensor::arange(size.iter().product::<i64>(), f32) * step)
+                .sin()
+                .view(size)
+                .set_requires_grad(true)
         };
         let (hidden, weight) = (wave(&[5, 7], 0.61), wave(&[75, 7], 1.7));
         let ids = Tensor::from_slice(&[0i64, 3, 74, 20, 9]);
-        let options = LogprobOptions { entropy: true, softcap: Some(3.0), temperature: 0.7, ..Default::default() };
+        let options = LogprobOptions {
+            entropy: true,
+            softcap: Some(3.0),
+            temperature: 0.7,
+            ..Default::default()
+        };
         let out = linear_logprobs(&hidden, &weight, &ids, &options).unwrap();
-        let layout = AttentionLayout::new(vec![AttentionGroup { prompt: 0..5, completions: vec![5..9, 9..60] }]).unwrap();
+        let layout = AttentionLayout::new(vec![AttentionGroup {
+            prompt: 0..5,
+            completions: vec![5..9, 9..60],
+        }])
+        .unwrap();
         let (q, k) = (wave(&[60, 4, 20], 0.37), wave(&[60, 2, 20], 0.53));
         let seen = shared_prefix_attention(&q, &k, &k, &layout, 0.3).unwrap();
         let entropy = out.entropy.unwrap();
         (out.logprobs.sum(None) + entropy.sum(None) * 0.3 + (&seen * &seen).sum(None)).backward();
-        let all = [&out.logprobs, &entropy, &hidden.grad(), &weight.grad(), &seen, &q.grad(), &k.grad()];
+        let all = [
+            &out.logprobs,
+            &entropy,
+            &hidden.grad(),
+            &weight.grad(),
+            &seen,
+            &q.grad(),
+            &k.grad(),
+        ];
         let flat: Vec<Tensor> = all.iter().map(|t| t.detach().flatten(0, -1)).collect();
         Vec::try_from(Tensor::cat(&flat, 0)).unwrap()
     }
@@ -257,7 +321,11 @@ mod tests {
         for cap in [0, 1] {
             // SAFETY: a number in, a number out. Other tests may run meanwhile: each set is right.
             let used = unsafe { rlhf_cap_instruction_set(cap) };
-            let worst = everything().iter().zip(&best).map(|(a, b)| (a - b).abs() / b.abs().max(1.0)).fold(0.0, f32::max);
+            let worst = everything()
+                .iter()
+                .zip(&best)
+                .map(|(a, b)| (a - b).abs() / b.abs().max(1.0))
+                .fold(0.0, f32::max);
             assert!(worst < 3e-5, "set {used}: {worst}");
         }
         // SAFETY: as above.

@@ -24,7 +24,12 @@ pub struct AdamWConfig {
 impl Default for AdamWConfig {
     /// PyTorch's defaults, without weight decay.
     fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 }
+        Self {
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 0.0,
+        }
     }
 }
 
@@ -78,7 +83,11 @@ impl AdamW {
     /// The gradients that are defined, in the parameters' order.
     #[must_use]
     pub fn grads(&self) -> Vec<Tensor> {
-        self.slots.iter().map(|s| s.parameter.grad()).filter(Tensor::defined).collect()
+        self.slots
+            .iter()
+            .map(|s| s.parameter.grad())
+            .filter(Tensor::defined)
+            .collect()
     }
 
     /// One step with the learning rate `lr`. A parameter without a gradient is left alone.
@@ -109,7 +118,13 @@ impl AdamW {
                 let _ = slot.steps.shallow_clone().f_add_scalar_(1)?;
             }
             let weight_decay = if decay { self.config.weight_decay } else { 0.0 };
-            ffi::adamw(&list, lr, (self.config.beta1, self.config.beta2), weight_decay, self.config.eps)?;
+            ffi::adamw(
+                &list,
+                lr,
+                (self.config.beta1, self.config.beta2),
+                weight_decay,
+                self.config.eps,
+            )?;
         }
         Ok(())
     }
@@ -143,9 +158,16 @@ impl AdamW {
     pub fn load_state(&mut self, state: &HashMap<String, Tensor>) -> Result<()> {
         let mut copies = Vec::new();
         for slot in &self.slots {
-            for (kind, own) in [("exp_avg", &slot.first), ("exp_avg_sq", &slot.second), ("step", &slot.steps)] {
+            for (kind, own) in [
+                ("exp_avg", &slot.first),
+                ("exp_avg_sq", &slot.second),
+                ("step", &slot.steps),
+            ] {
                 let name = format!("{kind}.{}", slot.name);
-                let saved = state.get(&name).ok_or_else(|| Error::Argument { op: "adamw", what: format!("the state has no `{name}`") })?;
+                let saved = state.get(&name).ok_or_else(|| Error::Argument {
+                    op: "adamw",
+                    what: format!("the state has no `{name}`"),
+                })?;
                 ensure(saved.size() == own.size(), "adamw", || {
                     format!("`{name}` is {:?}, expected {:?}", saved.size(), own.size())
                 })?;

@@ -19,8 +19,12 @@ impl Offsets {
     /// # Errors
     /// Unless the list begins with 0 and never decreases.
     pub fn new(offsets: Vec<i64>) -> Result<Self> {
-        ensure(offsets.first() == Some(&0), "offsets", || format!("the first is {:?}, expected 0", offsets.first()))?;
-        ensure(offsets.windows(2).all(|w| w[0] <= w[1]), "offsets", || "they decrease somewhere".into())?;
+        ensure(offsets.first() == Some(&0), "offsets", || {
+            format!("the first is {:?}, expected 0", offsets.first())
+        })?;
+        ensure(offsets.windows(2).all(|w| w[0] <= w[1]), "offsets", || {
+            "they decrease somewhere".into()
+        })?;
         Ok(Self(offsets.into()))
     }
 
@@ -88,7 +92,10 @@ pub struct Ragged {
 
 impl Clone for Ragged {
     fn clone(&self) -> Self {
-        Self { values: self.values.shallow_clone(), offsets: self.offsets.clone() }
+        Self {
+            values: self.values.shallow_clone(),
+            offsets: self.offsets.clone(),
+        }
     }
 }
 
@@ -99,7 +106,11 @@ impl Ragged {
     /// Unless `values` is `[M]` with the offsets' M.
     pub fn new(values: Tensor, offsets: Offsets) -> Result<Self> {
         ensure(values.size() == [offsets.num_values()], "ragged", || {
-            format!("values are {:?}, expected [{}]", values.size(), offsets.num_values())
+            format!(
+                "values are {:?}, expected [{}]",
+                values.size(),
+                offsets.num_values()
+            )
         })?;
         Ok(Self { values, offsets })
     }
@@ -109,19 +120,36 @@ impl Ragged {
     /// # Errors
     /// When the shapes differ, are not two-dimensional, or the mask is not boolean.
     pub fn from_padded(values: &Tensor, mask: &Tensor) -> Result<Self> {
-        ensure(values.dim() == 2 && values.size() == mask.size(), "ragged", || {
-            format!("values are {:?} and the mask {:?}, expected the same [B, T]", values.size(), mask.size())
+        ensure(
+            values.dim() == 2 && values.size() == mask.size(),
+            "ragged",
+            || {
+                format!(
+                    "values are {:?} and the mask {:?}, expected the same [B, T]",
+                    values.size(),
+                    mask.size()
+                )
+            },
+        )?;
+        ensure(mask.kind() == Kind::Bool, "ragged", || {
+            format!("the mask is {:?}, expected Bool", mask.kind())
         })?;
-        ensure(mask.kind() == Kind::Bool, "ragged", || format!("the mask is {:?}, expected Bool", mask.kind()))?;
         let lengths = Vec::<i64>::try_from(mask.sum_dim_intlist(&[1i64][..], false, Kind::Int64))?;
-        Self::new(values.f_masked_select(mask)?, Offsets::from_lengths(&lengths)?)
+        Self::new(
+            values.f_masked_select(mask)?,
+            Offsets::from_lengths(&lengths)?,
+        )
     }
 
     /// `[S, longest]`, with `fill` where a sequence has ended.
     #[must_use]
     pub fn to_padded(&self, fill: f64) -> Tensor {
         let longest = self.offsets.host_lengths().into_iter().max().unwrap_or(0);
-        let out = Tensor::full([self.offsets.num_segments(), longest], fill, (self.values.kind(), self.values.device()));
+        let out = Tensor::full(
+            [self.offsets.num_segments(), longest],
+            fill,
+            (self.values.kind(), self.values.device()),
+        );
         let columns = Tensor::arange(longest, (Kind::Int64, self.values.device())).unsqueeze(0);
         let mask = columns.lt_tensor(&self.offsets.lengths(self.values.device()).unsqueeze(1));
         out.masked_scatter(&mask, &self.values)
@@ -151,14 +179,21 @@ impl Ragged {
     #[must_use]
     pub fn sum(&self) -> Tensor {
         let ids = self.offsets.segment_ids(self.values.device());
-        let zeros = Tensor::zeros([self.offsets.num_segments()], (self.values.kind(), self.values.device()));
+        let zeros = Tensor::zeros(
+            [self.offsets.num_segments()],
+            (self.values.kind(), self.values.device()),
+        );
         zeros.index_add(0, &ids, &self.values)
     }
 
     /// `[S]` the mean of each sequence, 0 for an empty one; differentiable.
     #[must_use]
     pub fn mean(&self) -> Tensor {
-        let lengths = self.offsets.lengths(self.values.device()).clamp_min(1).to_kind(self.values.kind());
+        let lengths = self
+            .offsets
+            .lengths(self.values.device())
+            .clamp_min(1)
+            .to_kind(self.values.kind());
         self.sum() / lengths
     }
 
@@ -186,13 +221,23 @@ mod tests {
     use super::*;
 
     fn ragged() -> Ragged {
-        Ragged::new(Tensor::from_slice(&[1f64, 2., 3., 4.]), Offsets::new(vec![0, 1, 1, 4]).unwrap()).unwrap()
+        Ragged::new(
+            Tensor::from_slice(&[1f64, 2., 3., 4.]),
+            Offsets::new(vec![0, 1, 1, 4]).unwrap(),
+        )
+        .unwrap()
     }
 
     #[test]
     fn sums_and_means_by_hand() {
-        assert_eq!(Vec::<f64>::try_from(&ragged().sum()).unwrap(), [1.0, 0.0, 9.0]);
-        assert_eq!(Vec::<f64>::try_from(&ragged().mean()).unwrap(), [1.0, 0.0, 3.0]);
+        assert_eq!(
+            Vec::<f64>::try_from(&ragged().sum()).unwrap(),
+            [1.0, 0.0, 9.0]
+        );
+        assert_eq!(
+            Vec::<f64>::try_from(&ragged().mean()).unwrap(),
+            [1.0, 0.0, 3.0]
+        );
         let spread = ragged().broadcast(&Tensor::from_slice(&[5f64, 6., 7.]));
         assert_eq!(Vec::<f64>::try_from(&spread).unwrap(), [5.0, 7.0, 7.0, 7.0]);
     }
@@ -204,15 +249,27 @@ mod tests {
         let mask = padded.ne(-1.0);
         let back = Ragged::from_padded(&padded, &mask).unwrap();
         assert_eq!(back.offsets(), ragged().offsets());
-        assert_eq!(Vec::<f64>::try_from(back.values()).unwrap(), [1.0, 2.0, 3.0, 4.0]);
+        assert_eq!(
+            Vec::<f64>::try_from(back.values()).unwrap(),
+            [1.0, 2.0, 3.0, 4.0]
+        );
     }
 
     #[test]
     fn wrong_shapes_are_refused() {
         assert!(Offsets::new(vec![1, 2]).is_err());
         assert!(Offsets::new(vec![0, 2, 1]).is_err());
-        assert!(Ragged::new(Tensor::from_slice(&[1f64]), Offsets::new(vec![0, 2]).unwrap()).is_err());
-        let e = Ragged::from_padded(&Tensor::zeros([2, 2], (Kind::Double, Device::Cpu)), &Tensor::zeros([2, 3], (Kind::Bool, Device::Cpu)));
+        assert!(
+            Ragged::new(
+                Tensor::from_slice(&[1f64]),
+                Offsets::new(vec![0, 2]).unwrap()
+            )
+            .is_err()
+        );
+        let e = Ragged::from_padded(
+            &Tensor::zeros([2, 2], (Kind::Double, Device::Cpu)),
+            &Tensor::zeros([2, 3], (Kind::Bool, Device::Cpu)),
+        );
         assert!(e.unwrap_err().to_string().contains("[2, 3]"));
     }
 }

@@ -15,7 +15,10 @@ use crate::ffi;
 /// # Errors
 /// When `inputs` is empty, `body` panics or libtorch fails. A panic of the second run makes
 /// `backward` fail. A second derivative is not supported.
-pub fn recompute(inputs: &[&Tensor], body: impl Fn(&[Tensor]) -> Tensor + 'static) -> Result<Tensor> {
+pub fn recompute(
+    inputs: &[&Tensor],
+    body: impl Fn(&[Tensor]) -> Tensor + 'static,
+) -> Result<Tensor> {
     ensure(!inputs.is_empty(), "recompute", || "no inputs".into())?;
     ffi::recompute(inputs, Box::new(body))
 }

@@ -15,7 +15,9 @@ use crate::ragged::Ragged;
 /// # Errors
 /// When the offsets differ.
 pub fn gae(rewards: &Ragged, values: &Ragged, gamma: f64, lambda: f64) -> Result<(Ragged, Ragged)> {
-    ensure(rewards.offsets() == values.offsets(), "gae", || "rewards and values have different offsets".into())?;
+    ensure(rewards.offsets() == values.offsets(), "gae", || {
+        "rewards and values have different offsets".into()
+    })?;
     let (r, v) = (host(rewards)?, host(values)?);
     let mut advantages = vec![0.0; r.len()];
     for w in rewards.offsets().host().windows(2) {
@@ -52,11 +54,20 @@ pub fn discounted_returns(rewards: &Ragged, gamma: f64) -> Result<Ragged> {
 }
 
 fn host(x: &Ragged) -> Result<Vec<f64>> {
-    Ok(Vec::<f64>::try_from(&x.values().detach().to_kind(Kind::Double).to_device(tch::Device::Cpu))?)
+    Ok(Vec::<f64>::try_from(
+        &x.values()
+            .detach()
+            .to_kind(Kind::Double)
+            .to_device(tch::Device::Cpu),
+    )?)
 }
 
 fn like(x: &Ragged, values: &[f64]) -> Result<Ragged> {
-    x.with_values(Tensor::from_slice(values).to_kind(x.values().kind()).to_device(x.values().device()))
+    x.with_values(
+        Tensor::from_slice(values)
+            .to_kind(x.values().kind())
+            .to_device(x.values().device()),
+    )
 }
 
 #[cfg(test)]
@@ -72,7 +83,11 @@ mod tests {
         // δ₁ = 1 − .25 = .75; δ₀ = .9·.25 − .5 = −.275; A₀ = −.275 + .9·.5·.75 = .0625.
         let (a, g) = gae(&r, &v, 0.9, 0.5).unwrap();
         let a = Vec::<f64>::try_from(a.values()).unwrap();
-        assert!((a[0] - 0.0625).abs() < 1e-12 && (a[1] - 0.75).abs() < 1e-12 && (a[2] - 1.0).abs() < 1e-12);
+        assert!(
+            (a[0] - 0.0625).abs() < 1e-12
+                && (a[1] - 0.75).abs() < 1e-12
+                && (a[2] - 1.0).abs() < 1e-12
+        );
         assert!((g.values().double_value(&[0]) - 0.5625).abs() < 1e-12);
         let d = discounted_returns(&r, 0.5).unwrap();
         assert_eq!(Vec::<f64>::try_from(d.values()).unwrap(), [0.5, 1.0, 2.0]);

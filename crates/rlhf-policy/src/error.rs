@@ -40,19 +40,33 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 pub(crate) fn ensure(ok: bool, op: &'static str, what: impl FnOnce() -> String) -> Result<()> {
-    if ok { Ok(()) } else { Err(Error::Argument { op, what: what() }) }
+    if ok {
+        Ok(())
+    } else {
+        Err(Error::Argument { op, what: what() })
+    }
 }
 
 /// The values in f32, or in f64 when they are f64.
 pub(crate) fn at_least_f32(x: &rlhf_kernels::Ragged) -> tch::Tensor {
-    let kind = if x.values().kind() == tch::Kind::Double { tch::Kind::Double } else { tch::Kind::Float };
+    let kind = if x.values().kind() == tch::Kind::Double {
+        tch::Kind::Double
+    } else {
+        tch::Kind::Float
+    };
     x.values().to_kind(kind)
 }
 
 /// An error unless all `others` have the sequences of `first`.
-pub(crate) fn same_offsets(op: &'static str, first: &rlhf_kernels::Ragged, others: &[(&str, &rlhf_kernels::Ragged)]) -> Result<()> {
+pub(crate) fn same_offsets(
+    op: &'static str,
+    first: &rlhf_kernels::Ragged,
+    others: &[(&str, &rlhf_kernels::Ragged)],
+) -> Result<()> {
     for (name, other) in others {
-        ensure(other.offsets() == first.offsets(), op, || format!("the {name} belong to other sequences than the log-probs"))?;
+        ensure(other.offsets() == first.offsets(), op, || {
+            format!("the {name} belong to other sequences than the log-probs")
+        })?;
     }
     Ok(())
 }

@@ -15,7 +15,9 @@ use tch::Kind;
 use crate::advantage::AdvantageEstimator;
 use crate::error::Result;
 use crate::kl::{KlPenalty, KlPlacement};
-use crate::learner::{gather, logprobs_of, mean_kl, micro_batches, sampler_gap, sampler_logprobs, scatter};
+use crate::learner::{
+    gather, logprobs_of, mean_kl, micro_batches, sampler_gap, sampler_logprobs, scatter,
+};
 use crate::loss::{KlTerm, PolicyInputs, PolicyLoss, PolicyStats};
 use crate::rollout::{self, Prompt, RolloutConfig};
 
@@ -58,10 +60,23 @@ pub struct Players<'a> {
 /// # Errors
 /// When a rollout exceeds `micro_tokens`, a reward fails, the loss stays non-finite, or a file cannot
 /// be written.
-pub fn train(players: Players<'_>, cfg: &GrpoConfig, stepper: &mut Stepper, session: &mut Session) -> Result<Flow> {
-    let Players { policy, reference, tokenizer, prompts, rewards } = players;
+pub fn train(
+    players: Players<'_>,
+    cfg: &GrpoConfig,
+    stepper: &mut Stepper,
+    session: &mut Session,
+) -> Result<Flow> {
+    let Players {
+        policy,
+        reference,
+        tokenizer,
+        prompts,
+        rewards,
+    } = players;
     let (device, temperature) = (policy.device(), cfg.rollouts.temperature);
-    let start = session.resume(&mut [("model", stepper)])?.map_or(0, |r: rlhf_train::Restored<()>| r.step);
+    let start = session
+        .resume(&mut [("model", stepper)])?
+        .map_or(0, |r: rlhf_train::Restored<()>| r.step);
     for step in start..cfg.steps {
         let chosen = rollout::prompts_of_step(&cfg.rollouts, prompts.len(), step);
         let drawn = rollout::draw(policy, tokenizer, prompts, &chosen, &cfg.rollouts, step)?;
@@ -72,7 +87,10 @@ pub fn train(players: Players<'_>, cfg: &GrpoConfig, stepper: &mut Stepper, sess
         let base = logprobs_of(reference, &groups, temperature, cfg.micro_tokens, device)?;
         let kl = mean_kl(&sampler, &base);
 
-        let mut scores: Vec<f64> = scored.iter().flat_map(|s| s.rewards.iter().copied()).collect();
+        let mut scores: Vec<f64> = scored
+            .iter()
+            .flat_map(|s| s.rewards.iter().copied())
+            .collect();
         if cfg.kl.placement == KlPlacement::InReward {
             for ((score, p), q) in scores.iter_mut().zip(&sampler).zip(&base) {
                 *score -= cfg.kl.coef * (p.iter().sum::<f64>() - q.iter().sum::<f64>());
@@ -83,7 +101,8 @@ pub fn train(players: Players<'_>, cfg: &GrpoConfig, stepper: &mut Stepper, sess
 
         // The first pass runs on the sampler's own weights: its log-probs are the old policy's.
         let mut old = Vec::new();
-        let (mut stats, mut gap, mut loss, mut grad_norm, mut lr) = (PolicyStats::default(), 0.0, 0.0, 0.0, 0.0);
+        let (mut stats, mut gap, mut loss, mut grad_norm, mut lr) =
+            (PolicyStats::default(), 0.0, 0.0, 0.0, 0.0);
         for epoch in 0..cfg.epochs {
             for micro in micro_batches(&groups, cfg.micro_tokens)? {
                 let batch = micro.pack(&groups, device)?;
@@ -92,16 +111,34 @@ pub fn train(players: Players<'_>, cfg: &GrpoConfig, stepper: &mut Stepper, sess
                 if epoch == 0 {
                     old.extend(scatter(&now.logprobs)?);
                 }
-                let list = |lists: &[Vec<f64>]| gather(lists[here.clone()].iter(), &batch.offsets, Kind::Float, device);
-                let before = if epoch == 0 { now.logprobs.with_values(now.logprobs.values().detach())? } else { list(&old)? };
+                let list = |lists: &[Vec<f64>]| {
+                    gather(
+                        lists[here.clone()].iter(),
+                        &batch.offsets,
+                        Kind::Float,
+                        device,
+                    )
+                };
+                let before = if epoch == 0 {
+                    now.logprobs.with_values(now.logprobs.values().detach())?
+                } else {
+                    list(&old)?
+                };
                 let ref_logprobs = list(&base)?;
-                let spread: Vec<Vec<f64>> =
-                    here.clone().map(|i| vec![advantages[i]; batch.offsets.host_lengths()[i - here.start] as usize]).collect();
+                let spread: Vec<Vec<f64>> = here
+                    .clone()
+                    .map(|i| {
+                        vec![advantages[i]; batch.offsets.host_lengths()[i - here.start] as usize]
+                    })
+                    .collect();
                 let spread: Ragged = gather(spread.iter(), &batch.offsets, Kind::Float, device)?;
                 let mut inputs = PolicyInputs::new(&now.logprobs, &before, &spread);
                 inputs.entropy = now.entropy.as_ref();
                 if cfg.kl.placement != KlPlacement::InReward && cfg.kl.coef > 0.0 {
-                    inputs.kl = Some(KlTerm { ref_logprobs: &ref_logprobs, penalty: cfg.kl });
+                    inputs.kl = Some(KlTerm {
+                        ref_logprobs: &ref_logprobs,
+                        penalty: cfg.kl,
+                    });
                 }
                 let out = cfg.loss.compute(&inputs)?;
                 stats.merge(&out.stats);
@@ -131,7 +168,10 @@ pub fn train(players: Players<'_>, cfg: &GrpoConfig, stepper: &mut Stepper, sess
             ("grad_norm", grad_norm),
             ("lr", lr),
         ];
-        let named: Vec<(String, f64)> = parts.into_iter().map(|(n, v)| (format!("reward_{n}"), v)).collect();
+        let named: Vec<(String, f64)> = parts
+            .into_iter()
+            .map(|(n, v)| (format!("reward_{n}"), v))
+            .collect();
         metrics.extend(named.iter().map(|(n, v)| (n.as_str(), *v)));
         session.log(step, facts.tokens, &metrics)?;
         if let Flow::Stop(signal) = session.after_step(step, &[("model", stepper)], &())? {

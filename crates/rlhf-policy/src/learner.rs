@@ -22,13 +22,27 @@ pub(crate) fn gather<'a>(
     device: Device,
 ) -> Result<Ragged> {
     let flat: Vec<f64> = lists.flatten().copied().collect();
-    Ok(Ragged::new(Tensor::from_slice(&flat).to_kind(kind).to_device(device), offsets.clone())?)
+    Ok(Ragged::new(
+        Tensor::from_slice(&flat).to_kind(kind).to_device(device),
+        offsets.clone(),
+    )?)
 }
 
 /// The values of a ragged tensor as one list per completion.
 pub(crate) fn scatter(values: &Ragged) -> Result<PerToken> {
-    let host = Vec::<f64>::try_from(&values.values().detach().to_kind(Kind::Double).to_device(Device::Cpu))?;
-    Ok(values.offsets().host().windows(2).map(|w| host[w[0] as usize..w[1] as usize].to_vec()).collect())
+    let host = Vec::<f64>::try_from(
+        &values
+            .values()
+            .detach()
+            .to_kind(Kind::Double)
+            .to_device(Device::Cpu),
+    )?;
+    Ok(values
+        .offsets()
+        .host()
+        .windows(2)
+        .map(|w| host[w[0] as usize..w[1] as usize].to_vec())
+        .collect())
 }
 
 /// Micro-batches of `groups`: ranges of groups with the completions that they hold.
@@ -38,10 +52,16 @@ pub(crate) fn micro_batches(groups: &[&PromptGroup], micro_tokens: usize) -> Res
     Ok(batches_by_tokens(&lengths, micro_tokens)?
         .into_iter()
         .map(|range| {
-            let n: usize = groups[range.clone()].iter().map(|g| g.completions.len()).sum();
+            let n: usize = groups[range.clone()]
+                .iter()
+                .map(|g| g.completions.len())
+                .sum();
             let completions = first..first + n;
             first += n;
-            Micro { groups: range, completions }
+            Micro {
+                groups: range,
+                completions,
+            }
         })
         .collect())
 }
@@ -56,7 +76,10 @@ pub(crate) struct Micro {
 impl Micro {
     /// Packs the micro-batch onto a device.
     pub(crate) fn pack(&self, groups: &[&PromptGroup], device: Device) -> Result<DeviceBatch> {
-        let part: Vec<PromptGroup> = groups[self.groups.clone()].iter().map(|g| (*g).clone()).collect();
+        let part: Vec<PromptGroup> = groups[self.groups.clone()]
+            .iter()
+            .map(|g| (*g).clone())
+            .collect();
         Ok(DeviceBatch::new(&PackedBatch::pack(&part)?, device)?)
     }
 }
@@ -73,7 +96,9 @@ pub(crate) fn logprobs_of(
     let mut all = Vec::new();
     for micro in micro_batches(groups, micro_tokens)? {
         let batch = micro.pack(groups, device)?;
-        all.extend(scatter(&target_logprobs(model, &batch, temperature, false)?.logprobs)?);
+        all.extend(scatter(
+            &target_logprobs(model, &batch, temperature, false)?.logprobs,
+        )?);
     }
     Ok(all)
 }
@@ -83,7 +108,11 @@ pub(crate) fn sampler_logprobs(groups: &[&PromptGroup]) -> PerToken {
     groups
         .iter()
         .flat_map(|g| &g.completions)
-        .map(|c| c.sampler.as_ref().map_or_else(Vec::new, |s| s.logprobs.iter().map(|&x| f64::from(x)).collect()))
+        .map(|c| {
+            c.sampler.as_ref().map_or_else(Vec::new, |s| {
+                s.logprobs.iter().map(|&x| f64::from(x)).collect()
+            })
+        })
         .collect()
 }
 
@@ -95,5 +124,10 @@ pub(crate) fn mean_kl(policy: &PerToken, reference: &PerToken) -> f64 {
 
 /// Largest |learner − sampler| over all tokens: what the two disagree by on the same weights.
 pub(crate) fn sampler_gap(learner: &PerToken, sampler: &PerToken) -> f64 {
-    learner.iter().flatten().zip(sampler.iter().flatten()).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+    learner
+        .iter()
+        .flatten()
+        .zip(sampler.iter().flatten())
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, f64::max)
 }

@@ -14,7 +14,9 @@ use crate::advantage::{Whitening, generalized};
 use crate::error::Result;
 use crate::grpo::Players;
 use crate::kl::{KlController, KlEstimator};
-use crate::learner::{PerToken, gather, logprobs_of, mean_kl, micro_batches, sampler_logprobs, scatter};
+use crate::learner::{
+    PerToken, gather, logprobs_of, mean_kl, micro_batches, sampler_logprobs, scatter,
+};
 use crate::loss::ppo::{PpoLoss, ScorePlace, ValueInputs, ValueStats, token_rewards, value_loss};
 use crate::loss::{PolicyInputs, PolicyStats, RatioLevel, Reduction, clipped};
 use crate::rollout::{self, RolloutConfig};
@@ -74,11 +76,27 @@ struct Known {
 /// # Errors
 /// When a rollout exceeds `micro_tokens`, a reward fails, the loss stays non-finite, or a file cannot
 /// be written.
-pub fn train(players: Players<'_>, learners: Learners<'_>, cfg: &PpoConfig, session: &mut Session) -> Result<Flow> {
-    let Players { policy, reference, tokenizer, prompts, rewards } = players;
-    let Learners { value, policy_stepper, value_stepper } = learners;
+pub fn train(
+    players: Players<'_>,
+    learners: Learners<'_>,
+    cfg: &PpoConfig,
+    session: &mut Session,
+) -> Result<Flow> {
+    let Players {
+        policy,
+        reference,
+        tokenizer,
+        prompts,
+        rewards,
+    } = players;
+    let Learners {
+        value,
+        policy_stepper,
+        value_stepper,
+    } = learners;
     let (device, temperature) = (policy.device(), cfg.rollouts.temperature);
-    let restored = session.resume::<State>(&mut [("model", policy_stepper), ("value", value_stepper)])?;
+    let restored =
+        session.resume::<State>(&mut [("model", policy_stepper), ("value", value_stepper)])?;
     let (start, mut state) = restored.map_or((0, State { kl: cfg.kl }), |r| (r.step, r.extra));
     for step in start..cfg.steps {
         let chosen = rollout::prompts_of_step(&cfg.rollouts, prompts.len(), step);
@@ -86,12 +104,23 @@ pub fn train(players: Players<'_>, learners: Learners<'_>, cfg: &PpoConfig, sess
         let (scored, parts) = rollout::score(drawn, prompts, rewards)?;
         let facts = rollout::stats(&scored);
         let groups: Vec<&PromptGroup> = scored.iter().map(|s| &s.rollout.group).collect();
-        let scores: Vec<f64> = scored.iter().flat_map(|s| s.rewards.iter().copied()).collect();
+        let scores: Vec<f64> = scored
+            .iter()
+            .flat_map(|s| s.rewards.iter().copied())
+            .collect();
 
         let sampler = sampler_logprobs(&groups);
         let base = logprobs_of(reference, &groups, temperature, cfg.micro_tokens, device)?;
         let kl = mean_kl(&sampler, &base);
-        let known = know(value, &groups, sampler, &base, &scores, state.kl.coef(), cfg)?;
+        let known = know(
+            value,
+            &groups,
+            sampler,
+            &base,
+            &scores,
+            state.kl.coef(),
+            cfg,
+        )?;
         state.kl.update(kl, scores.len() as u64);
 
         let learn_policy = step >= cfg.value_warmup_steps;
@@ -104,26 +133,43 @@ pub fn train(players: Players<'_>, learners: Learners<'_>, cfg: &PpoConfig, sess
                 for micro in micro_batches(&picked, cfg.micro_tokens)? {
                     let batch = micro.pack(&picked, device)?;
                     let here = &completions[micro.completions.clone()];
-                    let list = |lists: &PerToken| gather(here.iter().map(|&i| &lists[i]), &batch.offsets, Kind::Float, device);
+                    let list = |lists: &PerToken| {
+                        gather(
+                            here.iter().map(|&i| &lists[i]),
+                            &batch.offsets,
+                            Kind::Float,
+                            device,
+                        )
+                    };
                     if learn_policy {
                         let now = target_logprobs(policy, &batch, temperature, true)?;
                         let (old, advantages) = (list(&known.old)?, list(&known.advantages)?);
                         let mut inputs = PolicyInputs::new(&now.logprobs, &old, &advantages);
                         inputs.entropy = now.entropy.as_ref();
-                        let out = clipped::surrogate(&inputs, cfg.loss.clip, RatioLevel::Token, Reduction::Token {})?;
+                        let out = clipped::surrogate(
+                            &inputs,
+                            cfg.loss.clip,
+                            RatioLevel::Token,
+                            Reduction::Token {},
+                        )?;
                         seen.policy.merge(&out.stats);
                         policy_stepper.accumulate(out.loss)?;
                     }
                     let values = value.values(&batch)?;
                     let (old_values, returns) = (list(&known.values)?, list(&known.returns)?);
-                    let inputs = ValueInputs { values: &values, old_values: &old_values, returns: &returns };
+                    let inputs = ValueInputs {
+                        values: &values,
+                        old_values: &old_values,
+                        returns: &returns,
+                    };
                     let out = value_loss(&inputs, cfg.loss.value_clip)?;
                     seen.value.merge(&out.stats);
                     value_stepper.accumulate(out.loss)?;
                 }
                 if learn_policy {
                     let report = policy_stepper.apply()?;
-                    (seen.loss, seen.grad_norm, seen.lr) = (report.loss, report.grad_norm, report.lr);
+                    (seen.loss, seen.grad_norm, seen.lr) =
+                        (report.loss, report.grad_norm, report.lr);
                 }
                 let report = value_stepper.apply()?;
                 seen.value_loss = report.loss;
@@ -149,7 +195,10 @@ pub fn train(players: Players<'_>, learners: Learners<'_>, cfg: &PpoConfig, sess
             ("grad_norm", seen.grad_norm),
             ("lr", seen.lr),
         ];
-        let named: Vec<(String, f64)> = parts.into_iter().map(|(n, v)| (format!("reward_{n}"), v)).collect();
+        let named: Vec<(String, f64)> = parts
+            .into_iter()
+            .map(|(n, v)| (format!("reward_{n}"), v))
+            .collect();
         metrics.extend(named.iter().map(|(n, v)| (n.as_str(), *v)));
         session.log(step, facts.tokens, &metrics)?;
         let steppers = [("model", &*policy_stepper), ("value", &*value_stepper)];
@@ -183,16 +232,34 @@ fn know(
     let guard = tch::no_grad_guard();
     let mut values = Vec::new();
     for micro in micro_batches(groups, cfg.micro_tokens)? {
-        values.extend(scatter(&value.values(&micro.pack(groups, value.device())?)?)?);
+        values.extend(scatter(
+            &value.values(&micro.pack(groups, value.device())?)?,
+        )?);
     }
     drop(guard);
     let lengths: Vec<i64> = old.iter().map(|o| o.len() as i64).collect();
     let offsets = Offsets::from_lengths(&lengths)?;
     let list = |lists: &PerToken| gather(lists.iter(), &offsets, Kind::Double, Device::Cpu);
     let kl = KlEstimator::K1.estimate(&list(&old)?, &list(base)?)?;
-    let rewards = token_rewards(&kl, &Tensor::from_slice(scores), kl_coef, ScorePlace::LastToken {})?;
-    let g = generalized(&rewards, &list(&values)?, cfg.gamma, cfg.gae_lambda, Whitening::RemoveMean)?;
-    Ok(Known { advantages: scatter(&g.advantages)?, returns: scatter(&g.returns)?, old, values })
+    let rewards = token_rewards(
+        &kl,
+        &Tensor::from_slice(scores),
+        kl_coef,
+        ScorePlace::LastToken {},
+    )?;
+    let g = generalized(
+        &rewards,
+        &list(&values)?,
+        cfg.gamma,
+        cfg.gae_lambda,
+        Whitening::RemoveMean,
+    )?;
+    Ok(Known {
+        advantages: scatter(&g.advantages)?,
+        returns: scatter(&g.returns)?,
+        old,
+        values,
+    })
 }
 
 /// The chosen groups, and the index of each of their completions over all groups.
@@ -201,6 +268,9 @@ fn pick<'a>(groups: &[&'a PromptGroup], chosen: &[usize]) -> (Vec<&'a PromptGrou
     for g in groups {
         first.push(first[first.len() - 1] + g.completions.len());
     }
-    let completions = chosen.iter().flat_map(|&i| first[i]..first[i + 1]).collect();
+    let completions = chosen
+        .iter()
+        .flat_map(|&i| first[i]..first[i + 1])
+        .collect();
     (chosen.iter().map(|&i| groups[i]).collect(), completions)
 }

@@ -67,7 +67,9 @@ pub struct ScoredRollout {
 #[must_use]
 pub fn prompts_of_step(cfg: &RolloutConfig, num_prompts: usize, step: u64) -> Vec<usize> {
     let first = step * cfg.prompts_per_step as u64;
-    (0..cfg.prompts_per_step as u64).map(|i| endless(cfg.seed, num_prompts, first + i)).collect()
+    (0..cfg.prompts_per_step as u64)
+        .map(|i| endless(cfg.seed, num_prompts, first + i))
+        .collect()
 }
 
 /// Draws `cfg.group_size` completions of each chosen prompt.
@@ -98,15 +100,26 @@ pub fn draw(
         policy_version: step,
         ..SamplingConfig::default()
     };
-    let limits = GenerateLimits { max_batch_sequences: cfg.max_sequences, ..GenerateLimits::default() };
+    let limits = GenerateLimits {
+        max_batch_sequences: cfg.max_sequences,
+        ..GenerateLimits::default()
+    };
     let groups = generate(model, &requests, &sampling, &limits, &mut |_| {})?;
     chosen
         .iter()
         .zip(groups)
         .map(|(&prompt, mut group)| {
             group.row = prompts[prompt].row;
-            let texts = group.completions.iter().map(|c| tokenizer.decode(&c.ids, true)).collect::<rlhf_data::Result<_>>()?;
-            Ok(Rollout { prompt, group, texts })
+            let texts = group
+                .completions
+                .iter()
+                .map(|c| tokenizer.decode(&c.ids, true))
+                .collect::<rlhf_data::Result<_>>()?;
+            Ok(Rollout {
+                prompt,
+                group,
+                texts,
+            })
         })
         .collect()
 }
@@ -130,7 +143,11 @@ pub fn score(
         })
         .collect();
     let scores = rewards.scores(&items)?;
-    let scored = rollouts.into_iter().zip(scores.total).map(|(rollout, rewards)| ScoredRollout { rollout, rewards }).collect();
+    let scored = rollouts
+        .into_iter()
+        .zip(scores.total)
+        .map(|(rollout, rewards)| ScoredRollout { rollout, rewards })
+        .collect();
     Ok((scored, scores.part_means))
 }
 
@@ -154,16 +171,29 @@ pub struct RolloutStats {
 /// Facts about `scored`.
 #[must_use]
 pub fn stats(scored: &[ScoredRollout]) -> RolloutStats {
-    let rewards: Vec<f64> = scored.iter().flat_map(|s| s.rewards.iter().copied()).collect();
-    let completions: Vec<_> = scored.iter().flat_map(|s| &s.rollout.group.completions).collect();
+    let rewards: Vec<f64> = scored
+        .iter()
+        .flat_map(|s| s.rewards.iter().copied())
+        .collect();
+    let completions: Vec<_> = scored
+        .iter()
+        .flat_map(|s| &s.rollout.group.completions)
+        .collect();
     let n = rewards.len().max(1) as f64;
     let mean = rewards.iter().sum::<f64>() / n;
     RolloutStats {
         reward: mean,
         reward_std: (rewards.iter().map(|r| (r - mean).powi(2)).sum::<f64>() / n).sqrt(),
         length: completions.iter().map(|c| c.ids.len()).sum::<usize>() as f64 / n,
-        stopped: completions.iter().filter(|c| c.finish == Finish::Stop).count() as f64 / n,
-        no_contrast: scored.iter().filter(|s| s.rewards.iter().all(|r| *r == s.rewards[0])).count() as f64
+        stopped: completions
+            .iter()
+            .filter(|c| c.finish == Finish::Stop)
+            .count() as f64
+            / n,
+        no_contrast: scored
+            .iter()
+            .filter(|s| s.rewards.iter().all(|r| *r == s.rewards[0]))
+            .count() as f64
             / scored.len().max(1) as f64,
         tokens: scored.iter().map(|s| s.rollout.group.num_tokens()).sum(),
     }

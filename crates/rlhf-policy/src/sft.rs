@@ -34,21 +34,35 @@ pub fn train(
     stepper: &mut Stepper,
     session: &mut Session,
 ) -> Result<Flow> {
-    let start = session.resume(&mut [("model", stepper)])?.map_or(0, |r: rlhf_train::Restored<()>| r.step);
+    let start = session
+        .resume(&mut [("model", stepper)])?
+        .map_or(0, |r: rlhf_train::Restored<()>| r.step);
     for step in start..cfg.steps {
         let first = step * cfg.batch_size as u64;
-        let rows: Vec<PromptGroup> =
-            (0..cfg.batch_size as u64).map(|i| data[endless(cfg.seed, data.len(), first + i)].clone()).collect();
+        let rows: Vec<PromptGroup> = (0..cfg.batch_size as u64)
+            .map(|i| data[endless(cfg.seed, data.len(), first + i)].clone())
+            .collect();
         let lengths: Vec<usize> = rows.iter().map(PromptGroup::num_tokens).collect();
         for range in batches_by_tokens(&lengths, cfg.micro_tokens)? {
             let batch = DeviceBatch::new(&PackedBatch::pack(&rows[range])?, model.device())?;
             let logprobs = target_logprobs(model, &batch, 1.0, false)?.logprobs;
             let sum = -logprobs.values().sum(None);
-            stepper.accumulate(LossSum { sum, weight: batch.offsets.num_values() as f64 })?;
+            stepper.accumulate(LossSum {
+                sum,
+                weight: batch.offsets.num_values() as f64,
+            })?;
         }
         let report = stepper.apply()?;
         let tokens = lengths.iter().sum();
-        session.log(step, tokens, &[("loss", report.loss), ("grad_norm", report.grad_norm), ("lr", report.lr)])?;
+        session.log(
+            step,
+            tokens,
+            &[
+                ("loss", report.loss),
+                ("grad_norm", report.grad_norm),
+                ("lr", report.lr),
+            ],
+        )?;
         if let Flow::Stop(signal) = session.after_step(step, &[("model", stepper)], &())? {
             return Ok(Flow::Stop(signal));
         }

@@ -45,5 +45,9 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 pub(crate) fn ensure(ok: bool, op: &'static str, what: impl FnOnce() -> String) -> Result<()> {
-    if ok { Ok(()) } else { Err(Error::Argument { op, what: what() }) }
+    if ok {
+        Ok(())
+    } else {
+        Err(Error::Argument { op, what: what() })
+    }
 }

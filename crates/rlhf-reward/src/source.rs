@@ -58,14 +58,25 @@ impl Rule {
     ///
     /// # Errors
     /// When the rule needs fields that the data do not have.
-    pub fn score(&self, prompt: &str, completion: &str, fields: &Map<String, Value>) -> Result<f64> {
+    pub fn score(
+        &self,
+        prompt: &str,
+        completion: &str,
+        fields: &Map<String, Value>,
+    ) -> Result<f64> {
         Ok(match self {
             Self::Words { positive, negative } => {
                 let lower = completion.to_lowercase();
-                let words: std::collections::HashSet<&str> =
-                    lower.split(|c: char| !c.is_ascii_lowercase()).filter(|w| !w.is_empty()).collect();
+                let words: std::collections::HashSet<&str> = lower
+                    .split(|c: char| !c.is_ascii_lowercase())
+                    .filter(|w| !w.is_empty())
+                    .collect();
                 let count = |list: &[String]| {
-                    list.iter().collect::<std::collections::HashSet<_>>().iter().filter(|w| words.contains(w.as_str())).count()
+                    list.iter()
+                        .collect::<std::collections::HashSet<_>>()
+                        .iter()
+                        .filter(|w| words.contains(w.as_str()))
+                        .count()
                 };
                 count(positive) as f64 - count(negative) as f64
             }
@@ -83,7 +94,15 @@ impl RewardSource for Rule {
     }
 
     fn scores(&self, items: &[Judged<'_>]) -> Result<Vec<Vec<f64>>> {
-        items.iter().map(|i| i.texts.iter().map(|t| self.score(i.prompt, t, i.fields)).collect()).collect()
+        items
+            .iter()
+            .map(|i| {
+                i.texts
+                    .iter()
+                    .map(|t| self.score(i.prompt, t, i.fields))
+                    .collect()
+            })
+            .collect()
     }
 }
 
@@ -99,7 +118,11 @@ impl ModelSource {
     /// A source called `name` that runs `model` on at most `micro_tokens` packed tokens at once.
     #[must_use]
     pub fn new(name: impl Into<String>, model: ScalarModel, micro_tokens: usize) -> Self {
-        Self { name: name.into(), model, micro_tokens }
+        Self {
+            name: name.into(),
+            model,
+            micro_tokens,
+        }
     }
 }
 
@@ -112,7 +135,10 @@ impl RewardSource for ModelSource {
         let groups: Vec<&PromptGroup> = items.iter().map(|i| i.group).collect();
         let flat = model_scores(&self.model, &groups, self.micro_tokens)?;
         let mut flat = flat.into_iter();
-        Ok(groups.iter().map(|g| flat.by_ref().take(g.completions.len()).collect()).collect())
+        Ok(groups
+            .iter()
+            .map(|g| flat.by_ref().take(g.completions.len()).collect())
+            .collect())
     }
 }
 
@@ -120,7 +146,11 @@ impl RewardSource for ModelSource {
 ///
 /// # Errors
 /// When a group exceeds `micro_tokens` or the model fails.
-pub fn model_scores(model: &ScalarModel, groups: &[&PromptGroup], micro_tokens: usize) -> Result<Vec<f64>> {
+pub fn model_scores(
+    model: &ScalarModel,
+    groups: &[&PromptGroup],
+    micro_tokens: usize,
+) -> Result<Vec<f64>> {
     let _guard = tch::no_grad_guard();
     let lengths: Vec<usize> = groups.iter().map(|g| g.num_tokens()).collect();
     let mut scores = Vec::new();
@@ -144,7 +174,10 @@ pub struct RewardMix {
 impl std::fmt::Debug for RewardMix {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let parts: Vec<_> = self.parts.iter().map(|(w, s)| (w, s.name())).collect();
-        f.debug_struct("RewardMix").field("parts", &parts).field("missing_eos_penalty", &self.missing_eos_penalty).finish()
+        f.debug_struct("RewardMix")
+            .field("parts", &parts)
+            .field("missing_eos_penalty", &self.missing_eos_penalty)
+            .finish()
     }
 }
 
@@ -161,7 +194,10 @@ impl RewardMix {
     /// An empty mix.
     #[must_use]
     pub fn new(missing_eos_penalty: f64) -> Self {
-        Self { parts: Vec::new(), missing_eos_penalty }
+        Self {
+            parts: Vec::new(),
+            missing_eos_penalty,
+        }
     }
 
     /// Adds a source with its weight.
@@ -174,9 +210,24 @@ impl RewardMix {
     /// # Errors
     /// When a source fails, or gives a score that is not finite.
     pub fn scores(&self, items: &[Judged<'_>]) -> Result<Scores> {
-        let penalty = |f: Finish| if f == Finish::Stop { 0.0 } else { self.missing_eos_penalty };
+        let penalty = |f: Finish| {
+            if f == Finish::Stop {
+                0.0
+            } else {
+                self.missing_eos_penalty
+            }
+        };
         let mut out = Scores {
-            total: items.iter().map(|i| i.group.completions.iter().map(|c| penalty(c.finish)).collect()).collect(),
+            total: items
+                .iter()
+                .map(|i| {
+                    i.group
+                        .completions
+                        .iter()
+                        .map(|c| penalty(c.finish))
+                        .collect()
+                })
+                .collect(),
             part_means: Vec::new(),
         };
         for (weight, source) in &self.parts {
@@ -185,14 +236,21 @@ impl RewardMix {
             for ((total, part), item) in out.total.iter_mut().zip(&scores).zip(items) {
                 for (t, s) in total.iter_mut().zip(part) {
                     if !s.is_finite() {
-                        return Err(Error::NotFinite { what: format!("score of `{}` for row {}", source.name(), item.group.row) });
+                        return Err(Error::NotFinite {
+                            what: format!(
+                                "score of `{}` for row {}",
+                                source.name(),
+                                item.group.row
+                            ),
+                        });
                     }
                     *t += weight * s;
                     sum += s;
                     count += 1;
                 }
             }
-            out.part_means.push((source.name().to_owned(), sum / count.max(1) as f64));
+            out.part_means
+                .push((source.name().to_owned(), sum / count.max(1) as f64));
         }
         Ok(out)
     }
@@ -204,23 +262,44 @@ mod tests {
 
     #[test]
     fn words_are_counted_once_and_whole() {
-        let rule = Rule::Words { positive: vec!["happy".into(), "fun".into()], negative: vec!["sad".into()] };
+        let rule = Rule::Words {
+            positive: vec!["happy".into(), "fun".into()],
+            negative: vec!["sad".into()],
+        };
         // happy (twice, counts once) + fun − sad = 1; "funny" is another word.
-        assert_eq!(rule.score("", "Happy, happy fun! Not sad.", &Map::new()).unwrap(), 1.0);
+        assert_eq!(
+            rule.score("", "Happy, happy fun! Not sad.", &Map::new())
+                .unwrap(),
+            1.0
+        );
         assert_eq!(rule.score("", "funny sadness", &Map::new()).unwrap(), 0.0);
     }
 
     #[test]
     fn a_mix_adds_weighted_parts_and_the_penalty() {
-        let rule = Rule::Words { positive: vec!["fun".into()], negative: vec![] };
+        let rule = Rule::Words {
+            positive: vec!["fun".into()],
+            negative: vec![],
+        };
         let mut mix = RewardMix::new(-3.0);
         mix.push(2.0, Box::new(rule.clone()));
         mix.push(0.5, Box::new(rule));
         let completion = |finish| rlhf_data::group::Completion::whole(vec![1], finish);
-        let group = PromptGroup { row: 0, prompt: vec![1], completions: vec![completion(Finish::Stop), completion(Finish::Length)] };
+        let group = PromptGroup {
+            row: 0,
+            prompt: vec![1],
+            completions: vec![completion(Finish::Stop), completion(Finish::Length)],
+        };
         let texts = ["fun".to_owned(), "dull".to_owned()];
         let fields = Map::new();
-        let s = mix.scores(&[Judged { group: &group, prompt: "", texts: &texts, fields: &fields }]).unwrap();
+        let s = mix
+            .scores(&[Judged {
+                group: &group,
+                prompt: "",
+                texts: &texts,
+                fields: &fields,
+            }])
+            .unwrap();
         // 2·1 + 0.5·1 and 0 − 3.
         assert_eq!(s.total, [[2.5, -3.0]]);
         assert_eq!(s.part_means[0], ("words".to_owned(), 0.5));

@@ -39,11 +39,14 @@ pub fn train(
     session: &mut Session,
 ) -> Result<Flow> {
     let device = model.device();
-    let start = session.resume(&mut [("model", stepper)])?.map_or(0, |r: rlhf_train::Restored<()>| r.step);
+    let start = session
+        .resume(&mut [("model", stepper)])?
+        .map_or(0, |r: rlhf_train::Restored<()>| r.step);
     for step in start..cfg.steps {
         let first = step * cfg.batch_size as u64;
-        let rows: Vec<PromptGroup> =
-            (0..cfg.batch_size as u64).map(|i| data[endless(cfg.seed, data.len(), first + i)].clone()).collect();
+        let rows: Vec<PromptGroup> = (0..cfg.batch_size as u64)
+            .map(|i| data[endless(cfg.seed, data.len(), first + i)].clone())
+            .collect();
         let lengths: Vec<usize> = rows.iter().map(PromptGroup::num_tokens).collect();
         let (mut right, mut margin, mut pairs) = (0.0, 0.0, 0.0);
         for range in batches_by_tokens(&lengths, cfg.micro_tokens)? {
@@ -51,12 +54,34 @@ pub fn train(
             let batch = DeviceBatch::new(&PackedBatch::pack(groups)?, device)?;
             let scores = model.scores(&batch)?;
             let (chosen, rejected, weights) = all_pairs(groups);
-            let at = |index: &[i64]| scores.index_select(0, &Tensor::from_slice(index).to_device(device));
+            let at = |index: &[i64]| {
+                scores.index_select(0, &Tensor::from_slice(index).to_device(device))
+            };
             let (c, r) = (at(&chosen), at(&rejected));
-            let w = Tensor::from_slice(&weights).to_kind(c.kind()).to_device(device);
-            let loss = bradley_terry::loss(&c, &r, &BradleyTerry { weights: Some(&w), centering: cfg.centering, ..BradleyTerry::default() })?;
+            let w = Tensor::from_slice(&weights)
+                .to_kind(c.kind())
+                .to_device(device);
+            let loss = bradley_terry::loss(
+                &c,
+                &r,
+                &BradleyTerry {
+                    weights: Some(&w),
+                    centering: cfg.centering,
+                    ..BradleyTerry::default()
+                },
+            )?;
             let gap = (&c - &r).detach().to_kind(Kind::Double);
-            right += gap.gt(0.0).to_kind(Kind::Double).sum(None).double_value(&[]) + 0.5 * gap.eq(0.0).to_kind(Kind::Double).sum(None).double_value(&[]);
+            right += gap
+                .gt(0.0)
+                .to_kind(Kind::Double)
+                .sum(None)
+                .double_value(&[])
+                + 0.5
+                    * gap
+                        .eq(0.0)
+                        .to_kind(Kind::Double)
+                        .sum(None)
+                        .double_value(&[]);
             margin += gap.sum(None).double_value(&[]);
             pairs += chosen.len() as f64;
             stepper.accumulate(loss)?;
@@ -100,7 +125,11 @@ fn all_pairs(groups: &[PromptGroup]) -> (Vec<i64>, Vec<i64>, Vec<f64>) {
 ///
 /// # Errors
 /// When a group exceeds `micro_tokens` or the model fails.
-pub fn pair_scores(model: &ScalarModel, data: &[PromptGroup], micro_tokens: usize) -> Result<Vec<(f64, f64)>> {
+pub fn pair_scores(
+    model: &ScalarModel,
+    data: &[PromptGroup],
+    micro_tokens: usize,
+) -> Result<Vec<(f64, f64)>> {
     let groups: Vec<&PromptGroup> = data.iter().collect();
     let scores = model_scores(model, &groups, micro_tokens)?;
     if scores.len() != 2 * data.len() {
@@ -114,13 +143,20 @@ pub fn pair_scores(model: &ScalarModel, data: &[PromptGroup], micro_tokens: usiz
 ///
 /// # Errors
 /// When a group exceeds `micro_tokens` or the model fails.
-pub fn normalize_on(model: &mut ScalarModel, data: &[PromptGroup], micro_tokens: usize) -> Result<()> {
+pub fn normalize_on(
+    model: &mut ScalarModel,
+    data: &[PromptGroup],
+    micro_tokens: usize,
+) -> Result<()> {
     let groups: Vec<&PromptGroup> = data.iter().collect();
     model.set_norm(RewardNorm::default())?;
     let scores = model_scores(model, &groups, micro_tokens)?;
     let n = scores.len().max(1) as f64;
     let mean = scores.iter().sum::<f64>() / n;
     let var = scores.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / n;
-    model.set_norm(RewardNorm { mean, std: var.sqrt().max(1e-6) })?;
+    model.set_norm(RewardNorm {
+        mean,
+        std: var.sqrt().max(1e-6),
+    })?;
     Ok(())
 }

@@ -37,7 +37,10 @@ impl CheckpointStore {
     /// Checkpoints in `dir`, of which the last `keep` stay.
     #[must_use]
     pub fn new(dir: PathBuf, keep: usize) -> Self {
-        Self { dir, keep: keep.max(1) }
+        Self {
+            dir,
+            keep: keep.max(1),
+        }
     }
 
     /// Saves a checkpoint after `step` finished steps: `write` fills the folder that it is given.
@@ -46,16 +49,28 @@ impl CheckpointStore {
     /// When the disk is full, say; nothing of the failed checkpoint stays, earlier ones do.
     pub fn save(&self, step: u64, write: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
         std::fs::create_dir_all(&self.dir).map_err(Error::write(&self.dir))?;
-        let temporary = tempfile::Builder::new().prefix(".new-").tempdir_in(&self.dir).map_err(Error::write(&self.dir))?;
+        let temporary = tempfile::Builder::new()
+            .prefix(".new-")
+            .tempdir_in(&self.dir)
+            .map_err(Error::write(&self.dir))?;
         write(temporary.path())?;
         let mut files = BTreeMap::new();
         for path in list(temporary.path())? {
             let size = path.metadata().map_err(Error::read(&path))?.len();
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let name = path
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned();
             files.insert(name, (size, hash_file(&path)?));
         }
-        let manifest = Manifest { format: FORMAT, step, files };
-        let text = serde_json::to_vec_pretty(&manifest).map_err(|e| Error::write(temporary.path())(e.into()))?;
+        let manifest = Manifest {
+            format: FORMAT,
+            step,
+            files,
+        };
+        let text = serde_json::to_vec_pretty(&manifest)
+            .map_err(|e| Error::write(temporary.path())(e.into()))?;
         write_synced(&temporary.path().join(MANIFEST), &text)?;
         sync_dir(temporary.path())?;
         let target = self.dir.join(format!("step-{step:08}"));
@@ -77,14 +92,20 @@ impl CheckpointStore {
     pub fn latest(&self) -> Result<Option<(PathBuf, Manifest)>> {
         let mut all = self.folders()?;
         all.sort();
-        Ok(all.into_iter().rev().find_map(|dir| verify(&dir).ok().map(|m| (dir, m))))
+        Ok(all
+            .into_iter()
+            .rev()
+            .find_map(|dir| verify(&dir).ok().map(|m| (dir, m))))
     }
 
     fn folders(&self) -> Result<Vec<PathBuf>> {
         if !self.dir.exists() {
             return Ok(Vec::new());
         }
-        let name = |p: &PathBuf| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("step-"));
+        let name = |p: &PathBuf| {
+            p.file_name()
+                .is_some_and(|n| n.to_string_lossy().starts_with("step-"))
+        };
         Ok(list(&self.dir)?.into_iter().filter(name).collect())
     }
 
@@ -93,9 +114,10 @@ impl CheckpointStore {
         let mut all = self.folders()?;
         all.sort();
         let old = all.len().saturating_sub(self.keep);
-        let leftovers = list(&self.dir)?
-            .into_iter()
-            .filter(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with(".new-")));
+        let leftovers = list(&self.dir)?.into_iter().filter(|p| {
+            p.file_name()
+                .is_some_and(|n| n.to_string_lossy().starts_with(".new-"))
+        });
         for dir in all.into_iter().take(old).chain(leftovers) {
             std::fs::remove_dir_all(&dir).map_err(Error::write(&dir))?;
         }
@@ -111,12 +133,18 @@ fn list(dir: &Path) -> Result<Vec<PathBuf>> {
 
 /// Reads a checkpoint's manifest and compares every file with it.
 fn verify(dir: &Path) -> Result<Manifest> {
-    let bad = |what: String| Error::Checkpoint { path: dir.to_owned(), what };
+    let bad = |what: String| Error::Checkpoint {
+        path: dir.to_owned(),
+        what,
+    };
     let path = dir.join(MANIFEST);
     let text = std::fs::read_to_string(&path).map_err(Error::read(&path))?;
     let manifest: Manifest = serde_json::from_str(&text).map_err(|e| bad(e.to_string()))?;
     if manifest.format != FORMAT {
-        return Err(bad(format!("format {}, expected {FORMAT}", manifest.format)));
+        return Err(bad(format!(
+            "format {}, expected {FORMAT}",
+            manifest.format
+        )));
     }
     for (name, (size, hash)) in &manifest.files {
         let file = dir.join(name);
@@ -159,11 +187,17 @@ mod tests {
         store.save(1, write("one")).unwrap();
         let full = |d: &Path| -> Result<()> {
             write_synced(&d.join("a.txt"), b"half")?;
-            Err(Error::write(d)(std::io::Error::from(std::io::ErrorKind::StorageFull)))
+            Err(Error::write(d)(std::io::Error::from(
+                std::io::ErrorKind::StorageFull,
+            )))
         };
         let e = store.save(2, full).unwrap_err().to_string();
         assert!(e.contains("free space"), "{e}");
         assert_eq!(store.latest().unwrap().unwrap().1.step, 1);
-        assert_eq!(list(dir.path()).unwrap().len(), 1, "nothing half written stays");
+        assert_eq!(
+            list(dir.path()).unwrap().len(),
+            1,
+            "nothing half written stays"
+        );
     }
 }

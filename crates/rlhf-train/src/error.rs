@@ -27,7 +27,9 @@ pub enum Error {
         what: String,
     },
     /// The loss or the gradient was not finite for too many steps in a row.
-    #[error("loss or gradient not finite in {count} steps in a row, up to step {step} (loss {loss}, gradient norm {grad_norm})\n  do: lower the learning rate, or look at the rows of these steps; the last good checkpoint is kept")]
+    #[error(
+        "loss or gradient not finite in {count} steps in a row, up to step {step} (loss {loss}, gradient norm {grad_norm})\n  do: lower the learning rate, or look at the rows of these steps; the last good checkpoint is kept"
+    )]
     NotFinite {
         /// How many steps.
         count: u32,
@@ -55,11 +57,21 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     pub(crate) fn write(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_owned();
-        |source| Self::Io { act: "write", path, source, mend: "free space on the disk or correct the folder's permissions; what was written before is intact" }
+        |source| Self::Io {
+            act: "write",
+            path,
+            source,
+            mend: "free space on the disk or correct the folder's permissions; what was written before is intact",
+        }
     }
 
     pub(crate) fn read(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_owned();
-        |source| Self::Io { act: "read", path, source, mend: "correct the path or the permissions" }
+        |source| Self::Io {
+            act: "read",
+            path,
+            source,
+            mend: "correct the path or the permissions",
+        }
     }
 }

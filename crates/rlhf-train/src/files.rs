@@ -17,7 +17,9 @@ pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
 
 /// Makes a rename in `dir` durable.
 pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
-    File::open(dir).and_then(|d| d.sync_all()).map_err(Error::write(dir))
+    File::open(dir)
+        .and_then(|d| d.sync_all())
+        .map_err(Error::write(dir))
 }
 
 /// SHA-256 of a file, in hexadecimal.
@@ -30,7 +32,13 @@ pub fn hash_file(path: &Path) -> Result<String> {
     let mut buffer = vec![0; 1 << 20];
     loop {
         match file.read(&mut buffer).map_err(Error::read(path))? {
-            0 => return Ok(hasher.finalize().iter().map(|b| format!("{b:02x}")).collect()),
+            0 => {
+                return Ok(hasher
+                    .finalize()
+                    .iter()
+                    .map(|b| format!("{b:02x}"))
+                    .collect());
+            }
             n => hasher.update(&buffer[..n]),
         }
     }

@@ -73,18 +73,33 @@ impl LrSchedule {
         match *self {
             Self::Constant {} => 1.0,
             Self::Linear {} => ((t - s) / (t - w).max(1.0)).max(0.0),
-            Self::Cosine { min_ratio } => (min_ratio + (1.0 - min_ratio) * half_cosine(progress)).max(0.0),
+            Self::Cosine { min_ratio } => {
+                (min_ratio + (1.0 - min_ratio) * half_cosine(progress)).max(0.0)
+            }
             Self::CosineRestarts { cycles } => {
-                if progress >= 1.0 { 0.0 } else { half_cosine((f64::from(cycles) * progress).fract()) }
+                if progress >= 1.0 {
+                    0.0
+                } else {
+                    half_cosine((f64::from(cycles) * progress).fract())
+                }
             }
             Self::Polynomial { power, end_ratio } => {
-                if step > total { end_ratio } else { (1.0 - end_ratio) * (1.0 - progress).powf(power) + end_ratio }
+                if step > total {
+                    end_ratio
+                } else {
+                    (1.0 - end_ratio) * (1.0 - progress).powf(power) + end_ratio
+                }
             }
             Self::InverseSqrt {} => {
                 let scale = if warmup == 0 { 10_000.0 } else { w };
                 1.0 / ((s + scale - w) / scale).sqrt()
             }
-            Self::Wsd { decay_steps, stable_steps, shape, min_ratio } => {
+            Self::Wsd {
+                decay_steps,
+                stable_steps,
+                shape,
+                min_ratio,
+            } => {
                 let stable = stable_steps.unwrap_or(total.saturating_sub(warmup + decay_steps));
                 if step < warmup + stable {
                     return 1.0;
@@ -118,7 +133,12 @@ mod tests {
         assert_eq!(linear.factor(13, 4, 12), 0.0);
         let cosine = LrSchedule::Cosine { min_ratio: 0.1 };
         assert!((cosine.factor(8, 4, 12) - 0.55).abs() < 1e-12);
-        let wsd = LrSchedule::Wsd { decay_steps: 4, stable_steps: None, shape: DecayShape::Linear, min_ratio: 0.2 };
+        let wsd = LrSchedule::Wsd {
+            decay_steps: 4,
+            stable_steps: None,
+            shape: DecayShape::Linear,
+            min_ratio: 0.2,
+        };
         assert_eq!(wsd.factor(7, 2, 12), 1.0);
         assert!((wsd.factor(10, 2, 12) - 0.6).abs() < 1e-12);
         assert_eq!(wsd.factor(12, 2, 12), 0.2);
@@ -126,7 +146,8 @@ mod tests {
 
     #[test]
     fn recipes_write_them_as_tables() {
-        let s: LrSchedule = serde_json::from_str(r#"{"kind": "cosine", "min_ratio": 0.1}"#).unwrap();
+        let s: LrSchedule =
+            serde_json::from_str(r#"{"kind": "cosine", "min_ratio": 0.1}"#).unwrap();
         assert_eq!(s, LrSchedule::Cosine { min_ratio: 0.1 });
         assert!(serde_json::from_str::<LrSchedule>(r#"{"kind": "cosine", "min": 0.1}"#).is_err());
     }

@@ -30,18 +30,34 @@ impl MetricsLog {
         std::fs::create_dir_all(dir).map_err(Error::write(dir))?;
         let path = dir.join("metrics.jsonl");
         let keep = kept_bytes(&path, next_step)?;
-        let mut file = OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(Error::write(&path))?;
+        let mut file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(Error::write(&path))?;
         file.set_len(keep).map_err(Error::write(&path))?;
         file.seek(SeekFrom::End(0)).map_err(Error::write(&path))?;
         let events = EventWriter::create(&dir.join("tensorboard"), next_step)?;
-        Ok(Self { path, file, events, stage: stage.to_owned() })
+        Ok(Self {
+            path,
+            file,
+            events,
+            stage: stage.to_owned(),
+        })
     }
 
     /// Writes a step: `{"stage", "step", "tokens", "seconds", "STAGE/NAME": …}`.
     ///
     /// # Errors
     /// When the disk is full.
-    pub fn write(&mut self, step: u64, tokens: u64, seconds: f64, values: &[(&str, f64)]) -> Result<()> {
+    pub fn write(
+        &mut self,
+        step: u64,
+        tokens: u64,
+        seconds: f64,
+        values: &[(&str, f64)],
+    ) -> Result<()> {
         let mut line = Map::new();
         line.insert("stage".into(), self.stage.clone().into());
         line.insert("step".into(), step.into());
@@ -50,11 +66,16 @@ impl MetricsLog {
         for (name, value) in values {
             let key = format!("{}/{name}", self.stage);
             self.events.scalar(step, &key, *value)?;
-            line.insert(key, serde_json::Number::from_f64(*value).map_or(Value::Null, Value::Number));
+            line.insert(
+                key,
+                serde_json::Number::from_f64(*value).map_or(Value::Null, Value::Number),
+            );
         }
         let mut text = Value::Object(line).to_string();
         text.push('\n');
-        self.file.write_all(text.as_bytes()).map_err(Error::write(&self.path))?;
+        self.file
+            .write_all(text.as_bytes())
+            .map_err(Error::write(&self.path))?;
         self.events.flush()
     }
 
@@ -69,11 +90,15 @@ impl MetricsLog {
 
 /// The length of the lines whose step lies below `next_step`; a torn last line is not counted.
 fn kept_bytes(path: &Path, next_step: u64) -> Result<u64> {
-    let Ok(file) = File::open(path) else { return Ok(0) };
+    let Ok(file) = File::open(path) else {
+        return Ok(0);
+    };
     let mut kept = 0;
     for line in BufReader::new(file).split(b'\n') {
         let line = line.map_err(Error::read(path))?;
-        let step = serde_json::from_slice::<Value>(&line).ok().and_then(|v| v.get("step").and_then(Value::as_u64));
+        let step = serde_json::from_slice::<Value>(&line)
+            .ok()
+            .and_then(|v| v.get("step").and_then(Value::as_u64));
         match step {
             Some(s) if s < next_step => kept += line.len() as u64 + 1,
             _ => break,
@@ -91,7 +116,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut log = MetricsLog::open(dir.path(), "sft", 0).unwrap();
         for step in 0..4 {
-            log.write(step, 10, 0.5, &[("loss", 1.0 / (step + 1) as f64), ("bad", f64::NAN)]).unwrap();
+            log.write(
+                step,
+                10,
+                0.5,
+                &[("loss", 1.0 / (step + 1) as f64), ("bad", f64::NAN)],
+            )
+            .unwrap();
         }
         drop(log);
         let path = dir.path().join("metrics.jsonl");
@@ -103,7 +134,10 @@ mod tests {
         let text = std::fs::read_to_string(&path).unwrap();
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 3);
-        assert_eq!(lines[1], r#"{"stage":"sft","step":1,"tokens":10,"seconds":0.5,"sft/loss":0.5,"sft/bad":null}"#);
+        assert_eq!(
+            lines[1],
+            r#"{"stage":"sft","step":1,"tokens":10,"seconds":0.5,"sft/loss":0.5,"sft/bad":null}"#
+        );
         assert!(lines[2].contains("9.0"));
     }
 }

@@ -26,7 +26,9 @@ impl Progress {
     pub fn new(stage: &str, first: u64, total: u64) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
-            if let Ok(style) = ProgressStyle::with_template("{prefix:>10} {bar:30} {pos}/{len} {msg} eta {eta}") {
+            if let Ok(style) =
+                ProgressStyle::with_template("{prefix:>10} {bar:30} {pos}/{len} {msg} eta {eta}")
+            {
                 bar.set_style(style);
             }
             bar.set_prefix(stage.to_owned());
@@ -35,7 +37,15 @@ impl Progress {
             bar
         });
         let now = Instant::now();
-        Self { bar, stage: stage.to_owned(), total, began: now, first, tokens: 0, spoke: now }
+        Self {
+            bar,
+            stage: stage.to_owned(),
+            total,
+            began: now,
+            first,
+            tokens: 0,
+            spoke: now,
+        }
     }
 
     /// `step` steps are done; the last took `tokens` tokens and had these metrics.
@@ -57,7 +67,12 @@ impl Progress {
             let done = (step - self.first.min(step)).max(1) as f64;
             let left = seconds / done * self.total.saturating_sub(step) as f64;
             // A closed stderr must not end the run.
-            let _ = writeln!(std::io::stderr(), "{:>10} {step}/{} {message} eta {left:.0}s", self.stage, self.total);
+            let _ = writeln!(
+                std::io::stderr(),
+                "{:>10} {step}/{} {message} eta {left:.0}s",
+                self.stage,
+                self.total
+            );
         }
     }
 

@@ -106,28 +106,46 @@ impl Session {
     ///
     /// # Errors
     /// When a checkpoint is not one of this training, or a file cannot be written.
-    pub fn resume<E: DeserializeOwned>(&mut self, steppers: &mut [(&str, &mut Stepper)]) -> Result<Option<Restored<E>>> {
+    pub fn resume<E: DeserializeOwned>(
+        &mut self,
+        steppers: &mut [(&str, &mut Stepper)],
+    ) -> Result<Option<Restored<E>>> {
         let restored = match self.store.latest()? {
             None => None,
             Some((dir, manifest)) => {
                 for (name, stepper) in steppers {
-                    stepper.load_state(&tensors::load(&dir.join(format!("{name}.safetensors")))?)?;
+                    stepper
+                        .load_state(&tensors::load(&dir.join(format!("{name}.safetensors")))?)?;
                 }
                 let path = dir.join("state.json");
                 let text = std::fs::read_to_string(&path).map_err(Error::read(&path))?;
-                let bad = |e: serde_json::Error| Error::Checkpoint { path: path.clone(), what: e.to_string() };
+                let bad = |e: serde_json::Error| Error::Checkpoint {
+                    path: path.clone(),
+                    what: e.to_string(),
+                };
                 let saved: serde_json::Value = serde_json::from_str(&text).map_err(bad)?;
                 self.tokens = saved["tokens"].as_u64().unwrap_or(0);
                 self.seconds_before = saved["seconds"].as_f64().unwrap_or(0.0);
                 self.recent = serde_json::from_value(saved["recent"].clone()).map_err(bad)?;
                 let extra = serde_json::from_value(saved["extra"].clone()).map_err(bad)?;
-                Some(Restored { step: manifest.step, extra })
+                Some(Restored {
+                    step: manifest.step,
+                    extra,
+                })
             }
         };
         let step = restored.as_ref().map_or(0, |r| r.step);
         self.steps = step;
-        self.metrics = Some(MetricsLog::open(&self.config.dir, &self.config.stage, step)?);
-        self.progress = Some(Progress::new(&self.config.stage, step, self.config.total_steps));
+        self.metrics = Some(MetricsLog::open(
+            &self.config.dir,
+            &self.config.stage,
+            step,
+        )?);
+        self.progress = Some(Progress::new(
+            &self.config.stage,
+            step,
+            self.config.total_steps,
+        ));
         self.began = Instant::now();
         Ok(restored)
     }
@@ -145,7 +163,13 @@ impl Session {
         if let Some(p) = &mut self.progress {
             p.advance(step + 1, tokens as u64, values);
         }
-        self.recent.push_back(values.iter().filter(|v| v.1.is_finite()).map(|(k, v)| ((*k).to_owned(), *v)).collect());
+        self.recent.push_back(
+            values
+                .iter()
+                .filter(|v| v.1.is_finite())
+                .map(|(k, v)| ((*k).to_owned(), *v))
+                .collect(),
+        );
         if self.recent.len() > RECENT {
             self.recent.pop_front();
         }
@@ -157,10 +181,16 @@ impl Session {
     ///
     /// # Errors
     /// When the checkpoint cannot be written; earlier ones stay.
-    pub fn after_step<E: Serialize>(&mut self, step: u64, steppers: &[(&str, &Stepper)], extra: &E) -> Result<Flow> {
+    pub fn after_step<E: Serialize>(
+        &mut self,
+        step: u64,
+        steppers: &[(&str, &Stepper)],
+        extra: &E,
+    ) -> Result<Flow> {
         self.steps = step + 1;
         let signal = self.config.stop.get();
-        let due = self.steps % self.config.checkpoint_every.max(1) == 0 || self.steps == self.config.total_steps;
+        let due = self.steps % self.config.checkpoint_every.max(1) == 0
+            || self.steps == self.config.total_steps;
         if due || signal.is_some() {
             self.save(steppers, extra)?;
         }
@@ -204,6 +234,10 @@ impl Session {
             entry.1 += 1.0;
         }
         let last = sums.into_iter().map(|(k, (sum, n))| (k, sum / n)).collect();
-        Ok(Summary { steps: self.steps, tokens: self.tokens, last })
+        Ok(Summary {
+            steps: self.steps,
+            tokens: self.tokens,
+            last,
+        })
     }
 }

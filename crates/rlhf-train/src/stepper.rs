@@ -60,8 +60,19 @@ pub struct Stepper {
 impl Stepper {
     /// A stepper of named parameters, which share storage with the model's.
     #[must_use]
-    pub fn new(parameters: Vec<(String, Tensor)>, adamw: AdamWConfig, config: StepperConfig) -> Self {
-        Self { optimizer: AdamW::new(parameters, adamw), config, step: 0, sum: None, weight: 0.0, bad: 0 }
+    pub fn new(
+        parameters: Vec<(String, Tensor)>,
+        adamw: AdamWConfig,
+        config: StepperConfig,
+    ) -> Self {
+        Self {
+            optimizer: AdamW::new(parameters, adamw),
+            config,
+            step: 0,
+            sum: None,
+            weight: 0.0,
+            bad: 0,
+        }
     }
 
     /// The next step.
@@ -94,7 +105,9 @@ impl Stepper {
     pub fn apply(&mut self) -> Result<StepReport> {
         let step = self.step;
         let (sum, weight) = (self.sum.take(), std::mem::take(&mut self.weight));
-        let Some(sum) = sum.filter(|_| weight > 0.0) else { return Err(Error::EmptyStep(step)) };
+        let Some(sum) = sum.filter(|_| weight > 0.0) else {
+            return Err(Error::EmptyStep(step));
+        };
         let loss = sum.double_value(&[]) / weight;
         let grads = self.optimizer.grads();
         let _guard = tch::no_grad_guard();
@@ -114,9 +127,21 @@ impl Stepper {
         self.optimizer.zero_grad();
         self.step += 1;
         if self.bad > self.config.max_bad_steps {
-            return Err(Error::NotFinite { count: self.bad, step, loss, grad_norm });
+            return Err(Error::NotFinite {
+                count: self.bad,
+                step,
+                loss,
+                grad_norm,
+            });
         }
-        Ok(StepReport { step, loss, weight, grad_norm, lr, applied })
+        Ok(StepReport {
+            step,
+            loss,
+            weight,
+            grad_norm,
+            lr,
+            applied,
+        })
     }
 
     /// The learning rate of the next step. Warm-up counts from 1, so that the first step moves.
@@ -130,10 +155,16 @@ impl Stepper {
     /// Parameters, moments and counters by name.
     #[must_use]
     pub fn state(&self) -> Vec<(String, Tensor)> {
-        let mut all: Vec<(String, Tensor)> =
-            self.optimizer.parameters().map(|(n, p)| (format!("param.{n}"), p.detach())).collect();
+        let mut all: Vec<(String, Tensor)> = self
+            .optimizer
+            .parameters()
+            .map(|(n, p)| (format!("param.{n}"), p.detach()))
+            .collect();
         all.extend(self.optimizer.state());
-        all.push(("stepper".into(), Tensor::from_slice(&[self.step as i64, i64::from(self.bad)])));
+        all.push((
+            "stepper".into(),
+            Tensor::from_slice(&[self.step as i64, i64::from(self.bad)]),
+        ));
         all
     }
 
@@ -142,12 +173,21 @@ impl Stepper {
     /// # Errors
     /// When a tensor is missing or has another shape.
     pub fn load_state(&mut self, state: &HashMap<String, Tensor>) -> Result<()> {
-        let missing = |name: &str| Error::Checkpoint { path: "(tensors)".into(), what: format!("`{name}` is missing or has another shape") };
-        let counters = state.get("stepper").filter(|t| t.size() == [2]).ok_or_else(|| missing("stepper"))?;
+        let missing = |name: &str| Error::Checkpoint {
+            path: "(tensors)".into(),
+            what: format!("`{name}` is missing or has another shape"),
+        };
+        let counters = state
+            .get("stepper")
+            .filter(|t| t.size() == [2])
+            .ok_or_else(|| missing("stepper"))?;
         let mut copies = Vec::new();
         for (name, p) in self.optimizer.parameters() {
             let key = format!("param.{name}");
-            let saved = state.get(&key).filter(|t| t.size() == p.size()).ok_or_else(|| missing(&key))?;
+            let saved = state
+                .get(&key)
+                .filter(|t| t.size() == p.size())
+                .ok_or_else(|| missing(&key))?;
             copies.push((p.shallow_clone(), saved));
         }
         self.optimizer.load_state(state)?;
@@ -180,14 +220,25 @@ mod tests {
     /// A linear model's weights after one step whose rows are split as given.
     fn after(split: &[usize]) -> Vec<f64> {
         let w = (Tensor::arange(3, (Kind::Double, Device::Cpu)) * 0.1).set_requires_grad(true);
-        let x = (Tensor::arange(21, (Kind::Double, Device::Cpu)) * 0.7).sin().view([7, 3]);
-        let mut stepper = Stepper::new(vec![("w".into(), w.shallow_clone())], AdamWConfig::default(), config());
+        let x = (Tensor::arange(21, (Kind::Double, Device::Cpu)) * 0.7)
+            .sin()
+            .view([7, 3]);
+        let mut stepper = Stepper::new(
+            vec![("w".into(), w.shallow_clone())],
+            AdamWConfig::default(),
+            config(),
+        );
         let mut at = 0;
         for &n in split {
             let part = x.narrow(0, at, n as i64);
             at += n as i64;
             let error = part.matmul(&w) - 1.0;
-            stepper.accumulate(LossSum { sum: (&error * &error).sum(None), weight: n as f64 }).unwrap();
+            stepper
+                .accumulate(LossSum {
+                    sum: (&error * &error).sum(None),
+                    weight: n as f64,
+                })
+                .unwrap();
         }
         let report = stepper.apply().unwrap();
         assert!(report.applied && report.weight == 7.0);
@@ -207,12 +258,29 @@ mod tests {
     #[test]
     fn bad_steps_change_nothing_and_then_stop() {
         let w = Tensor::from_slice(&[1f64]).set_requires_grad(true);
-        let mut stepper = Stepper::new(vec![("w".into(), w.shallow_clone())], AdamWConfig::default(), config());
+        let mut stepper = Stepper::new(
+            vec![("w".into(), w.shallow_clone())],
+            AdamWConfig::default(),
+            config(),
+        );
         assert!(matches!(stepper.apply(), Err(Error::EmptyStep(0))));
-        stepper.accumulate(LossSum { sum: (&w * f64::NAN).sum(None), weight: 1.0 }).unwrap();
+        stepper
+            .accumulate(LossSum {
+                sum: (&w * f64::NAN).sum(None),
+                weight: 1.0,
+            })
+            .unwrap();
         assert!(!stepper.apply().unwrap().applied);
         assert_eq!(w.double_value(&[0]), 1.0);
-        stepper.accumulate(LossSum { sum: (&w * f64::INFINITY).sum(None), weight: 1.0 }).unwrap();
-        assert!(matches!(stepper.apply(), Err(Error::NotFinite { count: 2, .. })));
+        stepper
+            .accumulate(LossSum {
+                sum: (&w * f64::INFINITY).sum(None),
+                weight: 1.0,
+            })
+            .unwrap();
+        assert!(matches!(
+            stepper.apply(),
+            Err(Error::NotFinite { count: 2, .. })
+        ));
     }
 }

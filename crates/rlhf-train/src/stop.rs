@@ -59,7 +59,11 @@ impl StopFlag {
 
     /// Acts as if the signal had come.
     pub fn raise(&self, signal: Signal) {
-        let number = if signal == Signal::Interrupt { SIGINT } else { SIGTERM };
+        let number = if signal == Signal::Interrupt {
+            SIGINT
+        } else {
+            SIGTERM
+        };
         self.0.store(number as usize, Ordering::SeqCst);
     }
 }

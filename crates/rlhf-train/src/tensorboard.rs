@@ -21,7 +21,10 @@ impl EventWriter {
     /// Begins a new file in `dir`; `first_step` tells it from those of earlier runs.
     pub(crate) fn create(dir: &Path, first_step: u64) -> Result<Self> {
         std::fs::create_dir_all(dir).map_err(Error::write(dir))?;
-        let path = dir.join(format!("events.out.tfevents.{:010}.{first_step}.rlhf", now() as u64));
+        let path = dir.join(format!(
+            "events.out.tfevents.{:010}.{first_step}.rlhf",
+            now() as u64
+        ));
         let file = BufWriter::new(File::create(&path).map_err(Error::write(&path))?);
         let mut writer = Self { path, file };
         writer.record(&event(0, Content::Version))?;
@@ -53,7 +56,9 @@ enum Content<'a> {
 }
 
 fn now() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0.0, |d| d.as_secs_f64())
 }
 
 /// `Event { wall_time = 1, step = 2, file_version = 3, summary = 5 }`.
@@ -99,7 +104,13 @@ fn masked_crc(data: &[u8]) -> u32 {
 /// CRC-32C (Castagnoli), bit by bit: event files are small.
 fn crc32c(data: &[u8]) -> u32 {
     !data.iter().fold(!0u32, |crc, &b| {
-        (0..8).fold(crc ^ u32::from(b), |c, _| if c & 1 == 1 { c >> 1 ^ 0x82f6_3b78 } else { c >> 1 })
+        (0..8).fold(crc ^ u32::from(b), |c, _| {
+            if c & 1 == 1 {
+                c >> 1 ^ 0x82f6_3b78
+            } else {
+                c >> 1
+            }
+        })
     })
 }
 
@@ -125,7 +136,10 @@ mod tests {
         while !rest.is_empty() {
             let n = u64::from_le_bytes(rest[..8].try_into().unwrap()) as usize;
             assert_eq!(masked_crc(&rest[..8]).to_le_bytes(), rest[8..12]);
-            assert_eq!(masked_crc(&rest[12..12 + n]).to_le_bytes(), rest[12 + n..16 + n]);
+            assert_eq!(
+                masked_crc(&rest[12..12 + n]).to_le_bytes(),
+                rest[12 + n..16 + n]
+            );
             records.push(&rest[12..12 + n]);
             rest = &rest[16 + n..];
         }

@@ -6,7 +6,13 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// RLHF post-training for language models.
 #[derive(Debug, Parser)]
-#[command(name = "rlhf", version, about, propagate_version = true, disable_help_subcommand = true)]
+#[command(
+    name = "rlhf",
+    version,
+    about,
+    propagate_version = true,
+    disable_help_subcommand = true
+)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]

@@ -24,7 +24,10 @@ impl std::error::Error for Interrupted {}
 /// Prints an error as cause, place and mend, and gives the exit code. `is_input` tells which causes
 /// lie in what the user gave.
 #[allow(clippy::print_stderr, reason = "this is where errors reach the user")]
-pub fn code(result: anyhow::Result<ExitCode>, is_input: fn(&(dyn std::error::Error + 'static)) -> bool) -> ExitCode {
+pub fn code(
+    result: anyhow::Result<ExitCode>,
+    is_input: fn(&(dyn std::error::Error + 'static)) -> bool,
+) -> ExitCode {
     let error = match result {
         Ok(code) => return code,
         Err(e) => e,
@@ -43,7 +46,12 @@ fn text(error: &anyhow::Error) -> String {
     let mut parts: Vec<String> = Vec::new();
     for cause in error.chain() {
         let line = cause.to_string();
-        let line = line.split("\nException raised from").next().unwrap_or_default().trim().to_owned();
+        let line = line
+            .split("\nException raised from")
+            .next()
+            .unwrap_or_default()
+            .trim()
+            .to_owned();
         if !parts.iter().any(|p| p.contains(&line)) {
             parts.push(line);
         }

@@ -11,12 +11,17 @@ use serde::Serialize;
 /// # Errors
 /// When the disk is full or the folder cannot be written.
 pub fn write(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
-    let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let dir = path
+        .parent()
+        .filter(|d| !d.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     let place = || format!("cannot write {}", path.display());
     let mut file = tempfile::NamedTempFile::new_in(dir).with_context(place)?;
     file.write_all(bytes).with_context(place)?;
     file.as_file().sync_all().with_context(place)?;
-    file.persist(path).map_err(|e| e.error).with_context(place)?;
+    file.persist(path)
+        .map_err(|e| e.error)
+        .with_context(place)?;
     Ok(())
 }
 

@@ -21,7 +21,11 @@ pub fn main() -> ExitCode {
         Command::Report(a) => crate::show::report(&a),
         _ => hand_over(),
     };
-    exit::code(result, |cause| cause.downcast_ref::<rlhf_data::Error>().is_some_and(rlhf_data::Error::is_input))
+    exit::code(result, |cause| {
+        cause
+            .downcast_ref::<rlhf_data::Error>()
+            .is_some_and(rlhf_data::Error::is_input)
+    })
 }
 
 /// Replaces this process by the engine, with the same arguments.
@@ -29,7 +33,10 @@ fn hand_over() -> anyhow::Result<ExitCode> {
     let engine = engine_path()?;
     let mut process = Process::new(&engine);
     process.args(std::env::args_os().skip(1));
-    let place = format!("cannot start {}; build it with `cargo build --release -p rlhf`", engine.display());
+    let place = format!(
+        "cannot start {}; build it with `cargo build --release -p rlhf`",
+        engine.display()
+    );
     #[cfg(unix)]
     {
         use std::os::unix::process::CommandExt as _;

@@ -87,7 +87,11 @@ pub struct Measure {
 }
 
 const fn measure(key: &'static str, heading: &'static str, percent: bool) -> Measure {
-    Measure { key, heading, percent }
+    Measure {
+        key,
+        heading,
+        percent,
+    }
 }
 
 /// All measures, in the order of tables.

@@ -11,9 +11,18 @@ pub struct Shipped {
 
 /// The shipped recipes.
 pub const SHIPPED: &[Shipped] = &[
-    Shipped { name: "quickstart", text: include_str!("../recipes/quickstart.toml") },
-    Shipped { name: "stories", text: include_str!("../recipes/stories.toml") },
-    Shipped { name: "smollm2-persona", text: include_str!("../recipes/smollm2-persona.toml") },
+    Shipped {
+        name: "quickstart",
+        text: include_str!("../recipes/quickstart.toml"),
+    },
+    Shipped {
+        name: "stories",
+        text: include_str!("../recipes/stories.toml"),
+    },
+    Shipped {
+        name: "smollm2-persona",
+        text: include_str!("../recipes/smollm2-persona.toml"),
+    },
 ];
 
 /// Finds a shipped recipe.
@@ -25,5 +34,9 @@ pub fn find(name: &str) -> Option<&'static Shipped> {
 /// The names of all shipped recipes, for messages.
 #[must_use]
 pub fn names() -> String {
-    SHIPPED.iter().map(|s| s.name).collect::<Vec<_>>().join(", ")
+    SHIPPED
+        .iter()
+        .map(|s| s.name)
+        .collect::<Vec<_>>()
+        .join(", ")
 }

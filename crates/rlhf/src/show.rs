@@ -27,7 +27,13 @@ struct OutlineStage {
 /// `rlhf recipes`
 pub(crate) fn recipes(args: &RecipesArgs) -> anyhow::Result<ExitCode> {
     if let Some(RecipesAction::Show { name }) = &args.action {
-        let unknown = || usage(format!("no recipe named `{name}`"), "the command line", format!("use one of {}", shipped::names()));
+        let unknown = || {
+            usage(
+                format!("no recipe named `{name}`"),
+                "the command line",
+                format!("use one of {}", shipped::names()),
+            )
+        };
         print!("{}", shipped::find(name).ok_or_else(unknown)?.text);
         return Ok(ExitCode::SUCCESS);
     }
@@ -55,7 +61,12 @@ pub(crate) fn recipes(args: &RecipesArgs) -> anyhow::Result<ExitCode> {
 /// `rlhf report`
 pub(crate) fn report(args: &ReportArgs) -> anyhow::Result<ExitCode> {
     if !args.run.is_dir() {
-        return Err(usage("no such folder", args.run.display().to_string(), "name the folder of a run, as in runs/quickstart").into());
+        return Err(usage(
+            "no such folder",
+            args.run.display().to_string(),
+            "name the folder of a run, as in runs/quickstart",
+        )
+        .into());
     }
     let path = crate::report::build(&args.run)?;
     println!("report: {}", path.display());

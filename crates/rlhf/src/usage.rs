@@ -18,12 +18,20 @@ pub struct Usage {
 /// Makes a [`Usage`] error.
 #[must_use]
 pub fn usage(cause: impl Into<String>, place: impl Into<String>, mend: impl Into<String>) -> Usage {
-    Usage { cause: cause.into(), place: place.into(), mend: mend.into() }
+    Usage {
+        cause: cause.into(),
+        place: place.into(),
+        mend: mend.into(),
+    }
 }
 
 impl fmt::Display for Usage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}\n  in: {}\n  do: {}", self.cause, self.place, self.mend)
+        write!(
+            f,
+            "{}\n  in: {}\n  do: {}",
+            self.cause, self.place, self.mend
+        )
     }
 }
 

@@ -17,18 +17,35 @@ const MAX_LINE: u64 = 64 << 20;
 pub(super) fn rows(path: &Path, gzip: bool) -> Result<Lines> {
     let file = File::open(path).map_err(Error::io(path))?;
     if file.metadata().map_err(Error::io(path))?.is_dir() {
-        return Err(Error::file(path, "a folder, expected a file", "name a file in it"));
+        return Err(Error::file(
+            path,
+            "a folder, expected a file",
+            "name a file in it",
+        ));
     }
     let reader: Box<dyn BufRead> = if gzip {
         let mut start = BufReader::new(file);
-        if !start.fill_buf().map_err(Error::io(path))?.starts_with(&[0x1f, 0x8b]) {
-            return Err(Error::file(path, "not gzip, although its name ends with .gz", "remove the .gz or compress it"));
+        if !start
+            .fill_buf()
+            .map_err(Error::io(path))?
+            .starts_with(&[0x1f, 0x8b])
+        {
+            return Err(Error::file(
+                path,
+                "not gzip, although its name ends with .gz",
+                "remove the .gz or compress it",
+            ));
         }
         Box::new(BufReader::new(MultiGzDecoder::new(start)))
     } else {
         Box::new(BufReader::new(file))
     };
-    Ok(Lines { path: path.to_owned(), reader, line: 0, done: false })
+    Ok(Lines {
+        path: path.to_owned(),
+        reader,
+        line: 0,
+        done: false,
+    })
 }
 
 /// The rows of a JSON Lines file.
@@ -46,22 +63,38 @@ impl Iterator for Lines {
         while !self.done {
             let mut bytes = Vec::new();
             self.line += 1;
-            match self.reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut bytes) {
+            match self
+                .reader
+                .by_ref()
+                .take(MAX_LINE)
+                .read_until(b'\n', &mut bytes)
+            {
                 Ok(0) => return None,
                 Ok(_) => {}
                 Err(e) => {
                     self.done = true;
-                    return Some(Err(self.bad(format!("cannot read on: {e}"), "get the file again: it is damaged")));
+                    return Some(Err(self.bad(
+                        format!("cannot read on: {e}"),
+                        "get the file again: it is damaged",
+                    )));
                 }
             }
             if bytes.len() as u64 == MAX_LINE {
                 self.done = true;
-                return Some(Err(self.bad(format!("a line of more than {} MiB", MAX_LINE >> 20), "split or drop the row")));
+                return Some(Err(self.bad(
+                    format!("a line of more than {} MiB", MAX_LINE >> 20),
+                    "split or drop the row",
+                )));
             }
             let row = self.parse(&bytes);
             match row {
                 Ok(None) => {}
-                Ok(Some(columns)) => return Some(Ok(Row { place: format!("line {}", self.line), columns })),
+                Ok(Some(columns)) => {
+                    return Some(Ok(Row {
+                        place: format!("line {}", self.line),
+                        columns,
+                    }));
+                }
                 Err(e) => {
                     self.done = true;
                     return Some(Err(e));
@@ -84,18 +117,30 @@ impl Lines {
     }
 
     fn parse(&self, bytes: &[u8]) -> Result<Option<Map<String, Value>>> {
-        let bytes = if self.line == 1 { bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes) } else { bytes };
+        let bytes = if self.line == 1 {
+            bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes)
+        } else {
+            bytes
+        };
         let text = std::str::from_utf8(bytes)
-            .map_err(|e| self.bad(format!("invalid UTF-8 at byte {}", e.valid_up_to()), "convert the file to UTF-8"))?
+            .map_err(|e| {
+                self.bad(
+                    format!("invalid UTF-8 at byte {}", e.valid_up_to()),
+                    "convert the file to UTF-8",
+                )
+            })?
             .trim();
         if text.is_empty() {
             return Ok(None);
         }
         if text.starts_with('[') {
-            return Err(self.bad("a JSON array, expected one object a line", "write each element on a line of its own"));
+            return Err(self.bad(
+                "a JSON array, expected one object a line",
+                "write each element on a line of its own",
+            ));
         }
-        let object: Object =
-            serde_json::from_str(text).map_err(|e| self.bad(format!("no JSON object: {e}"), "correct or drop the line"))?;
+        let object: Object = serde_json::from_str(text)
+            .map_err(|e| self.bad(format!("no JSON object: {e}"), "correct or drop the line"))?;
         Ok(Some(object.0))
     }
 }
@@ -111,7 +156,10 @@ impl<'de> Deserialize<'de> for Object {
             fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 f.write_str("an object")
             }
-            fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> std::result::Result<Object, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(
+                self,
+                mut access: A,
+            ) -> std::result::Result<Object, A::Error> {
                 let mut map = Map::new();
                 while let Some((key, value)) = access.next_entry::<String, Value>()? {
                     if map.contains_key(&key) {

@@ -32,15 +32,25 @@ pub struct Row {
 /// When the file cannot be opened, its ending is unknown, or it is not what its ending says. Errors of
 /// later rows come from the iterator.
 pub fn rows(path: &Path) -> Result<Box<dyn Iterator<Item = Result<Row>>>> {
-    let name = path.file_name().map(|n| n.to_string_lossy().to_lowercase()).unwrap_or_default();
+    let name = path
+        .file_name()
+        .map(|n| n.to_string_lossy().to_lowercase())
+        .unwrap_or_default();
     let plain = name.strip_suffix(".gz").unwrap_or(&name);
     if name.ends_with(".parquet") {
         return Ok(Box::new(parquet::rows(path)?));
     }
-    if [".jsonl", ".ndjson", ".json"].iter().any(|e| plain.ends_with(e)) {
+    if [".jsonl", ".ndjson", ".json"]
+        .iter()
+        .any(|e| plain.ends_with(e))
+    {
         return Ok(Box::new(jsonl::rows(path, name.ends_with(".gz"))?));
     }
-    Err(Error::file(path, "unknown kind of file", "give .parquet, .jsonl or .jsonl.gz"))
+    Err(Error::file(
+        path,
+        "unknown kind of file",
+        "give .parquet, .jsonl or .jsonl.gz",
+    ))
 }
 
 /// The rows of a file as records of one kind.
@@ -73,7 +83,9 @@ pub fn read_sft(path: &Path) -> Result<impl Iterator<Item = Result<SftRecord>> +
 ///
 /// # Errors
 /// As [`read`].
-pub fn read_preference(path: &Path) -> Result<impl Iterator<Item = Result<PreferenceRecord>> + use<>> {
+pub fn read_preference(
+    path: &Path,
+) -> Result<impl Iterator<Item = Result<PreferenceRecord>> + use<>> {
     read(path)
 }
 

@@ -14,7 +14,10 @@ use tempfile::NamedTempFile;
 use crate::error::{Error, Result};
 
 fn temporary(path: &Path) -> Result<NamedTempFile> {
-    let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let dir = path
+        .parent()
+        .filter(|d| !d.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     NamedTempFile::new_in(dir).map_err(Error::io(dir))
 }
 
@@ -26,7 +29,10 @@ fn publish(file: NamedTempFile, path: &Path) -> Result<()> {
 
 fn arrow(path: &Path) -> impl FnOnce(parquet::errors::ParquetError) -> Error {
     let path = path.to_owned();
-    move |e| Error::Io { path, source: std::io::Error::other(e) }
+    move |e| Error::Io {
+        path,
+        source: std::io::Error::other(e),
+    }
 }
 
 /// Writes record batches to a Parquet file, which appears on [`ParquetOut::finish`].
@@ -46,8 +52,12 @@ impl ParquetOut {
             .set_compression(Compression::ZSTD(ZstdLevel::default()))
             .set_created_by("rlhf".into())
             .build();
-        let writer = ArrowWriter::try_new(temporary(path)?, schema, Some(properties)).map_err(arrow(path))?;
-        Ok(Self { path: path.to_owned(), writer })
+        let writer = ArrowWriter::try_new(temporary(path)?, schema, Some(properties))
+            .map_err(arrow(path))?;
+        Ok(Self {
+            path: path.to_owned(),
+            writer,
+        })
     }
 
     /// Adds rows.
@@ -63,7 +73,10 @@ impl ParquetOut {
     /// # Errors
     /// When the disk is full.
     pub fn finish(self) -> Result<()> {
-        publish(self.writer.into_inner().map_err(arrow(&self.path))?, &self.path)
+        publish(
+            self.writer.into_inner().map_err(arrow(&self.path))?,
+            &self.path,
+        )
     }
 }
 
@@ -80,7 +93,10 @@ impl JsonlOut {
     /// # Errors
     /// When the folder cannot be written.
     pub fn create(path: &Path) -> Result<Self> {
-        Ok(Self { path: path.to_owned(), writer: BufWriter::new(temporary(path)?) })
+        Ok(Self {
+            path: path.to_owned(),
+            writer: BufWriter::new(temporary(path)?),
+        })
     }
 
     /// Adds a line.
@@ -88,7 +104,8 @@ impl JsonlOut {
     /// # Errors
     /// When the disk is full.
     pub fn write<T: Serialize>(&mut self, value: &T) -> Result<()> {
-        serde_json::to_writer(&mut self.writer, value).map_err(|e| Error::io(&self.path)(e.into()))?;
+        serde_json::to_writer(&mut self.writer, value)
+            .map_err(|e| Error::io(&self.path)(e.into()))?;
         self.writer.write_all(b"\n").map_err(Error::io(&self.path))
     }
 
@@ -97,7 +114,10 @@ impl JsonlOut {
     /// # Errors
     /// When the disk is full.
     pub fn finish(self) -> Result<()> {
-        let file = self.writer.into_inner().map_err(|e| Error::io(&self.path)(e.into_error()))?;
+        let file = self
+            .writer
+            .into_inner()
+            .map_err(|e| Error::io(&self.path)(e.into_error()))?;
         publish(file, &self.path)
     }
 }

@@ -20,10 +20,20 @@ const BATCH_ROWS: usize = 256;
 
 pub(super) fn rows(path: &Path) -> Result<Rows> {
     let mut file = File::open(path).map_err(Error::io(path))?;
-    let damaged = |e: String| Error::file(path, format!("no readable Parquet: {e}"), "get the file again");
+    let damaged = |e: String| {
+        Error::file(
+            path,
+            format!("no readable Parquet: {e}"),
+            "get the file again",
+        )
+    };
     let size = file.metadata().map_err(Error::io(path))?;
     if size.is_dir() {
-        return Err(Error::file(path, "a folder, expected a file", "name a file in it"));
+        return Err(Error::file(
+            path,
+            "a folder, expected a file",
+            "name a file in it",
+        ));
     }
     if size.len() == 0 {
         return Err(damaged("0 bytes".into()));
@@ -36,7 +46,14 @@ pub(super) fn rows(path: &Path) -> Result<Rows> {
     let reader = ParquetRecordBatchReaderBuilder::try_new(file)
         .and_then(|b| b.with_batch_size(BATCH_ROWS).build())
         .map_err(|e| damaged(e.to_string()))?;
-    Ok(Rows { path: path.to_owned(), reader, batch: None, at: 0, row: 0, done: false })
+    Ok(Rows {
+        path: path.to_owned(),
+        reader,
+        batch: None,
+        at: 0,
+        row: 0,
+        done: false,
+    })
 }
 
 /// The rows of a Parquet file.
@@ -62,24 +79,44 @@ impl Iterator for Rows {
                 let place = format!("row {}", self.row);
                 self.at += 1;
                 self.row += 1;
-                return Some(columns.map(|columns| Row { place: place.clone(), columns }).map_err(|(column, what)| {
-                    self.done = true;
-                    Error::Row { path: self.path.clone(), place, column, what, mend: "convert the column".into() }
-                }));
+                return Some(
+                    columns
+                        .map(|columns| Row {
+                            place: place.clone(),
+                            columns,
+                        })
+                        .map_err(|(column, what)| {
+                            self.done = true;
+                            Error::Row {
+                                path: self.path.clone(),
+                                place,
+                                column,
+                                what,
+                                mend: "convert the column".into(),
+                            }
+                        }),
+                );
             }
             match self.reader.next()? {
                 Ok(b) => (self.batch, self.at) = (Some(b), 0),
                 Err(e) => {
                     self.done = true;
                     let what = format!("the data after row {} cannot be read: {e}", self.row);
-                    return Some(Err(Error::file(&self.path, what, "get the file again: it is damaged")));
+                    return Some(Err(Error::file(
+                        &self.path,
+                        what,
+                        "get the file again: it is damaged",
+                    )));
                 }
             }
         }
     }
 }
 
-fn row_of(batch: &RecordBatch, at: usize) -> std::result::Result<Map<String, Value>, (String, String)> {
+fn row_of(
+    batch: &RecordBatch,
+    at: usize,
+) -> std::result::Result<Map<String, Value>, (String, String)> {
     let schema = batch.schema();
     let mut columns = Map::new();
     for (field, array) in schema.fields().iter().zip(batch.columns()) {
@@ -98,7 +135,12 @@ fn value(array: &dyn Array, at: usize) -> std::result::Result<Value, String> {
     let casted = |to: &DataType| cast(&one(), to).map_err(|e| e.to_string());
     Ok(match array.data_type() {
         DataType::Utf8 => Value::String(array.as_string::<i32>().value(at).to_owned()),
-        DataType::LargeUtf8 | DataType::Utf8View => Value::String(casted(&DataType::Utf8)?.as_string::<i32>().value(0).to_owned()),
+        DataType::LargeUtf8 | DataType::Utf8View => Value::String(
+            casted(&DataType::Utf8)?
+                .as_string::<i32>()
+                .value(0)
+                .to_owned(),
+        ),
         DataType::Dictionary(_, inner) => value(casted(inner)?.as_ref(), 0)?,
         DataType::Boolean => Value::Bool(array.as_boolean().value(at)),
         t if t.is_integer() => match casted(&DataType::Int64)?.as_primitive::<Int64Type>() {
@@ -106,7 +148,9 @@ fn value(array: &dyn Array, at: usize) -> std::result::Result<Value, String> {
             a => a.value(0).into(),
         },
         t if t.is_floating() => {
-            let x = casted(&DataType::Float64)?.as_primitive::<Float64Type>().value(0);
+            let x = casted(&DataType::Float64)?
+                .as_primitive::<Float64Type>()
+                .value(0);
             // JSON has no NaN or infinity; as text they are refused by whoever wants a number.
             Number::from_f64(x).map_or_else(|| Value::String(x.to_string()), Value::Number)
         }
@@ -129,5 +173,8 @@ fn value(array: &dyn Array, at: usize) -> std::result::Result<Value, String> {
 }
 
 fn list(items: &arrow_array::ArrayRef) -> std::result::Result<Value, String> {
-    (0..items.len()).map(|i| value(items.as_ref(), i)).collect::<std::result::Result<Vec<_>, _>>().map(Value::Array)
+    (0..items.len())
+        .map(|i| value(items.as_ref(), i))
+        .collect::<std::result::Result<Vec<_>, _>>()
+        .map(Value::Array)
 }

@@ -11,9 +11,9 @@ use rlhf_reward::train::pair_scores;
 use super::measure::{Judges, Written, write};
 use super::policy::rollout_config;
 use super::{Context, Ended};
+use crate::recipe::{Eval, StageKind};
 use rlhf::files::write_json;
 use rlhf::interval::{Interval, bootstrap, mean, share};
-use crate::recipe::{Eval, StageKind};
 use rlhf::results::{Answer, Check, Evaluation, ModelRow, Sample, Token};
 use rlhf::terminal;
 
@@ -22,8 +22,15 @@ const ROUNDS: u32 = 200;
 
 pub(super) fn run(ctx: &Context<'_>, name: &str, s: &Eval) -> anyhow::Result<Ended> {
     let baseline = ctx.policy(&s.baseline)?;
-    let mut found = Evaluation { baseline: s.baseline.clone(), ..Evaluation::default() };
-    let reward = s.reward_model.as_ref().map(|r| ctx.reward_source(r, s.micro_tokens)).transpose()?;
+    let mut found = Evaluation {
+        baseline: s.baseline.clone(),
+        ..Evaluation::default()
+    };
+    let reward = s
+        .reward_model
+        .as_ref()
+        .map(|r| ctx.reward_source(r, s.micro_tokens))
+        .transpose()?;
 
     let mut written: Vec<(String, Written)> = Vec::new();
     for model_name in &s.models {
@@ -41,13 +48,21 @@ pub(super) fn run(ctx: &Context<'_>, name: &str, s: &Eval) -> anyhow::Result<End
                 micro_tokens: s.micro_tokens,
             };
             let w = write(&model, &prompts.rows, &cfg, judges)?;
-            measure(&w, written.iter().find(|x| x.0 == s.baseline).map(|x| &x.1), ctx.recipe.run.seed, &mut measures);
+            measure(
+                &w,
+                written.iter().find(|x| x.0 == s.baseline).map(|x| &x.1),
+                ctx.recipe.run.seed,
+                &mut measures,
+            );
             written.push((model_name.clone(), w));
         }
         if s.pairs.is_some() {
             pairs(ctx, s, model_name, &model, &baseline, &mut measures)?;
         }
-        found.models.push(ModelRow { name: model_name.clone(), measures });
+        found.models.push(ModelRow {
+            name: model_name.clone(),
+            measures,
+        });
     }
     if let (Some(name), Some(data)) = (&s.reward_model, &s.pairs) {
         let pairs = ctx.inputs.preference(data)?;
@@ -70,7 +85,11 @@ pub(super) fn run(ctx: &Context<'_>, name: &str, s: &Eval) -> anyhow::Result<End
             }
         }
     }
-    Ok(Ended { steps: 0, tokens: 0, last })
+    Ok(Ended {
+        steps: 0,
+        tokens: 0,
+        last,
+    })
 }
 
 /// Distinct n-grams as a share of all n-grams of all texts.
@@ -79,10 +98,21 @@ fn distinct(texts: &[&&str], n: usize) -> f64 {
 }
 
 fn prefers(a: f64, b: f64) -> f64 {
-    if a > b { 1.0 } else if a == b { 0.5 } else { 0.0 }
+    if a > b {
+        1.0
+    } else if a == b {
+        0.5
+    } else {
+        0.0
+    }
 }
 
-fn measure(w: &Written, baseline: Option<&Written>, seed: u64, into: &mut BTreeMap<String, Interval>) {
+fn measure(
+    w: &Written,
+    baseline: Option<&Written>,
+    seed: u64,
+    into: &mut BTreeMap<String, Interval>,
+) {
     let mut put = |key: &str, i: Interval| {
         into.insert(key.into(), i);
     };
@@ -91,7 +121,10 @@ fn measure(w: &Written, baseline: Option<&Written>, seed: u64, into: &mut BTreeM
     let stopped = w.stopped();
     put("stopped", share(stopped.iter().sum(), stopped.len()));
     for n in [1, 2] {
-        put(&format!("distinct{n}"), bootstrap(&w.texts(), ROUNDS, seed, |t| distinct(t, n)));
+        put(
+            &format!("distinct{n}"),
+            bootstrap(&w.texts(), ROUNDS, seed, |t| distinct(t, n)),
+        );
     }
     if let Some(r) = &w.reward {
         put("reward", mean(r));
@@ -120,10 +153,26 @@ fn pairs(
     // Against itself a model has no implicit reward: its log-probs alone decide.
     let is_baseline = name == s.baseline;
     let e = evaluate(&own, &base, 1.0);
-    let accuracy = if is_baseline { e.logprob_accuracy } else { e.accuracy };
-    into.insert("pair_accuracy".into(), share(accuracy * own.len() as f64, own.len()));
-    let margins: Vec<f64> =
-        own.iter().zip(&base).map(|((pc, pr), (rc, rr))| if is_baseline { pc - pr } else { (pc - rc) - (pr - rr) }).collect();
+    let accuracy = if is_baseline {
+        e.logprob_accuracy
+    } else {
+        e.accuracy
+    };
+    into.insert(
+        "pair_accuracy".into(),
+        share(accuracy * own.len() as f64, own.len()),
+    );
+    let margins: Vec<f64> = own
+        .iter()
+        .zip(&base)
+        .map(|((pc, pr), (rc, rr))| {
+            if is_baseline {
+                pc - pr
+            } else {
+                (pc - rc) - (pr - rr)
+            }
+        })
+        .collect();
     into.insert("margin".into(), mean(&margins));
     Ok(())
 }
@@ -136,8 +185,14 @@ fn checks(ctx: &Context<'_>, s: &Eval, found: &Evaluation) -> Vec<Check> {
         let both = |key: &str| Some((row.measures.get(key)?, base?.measures.get(key)?));
         if let Some((own, base)) = both("gold") {
             checks.push(Check {
-                what: format!("{} has a higher gold score than {}, intervals apart", row.name, s.baseline),
-                found: format!("{:.3} [{:.3}, {:.3}] against {:.3} [{:.3}, {:.3}]", own.value, own.low, own.high, base.value, base.low, base.high),
+                what: format!(
+                    "{} has a higher gold score than {}, intervals apart",
+                    row.name, s.baseline
+                ),
+                found: format!(
+                    "{:.3} [{:.3}, {:.3}] against {:.3} [{:.3}, {:.3}]",
+                    own.value, own.low, own.high, base.value, base.low, base.high
+                ),
                 ok: own.low > base.high,
             });
         }
@@ -150,8 +205,18 @@ fn checks(ctx: &Context<'_>, s: &Eval, found: &Evaluation) -> Vec<Check> {
         }
         if let (Some(min), Some((own, base))) = (s.min_distinct2, both("distinct2")) {
             checks.push(Check {
-                what: format!("{} keeps at least {:.0} % of {}'s distinct-2", row.name, min * 100.0, s.baseline),
-                found: format!("{:.3} against {:.3}: {:.0} %", own.value, base.value, 100.0 * own.value / base.value),
+                what: format!(
+                    "{} keeps at least {:.0} % of {}'s distinct-2",
+                    row.name,
+                    min * 100.0,
+                    s.baseline
+                ),
+                found: format!(
+                    "{:.3} against {:.3}: {:.0} %",
+                    own.value,
+                    base.value,
+                    100.0 * own.value / base.value
+                ),
                 ok: own.value >= min * base.value,
             });
         }
@@ -161,7 +226,11 @@ fn checks(ctx: &Context<'_>, s: &Eval, found: &Evaluation) -> Vec<Check> {
         let met = test.rows.iter().filter(|p| seen.contains(&p.ids)).count();
         checks.push(Check {
             what: "no test prompt was seen in training".into(),
-            found: format!("{met} of {} test prompts among {} training prompts", test.rows.len(), seen.len()),
+            found: format!(
+                "{met} of {} test prompts among {} training prompts",
+                test.rows.len(),
+                seen.len()
+            ),
             ok: met == 0,
         });
     }
@@ -183,7 +252,12 @@ fn training_files(ctx: &Context<'_>) -> Vec<String> {
         .collect()
 }
 
-fn samples(ctx: &Context<'_>, prompts: &[rlhf_policy::rollout::Prompt], written: &[(String, Written)], n: usize) -> Vec<Sample> {
+fn samples(
+    ctx: &Context<'_>,
+    prompts: &[rlhf_policy::rollout::Prompt],
+    written: &[(String, Written)],
+    n: usize,
+) -> Vec<Sample> {
     // Spread over the file: neighbouring rows may be alike.
     let stride = (prompts.len() / n.max(1)).max(1);
     (0..prompts.len())
@@ -194,11 +268,22 @@ fn samples(ctx: &Context<'_>, prompts: &[rlhf_policy::rollout::Prompt], written:
             answers: written
                 .iter()
                 .map(|(model, w)| {
-                    let pieces = ctx.tokenizer().pieces(&w.rollouts[i].group.completions[0].ids);
-                    let tokens = pieces.into_iter().zip(&w.logprobs[i]).zip(&w.baseline_logprobs[i]);
+                    let pieces = ctx
+                        .tokenizer()
+                        .pieces(&w.rollouts[i].group.completions[0].ids);
+                    let tokens = pieces
+                        .into_iter()
+                        .zip(&w.logprobs[i])
+                        .zip(&w.baseline_logprobs[i]);
                     Answer {
                         model: model.clone(),
-                        tokens: tokens.map(|((text, &logprob), &baseline)| Token { text, logprob, baseline }).collect(),
+                        tokens: tokens
+                            .map(|((text, &logprob), &baseline)| Token {
+                                text,
+                                logprob,
+                                baseline,
+                            })
+                            .collect(),
                         gold: w.gold.as_ref().map(|g| g[i]),
                         reward: w.reward.as_ref().map(|r| r[i]),
                     }

@@ -41,12 +41,17 @@ impl Written {
 
     /// 1 where a completion ends by itself, else 0.
     pub(crate) fn stopped(&self) -> Vec<f64> {
-        self.completions().map(|c| f64::from(u8::from(c.finish == Finish::Stop))).collect()
+        self.completions()
+            .map(|c| f64::from(u8::from(c.finish == Finish::Stop)))
+            .collect()
     }
 
     /// Each completion's text.
     pub(crate) fn texts(&self) -> Vec<&str> {
-        self.rollouts.iter().flat_map(|r| r.texts.iter().map(String::as_str)).collect()
+        self.rollouts
+            .iter()
+            .flat_map(|r| r.texts.iter().map(String::as_str))
+            .collect()
     }
 
     fn completions(&self) -> impl Iterator<Item = &rlhf_data::group::Completion> {
@@ -65,9 +70,15 @@ pub(crate) struct Judges<'a> {
 }
 
 /// Lets `model` write one completion of each prompt, and measures them.
-pub(crate) fn write(model: &Transformer, prompts: &[Prompt], cfg: &RolloutConfig, judges: Judges<'_>) -> anyhow::Result<Written> {
+pub(crate) fn write(
+    model: &Transformer,
+    prompts: &[Prompt],
+    cfg: &RolloutConfig,
+    judges: Judges<'_>,
+) -> anyhow::Result<Written> {
     let all: Vec<usize> = (0..prompts.len()).collect();
-    let rollouts = rollout::draw(model, judges.tokenizer, prompts, &all, cfg, 0).context("drawing completions")?;
+    let rollouts = rollout::draw(model, judges.tokenizer, prompts, &all, cfg, 0)
+        .context("drawing completions")?;
     let groups: Vec<PromptGroup> = rollouts.iter().map(|r| r.group.clone()).collect();
     let items: Vec<Judged<'_>> = rollouts
         .iter()
@@ -79,11 +90,28 @@ pub(crate) fn write(model: &Transformer, prompts: &[Prompt], cfg: &RolloutConfig
         })
         .collect();
     let flat = |s: Vec<Vec<f64>>| s.into_iter().flatten().collect::<Vec<f64>>();
-    let gold = judges.gold.map(|g| g.scores(&items).map(flat)).transpose()?;
-    let reward = judges.reward.map(|r| r.scores(&items).map(flat)).transpose()?;
+    let gold = judges
+        .gold
+        .map(|g| g.scores(&items).map(flat))
+        .transpose()?;
+    let reward = judges
+        .reward
+        .map(|r| r.scores(&items).map(flat))
+        .transpose()?;
     let logprobs = logprobs_of(model, &groups, cfg.temperature, judges.micro_tokens)?;
-    let baseline_logprobs = logprobs_of(judges.baseline, &groups, cfg.temperature, judges.micro_tokens)?;
-    Ok(Written { rollouts, logprobs, baseline_logprobs, gold, reward })
+    let baseline_logprobs = logprobs_of(
+        judges.baseline,
+        &groups,
+        cfg.temperature,
+        judges.micro_tokens,
+    )?;
+    Ok(Written {
+        rollouts,
+        logprobs,
+        baseline_logprobs,
+        gold,
+        reward,
+    })
 }
 
 /// Log-probs of the trained tokens of every completion, in order, without gradients.
@@ -101,7 +129,12 @@ pub(crate) fn logprobs_of(
         let batch = DeviceBatch::new(&PackedBatch::pack(&groups[range])?, model.device())?;
         let lp = target_logprobs(model, &batch, temperature, false)?.logprobs;
         let values = Vec::<f64>::try_from(&lp.values().to_kind(Kind::Double))?;
-        out.extend(lp.offsets().host().windows(2).map(|w| values[w[0] as usize..w[1] as usize].to_vec()));
+        out.extend(
+            lp.offsets()
+                .host()
+                .windows(2)
+                .map(|w| values[w[0] as usize..w[1] as usize].to_vec()),
+        );
     }
     Ok(out)
 }

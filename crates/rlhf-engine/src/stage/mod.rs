@@ -20,11 +20,11 @@ use rlhf_reward::source::{ModelSource, RewardMix};
 use rlhf_train::{Flow, Session, SessionConfig, Stepper, StepperConfig, StopFlag};
 use tch::{Device, Kind, Tensor};
 
-use rlhf::exit::Interrupted;
-use rlhf::files::write_json;
 use crate::inputs::Inputs;
 use crate::plan::Plan;
 use crate::recipe::{Optim, Recipe, RewardPart, Stage, StageKind};
+use rlhf::exit::Interrupted;
+use rlhf::files::write_json;
 use rlhf::results::StageSummary;
 use rlhf::usage;
 
@@ -54,14 +54,27 @@ impl Context<'_> {
         for (i, stage) in self.recipe.stages.iter().enumerate() {
             let path = self.dir.join(&stage.name).join("done.json");
             if let Ok(text) = std::fs::read_to_string(&path) {
-                let done: StageSummary = serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display()))?;
-                self.say(&format!("[{}/{n}] {} ({}): already done", i + 1, stage.name, stage.kind.name()));
+                let done: StageSummary = serde_json::from_str(&text)
+                    .with_context(|| format!("{} is damaged", path.display()))?;
+                self.say(&format!(
+                    "[{}/{n}] {} ({}): already done",
+                    i + 1,
+                    stage.name,
+                    stage.kind.name()
+                ));
                 all.push(done);
                 continue;
             }
-            self.say(&format!("[{}/{n}] {} ({})", i + 1, stage.name, stage.kind.name()));
+            self.say(&format!(
+                "[{}/{n}] {} ({})",
+                i + 1,
+                stage.name,
+                stage.kind.name()
+            ));
             let began = Instant::now();
-            let ended = self.run(stage).with_context(|| format!("stage `{}`", stage.name))?;
+            let ended = self
+                .run(stage)
+                .with_context(|| format!("stage `{}`", stage.name))?;
             let done = StageSummary {
                 name: stage.name.clone(),
                 kind: stage.kind.name().into(),
@@ -70,7 +83,11 @@ impl Context<'_> {
                 tokens: ended.tokens,
                 last: ended.last,
             };
-            self.say(&format!("      done in {:.1} s{}", done.seconds, headline(&done)));
+            self.say(&format!(
+                "      done in {:.1} s{}",
+                done.seconds,
+                headline(&done)
+            ));
             write_json(&path, &done)?;
             all.push(done);
         }
@@ -107,43 +124,79 @@ impl Context<'_> {
     }
 
     fn load_options(&self) -> LoadOptions {
-        LoadOptions { device: self.device, kind: Kind::Float }
+        LoadOptions {
+            device: self.device,
+            kind: Kind::Float,
+        }
     }
 
     /// Loads the policy that a stage name stands for.
     pub(crate) fn policy(&self, name: &str) -> anyhow::Result<Transformer> {
         let dir = self.model_dir(name);
-        Transformer::load(&dir, &self.load_options()).with_context(|| format!("loading {}", dir.display()))
+        Transformer::load(&dir, &self.load_options())
+            .with_context(|| format!("loading {}", dir.display()))
     }
 
     /// Loads a reward model, or puts a new scalar head on a policy.
     pub(crate) fn scalar(&self, name: &str) -> anyhow::Result<ScalarModel> {
-        let is_reward = self.recipe.stages.iter().any(|s| s.name == name && matches!(s.kind, StageKind::Reward(_)));
+        let is_reward = self
+            .recipe
+            .stages
+            .iter()
+            .any(|s| s.name == name && matches!(s.kind, StageKind::Reward(_)));
         let dir = self.model_dir(name);
         if is_reward {
-            return ScalarModel::load(&dir, &self.load_options()).with_context(|| format!("loading {}", dir.display()));
+            return ScalarModel::load(&dir, &self.load_options())
+                .with_context(|| format!("loading {}", dir.display()));
         }
-        Ok(ScalarModel::from_trunk(self.policy(name)?, self.recipe.run.seed)?)
+        Ok(ScalarModel::from_trunk(
+            self.policy(name)?,
+            self.recipe.run.seed,
+        )?)
     }
 
     /// The mix of rewards that a recipe's parts describe.
-    pub(crate) fn rewards(&self, parts: &[RewardPart], missing_eos_penalty: f64, micro_tokens: usize) -> anyhow::Result<RewardMix> {
+    pub(crate) fn rewards(
+        &self,
+        parts: &[RewardPart],
+        missing_eos_penalty: f64,
+        micro_tokens: usize,
+    ) -> anyhow::Result<RewardMix> {
         let mut mix = RewardMix::new(missing_eos_penalty);
         for part in parts {
             match (&part.model, &part.rule) {
-                (Some(name), _) => mix.push(part.weight, Box::new(self.reward_source(name, micro_tokens)?)),
+                (Some(name), _) => mix.push(
+                    part.weight,
+                    Box::new(self.reward_source(name, micro_tokens)?),
+                ),
                 (None, Some(rule)) => mix.push(part.weight, Box::new(rule.clone())),
-                (None, None) => return Err(usage("a reward part without model or rule", "the recipe", "give one").into()),
+                (None, None) => {
+                    return Err(usage(
+                        "a reward part without model or rule",
+                        "the recipe",
+                        "give one",
+                    )
+                    .into());
+                }
             }
         }
         Ok(mix)
     }
 
-    pub(crate) fn reward_source(&self, name: &str, micro_tokens: usize) -> anyhow::Result<ModelSource> {
+    pub(crate) fn reward_source(
+        &self,
+        name: &str,
+        micro_tokens: usize,
+    ) -> anyhow::Result<ModelSource> {
         Ok(ModelSource::new(name, self.scalar(name)?, micro_tokens))
     }
 
-    pub(crate) fn stepper(&self, parameters: Vec<(String, Tensor)>, optim: &Optim, steps: u64) -> Stepper {
+    pub(crate) fn stepper(
+        &self,
+        parameters: Vec<(String, Tensor)>,
+        optim: &Optim,
+        steps: u64,
+    ) -> Stepper {
         let config = StepperConfig {
             lr: optim.lr,
             schedule: optim.schedule,
@@ -172,12 +225,20 @@ impl Context<'_> {
         if let Flow::Stop(signal) = flow {
             return Err(Interrupted {
                 code: signal.exit_code(),
-                go_on: format!("rlhf run {} --out {} --resume", self.plan.recipe_arg, self.dir.display()),
+                go_on: format!(
+                    "rlhf run {} --out {} --resume",
+                    self.plan.recipe_arg,
+                    self.dir.display()
+                ),
             }
             .into());
         }
         let summary = session.finish()?;
-        Ok(Ended { steps: summary.steps, tokens: summary.tokens, last: summary.last })
+        Ok(Ended {
+            steps: summary.steps,
+            tokens: summary.tokens,
+            last: summary.last,
+        })
     }
 
     /// Saves a policy with its tokenizer as the stage's `model/`.
@@ -199,5 +260,9 @@ fn headline(done: &StageSummary) -> String {
         .iter()
         .filter_map(|k| done.last.get(*k).map(|v| format!("{k} {v:.3}")))
         .collect();
-    if shown.is_empty() { String::new() } else { format!(" ({})", shown.join(", ")) }
+    if shown.is_empty() {
+        String::new()
+    } else {
+        format!(" ({})", shown.join(", "))
+    }
 }

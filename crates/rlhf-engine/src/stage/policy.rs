@@ -10,7 +10,12 @@ use rlhf_policy::rollout::RolloutConfig;
 use super::{Context, Ended};
 use crate::recipe::{Grpo, Optim, Ppo, Rollouts, Sampling};
 
-pub(super) fn rollout_config(seed: u64, s: &Sampling, prompts_per_step: usize, group_size: usize) -> RolloutConfig {
+pub(super) fn rollout_config(
+    seed: u64,
+    s: &Sampling,
+    prompts_per_step: usize,
+    group_size: usize,
+) -> RolloutConfig {
     RolloutConfig {
         seed,
         prompts_per_step,
@@ -22,14 +27,23 @@ pub(super) fn rollout_config(seed: u64, s: &Sampling, prompts_per_step: usize, g
 }
 
 fn rollouts(ctx: &Context<'_>, r: &Rollouts) -> RolloutConfig {
-    rollout_config(ctx.recipe.run.seed, &r.sampling, r.prompts_per_step, r.group_size)
+    rollout_config(
+        ctx.recipe.run.seed,
+        &r.sampling,
+        r.prompts_per_step,
+        r.group_size,
+    )
 }
 
 pub(super) fn grpo(ctx: &Context<'_>, name: &str, s: &Grpo) -> anyhow::Result<Ended> {
     let policy = ctx.policy(&s.model)?;
     let reference = policy.duplicate()?;
     let prompts = ctx.inputs.prompts(&s.rollouts.data)?;
-    let rewards = ctx.rewards(&s.rollouts.reward, s.rollouts.missing_eos_penalty, s.micro_tokens)?;
+    let rewards = ctx.rewards(
+        &s.rollouts.reward,
+        s.rollouts.missing_eos_penalty,
+        s.micro_tokens,
+    )?;
     if let Some(warning) = s.kl.warning() {
         ctx.say(&format!("      note: {warning}"));
     }
@@ -39,7 +53,11 @@ pub(super) fn grpo(ctx: &Context<'_>, name: &str, s: &Grpo) -> anyhow::Result<En
         epochs: s.epochs,
         micro_tokens: s.micro_tokens,
         advantage: s.advantage,
-        loss: PolicyLoss::Clipped { clip: s.clip, ratio: s.ratio, reduction: s.reduction },
+        loss: PolicyLoss::Clipped {
+            clip: s.clip,
+            ratio: s.ratio,
+            reduction: s.reduction,
+        },
         kl: s.kl,
     };
     let mut stepper = ctx.stepper(policy.parameters(), &s.optim, s.steps * s.epochs);
@@ -62,14 +80,21 @@ pub(super) fn ppo(ctx: &Context<'_>, name: &str, s: &Ppo) -> anyhow::Result<Ende
     let reference = policy.duplicate()?;
     let value = ctx.scalar(&s.value_model)?;
     let prompts = ctx.inputs.prompts(&s.rollouts.data)?;
-    let rewards = ctx.rewards(&s.rollouts.reward, s.rollouts.missing_eos_penalty, s.micro_tokens)?;
+    let rewards = ctx.rewards(
+        &s.rollouts.reward,
+        s.rollouts.missing_eos_penalty,
+        s.micro_tokens,
+    )?;
     let cfg = PpoConfig {
         rollouts: rollouts(ctx, &s.rollouts),
         steps: s.steps,
         epochs: s.epochs,
         minibatches: s.minibatches,
         micro_tokens: s.micro_tokens,
-        loss: PpoLoss { clip: s.clip, value_clip: s.value_clip },
+        loss: PpoLoss {
+            clip: s.clip,
+            value_clip: s.value_clip,
+        },
         gamma: s.gamma,
         gae_lambda: s.gae_lambda,
         kl: s.kl,
@@ -77,7 +102,10 @@ pub(super) fn ppo(ctx: &Context<'_>, name: &str, s: &Ppo) -> anyhow::Result<Ende
     };
     let updates = s.steps * s.epochs * s.minibatches as u64;
     let mut policy_stepper = ctx.stepper(policy.parameters(), &s.optim, updates);
-    let value_optim = Optim { lr: s.value_lr, ..s.optim.clone() };
+    let value_optim = Optim {
+        lr: s.value_lr,
+        ..s.optim.clone()
+    };
     let mut value_stepper = ctx.stepper(value.parameters(), &value_optim, updates);
     let mut session = ctx.session(name, s.steps)?;
     let players = Players {
@@ -87,7 +115,11 @@ pub(super) fn ppo(ctx: &Context<'_>, name: &str, s: &Ppo) -> anyhow::Result<Ende
         prompts: &prompts.rows,
         rewards: &rewards,
     };
-    let learners = Learners { value: &value, policy_stepper: &mut policy_stepper, value_stepper: &mut value_stepper };
+    let learners = Learners {
+        value: &value,
+        policy_stepper: &mut policy_stepper,
+        value_stepper: &mut value_stepper,
+    };
     let flow = ppo::train(players, learners, &cfg, &mut session)?;
     let ended = ctx.finish(flow, session)?;
     ctx.save_policy(name, &policy)?;

@@ -12,7 +12,12 @@ use crate::recipe::{Dpo, Reward, Sft};
 pub(super) fn sft(ctx: &Context<'_>, name: &str, s: &Sft) -> anyhow::Result<Ended> {
     let model = ctx.policy(&s.model)?;
     let data = ctx.inputs.sft(&s.data)?;
-    let cfg = SftConfig { seed: ctx.recipe.run.seed, steps: s.steps, batch_size: s.batch_size, micro_tokens: s.micro_tokens };
+    let cfg = SftConfig {
+        seed: ctx.recipe.run.seed,
+        steps: s.steps,
+        batch_size: s.batch_size,
+        micro_tokens: s.micro_tokens,
+    };
     let mut stepper = ctx.stepper(model.parameters(), &s.optim, s.steps);
     let mut session = ctx.session(name, s.steps)?;
     let flow = sft_train::train(&model, &data.rows, &cfg, &mut stepper, &mut session)?;
@@ -39,8 +44,21 @@ pub(super) fn reward(ctx: &Context<'_>, name: &str, s: &Reward) -> anyhow::Resul
     let reference = &data.rows[..data.rows.len().min(512)];
     reward_train::normalize_on(&mut model, reference, s.micro_tokens)?;
     let pairs = reward_train::pair_scores(&model, &test.rows, s.micro_tokens)?;
-    let right: f64 = pairs.iter().map(|(c, r)| if c > r { 1.0 } else if c == r { 0.5 } else { 0.0 }).sum();
-    ended.last.insert("test_accuracy".into(), right / pairs.len().max(1) as f64);
+    let right: f64 = pairs
+        .iter()
+        .map(|(c, r)| {
+            if c > r {
+                1.0
+            } else if c == r {
+                0.5
+            } else {
+                0.0
+            }
+        })
+        .sum();
+    ended
+        .last
+        .insert("test_accuracy".into(), right / pairs.len().max(1) as f64);
     model.save(&ctx.model_dir(name))?;
     rlhf_model::copy_tokenizer(&ctx.plan.tokenizer_dir, &ctx.model_dir(name))?;
     Ok(ended)
@@ -50,7 +68,10 @@ pub(super) fn dpo(ctx: &Context<'_>, name: &str, s: &Dpo) -> anyhow::Result<Ende
     let model = ctx.policy(&s.model)?;
     let data = ctx.inputs.preference(&s.data)?;
     let cfg = DpoConfig {
-        loss: PreferenceLoss::Sigmoid { beta: s.beta, label_smoothing: s.label_smoothing },
+        loss: PreferenceLoss::Sigmoid {
+            beta: s.beta,
+            label_smoothing: s.label_smoothing,
+        },
         seed: ctx.recipe.run.seed,
         steps: s.steps,
         batch_size: s.batch_size,
@@ -58,11 +79,25 @@ pub(super) fn dpo(ctx: &Context<'_>, name: &str, s: &Dpo) -> anyhow::Result<Ende
     };
     // Before the first step the model is the reference; on resume the checkpoint is loaded later.
     let reference = dpo_train::pair_sums(&model, &data.rows, s.micro_tokens)?;
-    let test = s.test.as_ref().map(|t| ctx.inputs.preference(t)).transpose()?;
-    let test_reference = test.as_ref().map(|t| dpo_train::pair_sums(&model, &t.rows, s.micro_tokens)).transpose()?;
+    let test = s
+        .test
+        .as_ref()
+        .map(|t| ctx.inputs.preference(t))
+        .transpose()?;
+    let test_reference = test
+        .as_ref()
+        .map(|t| dpo_train::pair_sums(&model, &t.rows, s.micro_tokens))
+        .transpose()?;
     let mut stepper = ctx.stepper(model.parameters(), &s.optim, s.steps);
     let mut session = ctx.session(name, s.steps)?;
-    let flow = dpo_train::train(&model, &data.rows, &reference, &cfg, &mut stepper, &mut session)?;
+    let flow = dpo_train::train(
+        &model,
+        &data.rows,
+        &reference,
+        &cfg,
+        &mut stepper,
+        &mut session,
+    )?;
     let mut ended = ctx.finish(flow, session)?;
     if let (Some(test), Some(before)) = (test, test_reference) {
         let after = dpo_train::pair_sums(&model, &test.rows, s.micro_tokens)?;

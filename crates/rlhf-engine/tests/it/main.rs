@@ -1,5 +1,10 @@
 //! The commands that compute, as their users meet them: messages, exit codes, whole runs.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "tests"
+)]
 
 mod cli;
 mod recipes;
@@ -10,12 +15,17 @@ use std::process::{Command, Output};
 
 /// The project's root: recipes name their data relative to it.
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../..")
+        .canonicalize()
+        .unwrap()
 }
 
 /// Where the shared folder of test material would be.
 fn shared() -> Option<PathBuf> {
-    let dir = PathBuf::from(std::env::var_os("RLHF_SHARED").unwrap_or_else(|| root().join("../shared").into()));
+    let dir = PathBuf::from(
+        std::env::var_os("RLHF_SHARED").unwrap_or_else(|| root().join("../shared").into()),
+    );
     dir.is_dir().then_some(dir)
 }
 

@@ -2,8 +2,15 @@ use rlhf::shipped::SHIPPED;
 use rlhf_engine::recipe::{Source, StageKind};
 
 fn parse(text: &str, sets: &[&str]) -> Result<rlhf_engine::recipe::Recipe, rlhf::Usage> {
-    let source = Source { name: "t".into(), text: text.into(), origin: "t.toml".into() };
-    source.parse(false, &sets.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>())
+    let source = Source {
+        name: "t".into(),
+        text: text.into(),
+        origin: "t.toml".into(),
+    };
+    source.parse(
+        false,
+        &sets.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>(),
+    )
 }
 
 #[test]
@@ -32,7 +39,16 @@ fn every_shipped_recipe_parses_with_and_without_its_overlay() {
 #[test]
 fn keys_can_be_set_by_stage_name() {
     let text = Source::find("quickstart").unwrap().text;
-    let r = parse(&text, &["stages.dpo.beta=0.25", "run.seed=99", "stages.sft.data.limit=7", "run.title=plain words"]).unwrap();
+    let r = parse(
+        &text,
+        &[
+            "stages.dpo.beta=0.25",
+            "run.seed=99",
+            "stages.sft.data.limit=7",
+            "run.title=plain words",
+        ],
+    )
+    .unwrap();
     assert_eq!((r.run.seed, r.run.title.as_str()), (99, "plain words"));
     for s in &r.stages {
         match &s.kind {
@@ -47,10 +63,16 @@ fn keys_can_be_set_by_stage_name() {
 fn a_wrong_key_is_named_with_the_valid_ones() {
     let text = Source::find("quickstart").unwrap().text;
     let e = parse(&text, &["stages.dpo.betta=0.2"]).unwrap_err();
-    assert!(e.cause.contains("betta") && e.cause.contains("`beta`"), "{e}");
+    assert!(
+        e.cause.contains("betta") && e.cause.contains("`beta`"),
+        "{e}"
+    );
     assert_eq!(e.place, "t.toml, stage `dpo`");
     let e = parse(&text, &["stages.nope.beta=0.2"]).unwrap_err();
-    assert!(e.cause.contains("nope") && e.mend.contains("sft, rm, grpo"), "{e}");
+    assert!(
+        e.cause.contains("nope") && e.mend.contains("sft, rm, grpo"),
+        "{e}"
+    );
     let e = parse(&text, &["run.sead=1"]).unwrap_err();
     assert!(e.cause.contains("sead") && e.cause.contains("seed"), "{e}");
 }
@@ -63,7 +85,10 @@ fn wrong_values_are_refused_before_anything_runs() {
         ("stages.sft.steps=0", "steps"),
         ("stages.sft.optim.lr=0.0", "lr"),
         ("stages.grpo.rollouts.group_size=1", "group_size"),
-        ("stages.grpo.rollouts.sampling.temperature=0.0", "temperature"),
+        (
+            "stages.grpo.rollouts.sampling.temperature=0.0",
+            "temperature",
+        ),
         ("stages.ppo.gamma=1.5", "gamma"),
         ("stages.grpo.model=\"later\"", "`later`"),
         ("stages.rm.kind=\"magic\"", "magic"),
@@ -74,5 +99,10 @@ fn wrong_values_are_refused_before_anything_runs() {
         assert!(e.to_string().contains(word), "{set}: {e}");
     }
     assert!(parse("not toml [", &[]).is_err());
-    assert!(parse("[run]\ntitle='x'", &[]).unwrap_err().cause.contains("no stages"));
+    assert!(
+        parse("[run]\ntitle='x'", &[])
+            .unwrap_err()
+            .cause
+            .contains("no stages")
+    );
 }

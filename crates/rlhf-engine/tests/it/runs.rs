@@ -74,7 +74,10 @@ fn lines(out: &Path, stage: &str) -> usize {
 fn wait_for(child: &mut Child, out: &Path, stage: &str, n: usize) {
     let began = Instant::now();
     while lines(out, stage) < n && child.try_wait().unwrap().is_none() {
-        assert!(began.elapsed() < Duration::from_secs(120), "{stage} never reached step {n}");
+        assert!(
+            began.elapsed() < Duration::from_secs(120),
+            "{stage} never reached step {n}"
+        );
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -90,10 +93,25 @@ fn killed_at_any_step_a_run_ends_with_the_same_metrics() {
     assert_eq!(expected.len(), 12 + 3 + 3 + 3 + 3);
 
     // Ten kills, at steps with and without a checkpoint, in every stage.
-    let kills = [("sft", 1), ("sft", 2), ("sft", 5), ("sft", 9), ("rm", 1), ("grpo", 1), ("grpo", 3), ("ppo", 1), ("ppo", 2), ("dpo", 2)];
+    let kills = [
+        ("sft", 1),
+        ("sft", 2),
+        ("sft", 5),
+        ("sft", 9),
+        ("rm", 1),
+        ("grpo", 1),
+        ("grpo", 3),
+        ("ppo", 1),
+        ("ppo", 2),
+        ("dpo", 2),
+    ];
     for (i, (stage, step)) in kills.into_iter().enumerate() {
         let more: &[&str] = if i == 0 { &[] } else { &["--resume"] };
-        let mut child = tiny(&broken, more).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let mut child = tiny(&broken, more)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
         wait_for(&mut child, &broken, stage, step);
         child.kill().unwrap();
         child.wait().unwrap();
@@ -107,8 +125,15 @@ fn killed_at_any_step_a_run_ends_with_the_same_metrics() {
     // A finished run is not overwritten, and another recipe does not resume it.
     let (code, _, err) = text(tiny(&whole, &[]).output().unwrap());
     assert!(code == 2 && err.contains("--resume"), "{err}");
-    let (code, _, err) = text(tiny(&whole, &["--resume", "--set", "stages.dpo.beta=0.3"]).output().unwrap());
-    assert!(code == 2 && err.contains("not those of the interrupted run"), "{err}");
+    let (code, _, err) = text(
+        tiny(&whole, &["--resume", "--set", "stages.dpo.beta=0.3"])
+            .output()
+            .unwrap(),
+    );
+    assert!(
+        code == 2 && err.contains("not those of the interrupted run"),
+        "{err}"
+    );
 
     speaks(&whole);
 }
@@ -117,7 +142,18 @@ fn killed_at_any_step_a_run_ends_with_the_same_metrics() {
 fn speaks(whole: &Path) {
     let model = whole.join("dpo/model");
     let model = model.to_str().unwrap();
-    let args = ["generate", "--model", model, "--prompt", "Where is my order?", "--n", "2", "--max-new-tokens", "8", "--json"];
+    let args = [
+        "generate",
+        "--model",
+        model,
+        "--prompt",
+        "Where is my order?",
+        "--n",
+        "2",
+        "--max-new-tokens",
+        "8",
+        "--json",
+    ];
     let (code, out, err) = run(&args);
     assert_eq!(code, 0, "{err}");
     assert_eq!(out.lines().count(), 2);
@@ -125,22 +161,49 @@ fn speaks(whole: &Path) {
 
     let parquet = whole.join("lp.parquet");
     let (code, _, err) = run(&[
-        "logprobs", "--model", model, "--in", "datasets/help/sft/test.parquet", "--out", parquet.to_str().unwrap(),
+        "logprobs",
+        "--model",
+        model,
+        "--in",
+        "datasets/help/sft/test.parquet",
+        "--out",
+        parquet.to_str().unwrap(),
     ]);
     assert_eq!(code, 0, "{err}");
-    let rows: Vec<_> = rlhf_data::source::rows(&parquet).unwrap().map(|r| r.unwrap().columns).collect();
+    let rows: Vec<_> = rlhf_data::source::rows(&parquet)
+        .unwrap()
+        .map(|r| r.unwrap().columns)
+        .collect();
     assert_eq!(rows.len(), 300);
-    let sum: f64 = rows[0]["logprobs"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).sum();
+    let sum: f64 = rows[0]["logprobs"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|x| x.as_f64().unwrap())
+        .sum();
     assert!((sum - rows[0]["sum"].as_f64().unwrap()).abs() < 1e-3 && sum < 0.0);
 
     use std::io::Write as _;
     let mut child = rlhf()
-        .args(["chat", "--model", model, "--max-new-tokens", "6", "--temperature", "0"])
+        .args([
+            "chat",
+            "--model",
+            model,
+            "--max-new-tokens",
+            "6",
+            "--temperature",
+            "0",
+        ])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    child.stdin.take().unwrap().write_all(b"Hello\nAnd now?\n").unwrap();
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(b"Hello\nAnd now?\n")
+        .unwrap();
     let (code, out, _) = text(child.wait_with_output().unwrap());
     assert_eq!((code, out.lines().count()), (0, 2), "{out}");
 }
@@ -150,13 +213,25 @@ fn speaks(whole: &Path) {
 fn a_signal_ends_the_run_with_a_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
-    let mut child = tiny(&out, &["--set", "stages.sft.steps=100000"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = tiny(&out, &["--set", "stages.sft.steps=100000"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     wait_for(&mut child, &out, "sft", 2);
-    std::process::Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    std::process::Command::new("kill")
+        .args(["-TERM", &child.id().to_string()])
+        .status()
+        .unwrap();
     let (code, _, err) = text(child.wait_with_output().unwrap());
     assert_eq!(code, 143, "{err}");
     assert!(err.contains("--resume"), "{err}");
-    assert!(std::fs::read_dir(out.join("sft/checkpoints")).unwrap().count() >= 1);
+    assert!(
+        std::fs::read_dir(out.join("sft/checkpoints"))
+            .unwrap()
+            .count()
+            >= 1
+    );
 }
 
 #[test]
@@ -173,8 +248,13 @@ fn a_full_disk_is_an_error_and_keeps_what_was_finished() {
     std::os::unix::fs::symlink("/dev/full", out.join("rm/metrics.jsonl")).unwrap();
     let (code, _, err) = text(tiny(&out, &[]).output().unwrap());
     assert_eq!(code, 1, "{err}");
-    assert!(err.contains("stage `rm`") && err.contains("metrics.jsonl"), "{err}");
-    assert!(out.join("sft/model/model.safetensors").is_file() && out.join("sft/done.json").is_file());
+    assert!(
+        err.contains("stage `rm`") && err.contains("metrics.jsonl"),
+        "{err}"
+    );
+    assert!(
+        out.join("sft/model/model.safetensors").is_file() && out.join("sft/done.json").is_file()
+    );
 }
 
 #[test]
@@ -183,7 +263,10 @@ fn recipes_without_their_material_say_so() {
     c.args(["run", "stories"]).env("RLHF_SHARED", "/nowhere");
     let (code, out, err) = text(c.output().unwrap());
     assert_eq!(code, 0, "{err}");
-    assert!(out.starts_with("skipped: ") && out.contains("RLHF_SHARED"), "{out}");
+    assert!(
+        out.starts_with("skipped: ") && out.contains("RLHF_SHARED"),
+        "{out}"
+    );
 }
 
 #[test]
@@ -194,8 +277,14 @@ fn the_stories_recipe_runs_where_its_material_is() {
     };
     let dir = tempfile::tempdir().unwrap();
     let mut c = rlhf();
-    c.args(["run", "stories", "--smoke", "--out"]).arg(dir.path().join("run"));
-    for set in ["stages.eval.prompts.limit=4", "stages.grpo.rollouts.prompts_per_step=2", "stages.ppo.rollouts.prompts_per_step=4", "stages.eval.sampling.max_new_tokens=16"] {
+    c.args(["run", "stories", "--smoke", "--out"])
+        .arg(dir.path().join("run"));
+    for set in [
+        "stages.eval.prompts.limit=4",
+        "stages.grpo.rollouts.prompts_per_step=2",
+        "stages.ppo.rollouts.prompts_per_step=4",
+        "stages.eval.sampling.max_new_tokens=16",
+    ] {
         c.args(["--set", set]);
     }
     c.env("RLHF_SHARED", shared);

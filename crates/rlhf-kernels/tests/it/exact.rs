@@ -6,15 +6,20 @@ use std::rc::Rc;
 
 use rlhf_kernels::optim::{AdamW, AdamWConfig, clip_grad_norm};
 use rlhf_kernels::{
-    LogprobOptions, Offsets, Ragged, discounted_returns, entropy, gae, linear_logprobs, recompute, reference,
-    shared_prefix_attention, token_logprobs,
+    LogprobOptions, Offsets, Ragged, discounted_returns, entropy, gae, linear_logprobs, recompute,
+    reference, shared_prefix_attention, token_logprobs,
 };
 use tch::{Device, Kind, Tensor};
 
 use crate::{largest_difference, layout, wave};
 
 /// Result and gradients of the same loss of `ours` and `plain`.
-fn compare(leaves: &[Tensor], ours: &dyn Fn() -> Tensor, plain: &dyn Fn() -> Tensor, tolerance: f64) {
+fn compare(
+    leaves: &[Tensor],
+    ours: &dyn Fn() -> Tensor,
+    plain: &dyn Fn() -> Tensor,
+    tolerance: f64,
+) {
     let run = |f: &dyn Fn() -> Tensor| {
         let y = f();
         let loss = (&y * wave(&y.size(), 5.0, y.kind())).sum(y.kind());
@@ -22,9 +27,16 @@ fn compare(leaves: &[Tensor], ours: &dyn Fn() -> Tensor, plain: &dyn Fn() -> Ten
         std::iter::once(y.detach()).chain(grads).collect::<Vec<_>>()
     };
     for (i, (a, b)) in run(ours).iter().zip(&run(plain)).enumerate() {
-        let scale = if b.numel() == 0 { 1.0 } else { b.abs().max().double_value(&[]).max(1.0) };
+        let scale = if b.numel() == 0 {
+            1.0
+        } else {
+            b.abs().max().double_value(&[]).max(1.0)
+        };
         let error = largest_difference(a, b) / scale;
-        assert!(error < tolerance, "result {i} (0: value, then gradients) differs by {error:.2e}");
+        assert!(
+            error < tolerance,
+            "result {i} (0: value, then gradients) differs by {error:.2e}"
+        );
     }
 }
 
@@ -41,9 +53,15 @@ fn linear_logprobs_is_the_plain_one() {
             let weight = (wave(&[v, h], 2.0, kind) * 2.0).set_requires_grad(true);
             let ids = (Tensor::arange(m, (Kind::Int64, Device::Cpu)) * 31).remainder(v);
             for chunk_rows in [Some(1), Some(4), Some(8), None] {
-                let options =
-                    LogprobOptions { temperature: 0.8, softcap: Some(4.0), entropy: true, chunk_rows };
-                let both = |out: rlhf_kernels::Logprobs| Tensor::cat(&[out.logprobs, out.entropy.unwrap()], 0);
+                let options = LogprobOptions {
+                    temperature: 0.8,
+                    softcap: Some(4.0),
+                    entropy: true,
+                    chunk_rows,
+                };
+                let both = |out: rlhf_kernels::Logprobs| {
+                    Tensor::cat(&[out.logprobs, out.entropy.unwrap()], 0)
+                };
                 compare(
                     &[hidden.shallow_clone(), weight.shallow_clone()],
                     &|| both(linear_logprobs(&hidden, &weight, &ids, &options).unwrap()),
@@ -59,22 +77,40 @@ fn linear_logprobs_is_the_plain_one() {
 #[test]
 fn frozen_sides_get_no_gradient() {
     let ids = Tensor::from_slice(&[2i64, 0, 1, 1, 2]);
-    let options = LogprobOptions { chunk_rows: Some(2), ..Default::default() };
+    let options = LogprobOptions {
+        chunk_rows: Some(2),
+        ..Default::default()
+    };
     for (hidden_wants, weight_wants) in [(true, false), (false, true)] {
         let hidden = wave(&[5, 4], 1.0, Kind::Float).set_requires_grad(hidden_wants);
         let weight = wave(&[3, 4], 2.0, Kind::Float).set_requires_grad(weight_wants);
         let leaf = if hidden_wants { &hidden } else { &weight };
         compare(
             &[leaf.shallow_clone()],
-            &|| linear_logprobs(&hidden, &weight, &ids, &options).unwrap().logprobs,
-            &|| reference::linear_logprobs(&hidden, &weight, &ids, &options).unwrap().logprobs,
+            &|| {
+                linear_logprobs(&hidden, &weight, &ids, &options)
+                    .unwrap()
+                    .logprobs
+            },
+            &|| {
+                reference::linear_logprobs(&hidden, &weight, &ids, &options)
+                    .unwrap()
+                    .logprobs
+            },
             1e-6,
         );
-        linear_logprobs(&hidden, &weight, &ids, &options).unwrap().logprobs.sum(None).backward();
+        linear_logprobs(&hidden, &weight, &ids, &options)
+            .unwrap()
+            .logprobs
+            .sum(None)
+            .backward();
         assert_eq!(hidden.grad().defined(), hidden_wants);
         assert_eq!(weight.grad().defined(), weight_wants);
     }
-    let (hidden, weight) = (wave(&[5, 4], 1.0, Kind::Float), wave(&[3, 4], 2.0, Kind::Float));
+    let (hidden, weight) = (
+        wave(&[5, 4], 1.0, Kind::Float),
+        wave(&[3, 4], 2.0, Kind::Float),
+    );
     let out = linear_logprobs(&hidden, &weight, &ids, &options).unwrap();
     assert!(!out.logprobs.requires_grad());
 }
@@ -84,9 +120,15 @@ fn no_rows() {
     let hidden = Tensor::zeros([0, 4], (Kind::Float, Device::Cpu)).set_requires_grad(true);
     let weight = wave(&[3, 4], 2.0, Kind::Float).set_requires_grad(true);
     let ids = Tensor::zeros([0], (Kind::Int64, Device::Cpu));
-    let options = LogprobOptions { entropy: true, ..Default::default() };
+    let options = LogprobOptions {
+        entropy: true,
+        ..Default::default()
+    };
     let out = linear_logprobs(&hidden, &weight, &ids, &options).unwrap();
-    assert_eq!((out.logprobs.size(), out.entropy.as_ref().unwrap().size()), (vec![0], vec![0]));
+    assert_eq!(
+        (out.logprobs.size(), out.entropy.as_ref().unwrap().size()),
+        (vec![0], vec![0])
+    );
     (out.logprobs.sum(None) + out.entropy.unwrap().sum(None)).backward();
     assert_eq!(weight.grad().abs().sum(None).double_value(&[]), 0.0);
     assert_eq!(hidden.grad().size(), [0, 4]);
@@ -95,7 +137,12 @@ fn no_rows() {
     assert_eq!(entropy(&logits).unwrap().size(), [0]);
     let nobody = layout(&[]);
     let q = Tensor::zeros([0, 2, 4], (Kind::Float, Device::Cpu));
-    assert_eq!(shared_prefix_attention(&q, &q, &q, &nobody, 1.0).unwrap().size(), [0, 2, 4]);
+    assert_eq!(
+        shared_prefix_attention(&q, &q, &q, &nobody, 1.0)
+            .unwrap()
+            .size(),
+        [0, 2, 4]
+    );
 }
 
 /// bf16 weights: the sums are f32's, the gradients come back in bf16.
@@ -106,15 +153,25 @@ fn narrow_types_are_computed_wide() {
     let ids = Tensor::from_slice(&[0i64, 1, 2, 30, 40, 49]);
     let out = linear_logprobs(&hidden, &weight, &ids, &LogprobOptions::default()).unwrap();
     let wide = |t: &Tensor| t.detach().to_kind(Kind::Float);
-    let plain = reference::linear_logprobs(&wide(&hidden), &wide(&weight), &ids, &LogprobOptions::default()).unwrap();
+    let plain = reference::linear_logprobs(
+        &wide(&hidden),
+        &wide(&weight),
+        &ids,
+        &LogprobOptions::default(),
+    )
+    .unwrap();
     assert_eq!(out.logprobs.kind(), Kind::Float);
     assert!(largest_difference(&out.logprobs, &plain.logprobs) < 2e-6);
     out.logprobs.sum(Kind::Float).backward();
-    assert_eq!((hidden.grad().kind(), weight.grad().kind()), (Kind::BFloat16, Kind::BFloat16));
+    assert_eq!(
+        (hidden.grad().kind(), weight.grad().kind()),
+        (Kind::BFloat16, Kind::BFloat16)
+    );
     let groups = layout(&[(3, &[4, 2])]);
     let q = wave(&[9, 2, 8], 1.0, Kind::BFloat16);
     let seen = shared_prefix_attention(&q, &q, &q, &groups, 0.3).unwrap();
-    let exact = reference::shared_prefix_attention(&wide(&q), &wide(&q), &wide(&q), &groups, 0.3).unwrap();
+    let exact =
+        reference::shared_prefix_attention(&wide(&q), &wide(&q), &wide(&q), &groups, 0.3).unwrap();
     assert_eq!(seen.kind(), Kind::BFloat16);
     assert!(largest_difference(&seen, &exact) < 4e-3);
 }
@@ -124,10 +181,15 @@ fn narrow_types_are_computed_wide() {
 fn impossible_words() {
     let inf = f32::NEG_INFINITY;
     for kind in [Kind::Float, Kind::Double] {
-        let logits = Tensor::from_slice(&[1f32, inf, 1., inf, inf, 5.]).view([2, 3]).to_kind(kind).set_requires_grad(true);
+        let logits = Tensor::from_slice(&[1f32, inf, 1., inf, inf, 5.])
+            .view([2, 3])
+            .to_kind(kind)
+            .set_requires_grad(true);
         let h = entropy(&logits).unwrap();
         // Two equal words: ln 2. One word: 0.
-        assert!((h.double_value(&[0]) - 2f64.ln()).abs() < 1e-6 && h.double_value(&[1]).abs() < 1e-12);
+        assert!(
+            (h.double_value(&[0]) - 2f64.ln()).abs() < 1e-6 && h.double_value(&[1]).abs() < 1e-12
+        );
         let logp = token_logprobs(&logits, &Tensor::from_slice(&[0i64, 2])).unwrap();
         (h.sum(None) + logp.sum(None)).backward();
         // d log p₀ = 1 − ½ on the first word, −½ on the third; the entropy is at its maximum.
@@ -147,12 +209,24 @@ fn wrong_arguments_are_named() {
         text(linear_logprobs(&hidden, &weight, &ids, &options)),
         "linear_logprobs: ids run from 0 to 3, expected 0..3"
     );
-    assert!(text(linear_logprobs(&hidden, &weight.tr(), &ids, &options)).contains("[M, H] and [V, H]"));
-    let cold = LogprobOptions { temperature: 0.0, ..options };
+    assert!(
+        text(linear_logprobs(&hidden, &weight.tr(), &ids, &options)).contains("[M, H] and [V, H]")
+    );
+    let cold = LogprobOptions {
+        temperature: 0.0,
+        ..options
+    };
     assert!(text(linear_logprobs(&hidden, &weight, &(&ids - 1), &options)).contains("from -1"));
-    assert!(text(linear_logprobs(&hidden, &weight, &ids.clamp(0, 2), &cold)).contains("temperature"));
-    let e = shared_prefix_attention(&wave(&[3, 1, 2], 0.0, Kind::Float), &wave(&[3, 1, 2], 0.0, Kind::Float),
-        &wave(&[3, 1, 2], 0.0, Kind::Float), &layout(&[(2, &[2])]), 1.0);
+    assert!(
+        text(linear_logprobs(&hidden, &weight, &ids.clamp(0, 2), &cold)).contains("temperature")
+    );
+    let e = shared_prefix_attention(
+        &wave(&[3, 1, 2], 0.0, Kind::Float),
+        &wave(&[3, 1, 2], 0.0, Kind::Float),
+        &wave(&[3, 1, 2], 0.0, Kind::Float),
+        &layout(&[(2, &[2])]),
+        1.0,
+    );
     assert!(e.unwrap_err().to_string().contains("the layout 4"));
 }
 
@@ -163,13 +237,23 @@ fn second_derivatives_are_refused() {
     let ids = Tensor::from_slice(&[0i64, 1]);
     let q = wave(&[4, 1, 2], 0.0, Kind::Float).set_requires_grad(true);
     let outs = [
-        (linear_logprobs(&hidden, &weight, &ids, &LogprobOptions::default()).unwrap().logprobs, &hidden),
+        (
+            linear_logprobs(&hidden, &weight, &ids, &LogprobOptions::default())
+                .unwrap()
+                .logprobs,
+            &hidden,
+        ),
         (token_logprobs(&hidden, &ids).unwrap(), &hidden),
-        (shared_prefix_attention(&q, &q, &q, &layout(&[(2, &[2])]), 1.0).unwrap(), &q),
+        (
+            shared_prefix_attention(&q, &q, &q, &layout(&[(2, &[2])]), 1.0).unwrap(),
+            &q,
+        ),
         (recompute(&[&hidden], |x| x[0].tanh()).unwrap(), &hidden),
     ];
     for (out, leaf) in outs {
-        let e = Tensor::f_run_backward(&[out.sum(None)], &[leaf], true, true).unwrap_err().to_string();
+        let e = Tensor::f_run_backward(&[out.sum(None)], &[leaf], true, true)
+            .unwrap_err()
+            .to_string();
         assert!(e.contains("has no second derivative"), "{e}");
     }
 }
@@ -191,7 +275,9 @@ fn attention_is_the_plain_one() {
         for groups in LAYOUTS {
             let layout = layout(groups);
             for (hq, hkv, d) in [(1, 1, 4), (4, 2, 8), (2, 2, 32), (3, 1, 20), (2, 1, 64)] {
-                let leaf = |h: i64, seed| (wave(&[layout.num_rows(), h, d], seed, kind) * 2.0).set_requires_grad(true);
+                let leaf = |h: i64, seed| {
+                    (wave(&[layout.num_rows(), h, d], seed, kind) * 2.0).set_requires_grad(true)
+                };
                 let (q, k, v) = (leaf(hq, 1.0), leaf(hkv, 2.0), leaf(hkv, 3.0));
                 let scale = 1.0 / (d as f64).sqrt();
                 compare(
@@ -218,8 +304,15 @@ fn attention_over_strided_views() {
         1e-5,
     );
     let transposed = |i: i64| part(i).transpose(1, 2).contiguous().transpose(1, 2);
-    let same = shared_prefix_attention(&transposed(0), &transposed(1), &transposed(2), &layout, 1.0).unwrap();
-    assert!(largest_difference(&same, &shared_prefix_attention(&part(0), &part(1), &part(2), &layout, 1.0).unwrap()) < 1e-6);
+    let same =
+        shared_prefix_attention(&transposed(0), &transposed(1), &transposed(2), &layout, 1.0)
+            .unwrap();
+    assert!(
+        largest_difference(
+            &same,
+            &shared_prefix_attention(&part(0), &part(1), &part(2), &layout, 1.0).unwrap()
+        ) < 1e-6
+    );
 }
 
 /// The whole point: a packed group equals each (prompt, completion) alone.
@@ -231,7 +324,8 @@ fn packed_is_one_by_one() {
     for rows in [11..18, 18..23i64] {
         let n = rows.end - rows.start;
         let alone = Tensor::cat(&[x.narrow(0, 0, 11), x.narrow(0, rows.start, n)], 0);
-        let one = shared_prefix_attention(&alone, &alone, &alone, &layout(&[(0, &[11 + n])]), 0.4).unwrap();
+        let one = shared_prefix_attention(&alone, &alone, &alone, &layout(&[(0, &[11 + n])]), 0.4)
+            .unwrap();
         assert!(largest_difference(&one.narrow(0, 11, n), &all.narrow(0, rows.start, n)) < 1e-13);
         assert!(largest_difference(&one.narrow(0, 0, 11), &all.narrow(0, 0, 11)) < 1e-13);
     }
@@ -292,7 +386,10 @@ fn recompute_is_the_plain_run_twice() {
 fn panics_stop_at_the_border() {
     let x = wave(&[2], 1.0, Kind::Float).set_requires_grad(true);
     let e = recompute(&[&x], |_| panic!("no weights for layer {}", 3)).unwrap_err();
-    assert_eq!(e.to_string(), "recompute: the closure panicked: no weights for layer 3");
+    assert_eq!(
+        e.to_string(),
+        "recompute: the closure panicked: no weights for layer 3"
+    );
     // A second run that fails makes backward fail.
     let first = Cell::new(true);
     let y = recompute(&[&x], move |x| {
@@ -300,7 +397,9 @@ fn panics_stop_at_the_border() {
         x[0].exp()
     })
     .unwrap();
-    let e = Tensor::f_run_backward(&[y.sum(None)], &[&x], false, false).unwrap_err().to_string();
+    let e = Tensor::f_run_backward(&[y.sum(None)], &[&x], false, false)
+        .unwrap_err()
+        .to_string();
     assert!(e.contains("the closure panicked: the second time"), "{e}");
     assert!(recompute(&[], |_| Tensor::from(0f32)).is_err());
 }
@@ -309,12 +408,16 @@ fn panics_stop_at_the_border() {
 /// decay; a parameter without a gradient stays.
 #[test]
 fn adamw_steps_and_state() {
-    let config = AdamWConfig { weight_decay: 0.1, ..Default::default() };
+    let config = AdamWConfig {
+        weight_decay: 0.1,
+        ..Default::default()
+    };
     let make = || {
         let w = wave(&[3, 2], 1.0, Kind::Double).set_requires_grad(true);
         let b = wave(&[2], 2.0, Kind::Double).set_requires_grad(true);
         let idle = wave(&[2, 2], 3.0, Kind::Double).set_requires_grad(true);
-        let named = [("w", &w), ("b", &b), ("idle", &idle)].map(|(n, t)| (n.to_owned(), t.shallow_clone()));
+        let named =
+            [("w", &w), ("b", &b), ("idle", &idle)].map(|(n, t)| (n.to_owned(), t.shallow_clone()));
         (AdamW::new(named.into(), config), w, b, idle)
     };
     let step = |optim: &mut AdamW, w: &Tensor, b: &Tensor| {
@@ -326,14 +429,38 @@ fn adamw_steps_and_state() {
     let (w0, b0, idle0) = (w.detach().copy(), b.detach().copy(), idle.detach().copy());
     step(&mut one, &w, &b);
     let zero = |t: &Tensor| t.zeros_like();
-    let (expected, m, v) = reference::adamw(&w0, &(&w0 * 2.0), (&zero(&w0), &zero(&w0)), 1, 0.01, &config);
+    let (expected, m, v) = reference::adamw(
+        &w0,
+        &(&w0 * 2.0),
+        (&zero(&w0), &zero(&w0)),
+        1,
+        0.01,
+        &config,
+    );
     assert!(largest_difference(&w, &expected) < 1e-14);
-    let without = AdamWConfig { weight_decay: 0.0, ..config };
-    let (expected, ..) = reference::adamw(&b0, &(&b0 * &b0 * 3.0), (&zero(&b0), &zero(&b0)), 1, 0.01, &without);
+    let without = AdamWConfig {
+        weight_decay: 0.0,
+        ..config
+    };
+    let (expected, ..) = reference::adamw(
+        &b0,
+        &(&b0 * &b0 * 3.0),
+        (&zero(&b0), &zero(&b0)),
+        1,
+        0.01,
+        &without,
+    );
     assert!(largest_difference(&b, &expected) < 1e-14);
     assert_eq!(idle.detach(), idle0);
-    let state: HashMap<String, Tensor> = one.state().into_iter().map(|(n, t)| (n, t.copy())).collect();
-    assert!(largest_difference(&state["exp_avg.w"], &m) < 1e-14 && largest_difference(&state["exp_avg_sq.w"], &v) < 1e-14);
+    let state: HashMap<String, Tensor> = one
+        .state()
+        .into_iter()
+        .map(|(n, t)| (n, t.copy()))
+        .collect();
+    assert!(
+        largest_difference(&state["exp_avg.w"], &m) < 1e-14
+            && largest_difference(&state["exp_avg_sq.w"], &v) < 1e-14
+    );
 
     let (mut other, w2, b2, _) = make();
     tch::no_grad(|| {
@@ -348,18 +475,27 @@ fn adamw_steps_and_state() {
     assert_eq!((w.detach(), b.detach()), (w2.detach(), b2.detach()));
     let mut broken = state;
     broken.remove("step.b");
-    assert_eq!(other.load_state(&broken).unwrap_err().to_string(), "adamw: the state has no `step.b`");
+    assert_eq!(
+        other.load_state(&broken).unwrap_err().to_string(),
+        "adamw: the state has no `step.b`"
+    );
 }
 
 /// 3-4-5: two tensors of norm 3 and 4 have the global norm 5; clipped to 1 it is 1/(1 + 2·10⁻⁷).
 #[test]
 fn clipping_by_hand() {
-    let grads = [Tensor::from_slice(&[3f64, 0.]), Tensor::from_slice(&[0f64, 0., 4.])];
+    let grads = [
+        Tensor::from_slice(&[3f64, 0.]),
+        Tensor::from_slice(&[0f64, 0., 4.]),
+    ];
     assert_eq!(clip_grad_norm(&grads, 10.0).unwrap(), 5.0);
     assert_eq!(grads[0].double_value(&[0]), 3.0);
     assert_eq!(clip_grad_norm(&grads, 1.0).unwrap(), 5.0);
     assert!((grads[1].double_value(&[2]) - 4.0 / (5.0 + 1e-6)).abs() < 1e-15);
-    let bad = [Tensor::from_slice(&[f32::NAN, 1.]), Tensor::from_slice(&[2f32])];
+    let bad = [
+        Tensor::from_slice(&[f32::NAN, 1.]),
+        Tensor::from_slice(&[2f32]),
+    ];
     assert!(clip_grad_norm(&bad, 0.1).unwrap().is_nan());
     assert_eq!(bad[1].double_value(&[0]), 2.0);
     assert_eq!(clip_grad_norm(&[], 1.0).unwrap(), 0.0);
@@ -367,9 +503,16 @@ fn clipping_by_hand() {
 
 #[test]
 fn scans_of_nothing() {
-    let empty = Ragged::new(Tensor::zeros([0], (Kind::Float, Device::Cpu)), Offsets::new(vec![0, 0, 0]).unwrap()).unwrap();
+    let empty = Ragged::new(
+        Tensor::zeros([0], (Kind::Float, Device::Cpu)),
+        Offsets::new(vec![0, 0, 0]).unwrap(),
+    )
+    .unwrap();
     let (a, r) = gae(&empty, &empty, 0.9, 0.9).unwrap();
     assert_eq!((a.values().size(), r.values().size()), (vec![0], vec![0]));
-    assert_eq!(discounted_returns(&empty, 0.9).unwrap().values().kind(), Kind::Float);
+    assert_eq!(
+        discounted_returns(&empty, 0.9).unwrap().values().kind(),
+        Kind::Float
+    );
     assert_eq!(empty.mean().size(), [2]);
 }

@@ -42,11 +42,20 @@ fn logits(case: &Case<'_>) {
     let leaf = logits.set_requires_grad(true);
     let z = &leaf / case.number("temperature").unwrap();
     let (logp, h) = (token_logprobs(&z, &ids).unwrap(), entropy(&z).unwrap());
-    let weighted = |x: &Tensor, cotangent: &str| (x * case.input(cotangent).flatten(0, -1)).sum(case.kind);
+    let weighted =
+        |x: &Tensor, cotangent: &str| (x * case.input(cotangent).flatten(0, -1)).sum(case.kind);
     check(case, "logp", &logp);
-    check(case, "grad_logits_from_logp", &gradient(&weighted(&logp, "cot_logp"), &leaf));
+    check(
+        case,
+        "grad_logits_from_logp",
+        &gradient(&weighted(&logp, "cot_logp"), &leaf),
+    );
     // TRL's entropy is NaN where a logit is −∞; the file then holds the right one beside it.
-    let suffix = if case.has("entropy_rederived") { "_rederived" } else { "" };
+    let suffix = if case.has("entropy_rederived") {
+        "_rederived"
+    } else {
+        ""
+    };
     check(case, &format!("entropy{suffix}"), &h);
     let grad = gradient(&weighted(&h, "cot_entropy"), &leaf);
     check(case, &format!("grad_logits_from_entropy{suffix}"), &grad);
@@ -79,10 +88,25 @@ fn topk_index(case: &Case<'_>) {
 /// A row that is not wanted is not computed at all: the rest, laid into zeros.
 fn row_mask(case: &Case<'_>) {
     let (logits, ids) = rows(case);
-    let wanted = case.mask("row_mask").flatten(0, -1).nonzero().squeeze_dim(1);
-    let (kept, kept_ids) = (logits.index_select(0, &wanted), ids.index_select(0, &wanted));
-    let spread = |x: Tensor| ids.zeros_like().to_kind(case.kind).index_copy(0, &wanted, &x);
-    check(case, "logp", &spread(token_logprobs(&kept, &kept_ids).unwrap()));
+    let wanted = case
+        .mask("row_mask")
+        .flatten(0, -1)
+        .nonzero()
+        .squeeze_dim(1);
+    let (kept, kept_ids) = (
+        logits.index_select(0, &wanted),
+        ids.index_select(0, &wanted),
+    );
+    let spread = |x: Tensor| {
+        ids.zeros_like()
+            .to_kind(case.kind)
+            .index_copy(0, &wanted, &x)
+    };
+    check(
+        case,
+        "logp",
+        &spread(token_logprobs(&kept, &kept_ids).unwrap()),
+    );
     check(case, "entropy", &spread(entropy(&kept).unwrap()));
 }
 
@@ -104,10 +128,19 @@ fn linear(case: &Case<'_>) {
     // A bias is a column of the weight before a column of ones.
     let bias = case.has("grad_bias_from_logp");
     if bias {
-        hidden = Tensor::cat(&[&hidden, &hidden.new_ones([hidden.size()[0], 1], (case.kind, hidden.device()))], 1);
+        hidden = Tensor::cat(
+            &[
+                &hidden,
+                &hidden.new_ones([hidden.size()[0], 1], (case.kind, hidden.device())),
+            ],
+            1,
+        );
         weight = Tensor::cat(&[weight, case.input("bias").unsqueeze(1)], 1);
     }
-    let (hidden, weight) = (hidden.set_requires_grad(true), weight.set_requires_grad(true));
+    let (hidden, weight) = (
+        hidden.set_requires_grad(true),
+        weight.set_requires_grad(true),
+    );
     let options = LogprobOptions {
         temperature: case.number("temperature").unwrap(),
         softcap: case.number("softcap"),
@@ -116,15 +149,26 @@ fn linear(case: &Case<'_>) {
     };
     let out = linear_logprobs(&hidden, &weight, &case.input("ids"), &options).unwrap();
     let columns = case.input("weight").size()[1];
-    for (name, value) in [("logp", &out.logprobs), ("entropy", out.entropy.as_ref().unwrap())] {
+    for (name, value) in [
+        ("logp", &out.logprobs),
+        ("entropy", out.entropy.as_ref().unwrap()),
+    ] {
         check(case, name, value);
         let loss = (value * case.input(&format!("cot_{name}"))).sum(case.kind);
         let grad_hidden = gradient(&loss, &hidden).narrow(1, 0, columns) * scale;
         check(case, &format!("grad_hidden_from_{name}"), &grad_hidden);
         let grad_weight = gradient(&loss, &weight);
-        check(case, &format!("grad_weight_from_{name}"), &grad_weight.narrow(1, 0, columns));
+        check(
+            case,
+            &format!("grad_weight_from_{name}"),
+            &grad_weight.narrow(1, 0, columns),
+        );
         if bias {
-            check(case, &format!("grad_bias_from_{name}"), &grad_weight.narrow(1, columns, 1));
+            check(
+                case,
+                &format!("grad_bias_from_{name}"),
+                &grad_weight.narrow(1, columns, 1),
+            );
         }
     }
 }

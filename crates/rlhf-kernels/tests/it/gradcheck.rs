@@ -1,6 +1,8 @@
 //! Every gradient against central differences in f64.
 
-use rlhf_kernels::{LogprobOptions, entropy, linear_logprobs, recompute, shared_prefix_attention, token_logprobs};
+use rlhf_kernels::{
+    LogprobOptions, entropy, linear_logprobs, recompute, shared_prefix_attention, token_logprobs,
+};
 use tch::{Kind, Tensor};
 
 use crate::{largest_difference, layout, wave};
@@ -14,7 +16,10 @@ fn check(name: &str, inputs: &[Tensor], f: &dyn Fn(&[Tensor]) -> Tensor) {
         let weights = wave(&y.size(), 7.3, Kind::Double);
         (y * weights).sum(Kind::Double)
     };
-    let leaves: Vec<Tensor> = inputs.iter().map(|t| t.copy().set_requires_grad(true)).collect();
+    let leaves: Vec<Tensor> = inputs
+        .iter()
+        .map(|t| t.copy().set_requires_grad(true))
+        .collect();
     let analytic = Tensor::run_backward(&[scalar(&leaves)], &leaves, false, false);
     let _guard = tch::no_grad_guard();
     for (i, input) in inputs.iter().enumerate() {
@@ -22,7 +27,10 @@ fn check(name: &str, inputs: &[Tensor], f: &dyn Fn(&[Tensor]) -> Tensor) {
         for j in 0..input.numel() as i64 {
             let shifted = |by: f64| {
                 let mut all: Vec<Tensor> = inputs.iter().map(Tensor::copy).collect();
-                let _ = all[i].view(-1).get(j).fill_(input.view(-1).double_value(&[j]) + by);
+                let _ = all[i]
+                    .view(-1)
+                    .get(j)
+                    .fill_(input.view(-1).double_value(&[j]) + by);
                 let y = scalar(&all).double_value(&[]);
                 all.clear();
                 y
@@ -39,16 +47,26 @@ fn check(name: &str, inputs: &[Tensor], f: &dyn Fn(&[Tensor]) -> Tensor) {
 #[test]
 fn linear_logprobs_all_settings() {
     let (m, h, v) = (5, 4, 7);
-    let inputs = [wave(&[m, h], 1.0, Kind::Double), wave(&[v, h], 2.0, Kind::Double) * 2.0];
+    let inputs = [
+        wave(&[m, h], 1.0, Kind::Double),
+        wave(&[v, h], 2.0, Kind::Double) * 2.0,
+    ];
     let ids = Tensor::from_slice(&[0i64, 6, 3, 3, 1]);
     for (temperature, softcap) in [(1.0, None), (0.7, None), (1.0, Some(1.5)), (1.3, Some(0.8))] {
         for chunk in [1, 3, m] {
             for entropy in [false, true] {
-                let options = LogprobOptions { temperature, softcap, entropy, chunk_rows: Some(chunk) };
+                let options = LogprobOptions {
+                    temperature,
+                    softcap,
+                    entropy,
+                    chunk_rows: Some(chunk),
+                };
                 let name = format!("{options:?}");
                 check(&name, &inputs, &|x| {
                     let out = linear_logprobs(&x[0], &x[1], &ids, &options).unwrap();
-                    out.entropy.map_or(out.logprobs.shallow_clone(), |h| Tensor::cat(&[out.logprobs, h], 0))
+                    out.entropy.map_or(out.logprobs.shallow_clone(), |h| {
+                        Tensor::cat(&[out.logprobs, h], 0)
+                    })
                 });
             }
         }
@@ -61,16 +79,28 @@ fn linear_logprobs_in_part() {
     let hidden = wave(&[4, 3], 1.0, Kind::Double);
     let weight = wave(&[6, 3], 2.0, Kind::Double);
     let ids = Tensor::from_slice(&[0i64, 5, 3, 3]);
-    let with = |entropy| LogprobOptions { entropy, chunk_rows: Some(3), softcap: Some(2.0), ..Default::default() };
+    let with = |entropy| LogprobOptions {
+        entropy,
+        chunk_rows: Some(3),
+        softcap: Some(2.0),
+        ..Default::default()
+    };
     check("entropy alone", &[hidden.copy(), weight.copy()], &|x| {
-        linear_logprobs(&x[0], &x[1], &ids, &with(true)).unwrap().entropy.unwrap()
+        linear_logprobs(&x[0], &x[1], &ids, &with(true))
+            .unwrap()
+            .entropy
+            .unwrap()
     });
     for entropy in [false, true] {
         check("frozen weight", &[hidden.copy()], &|x| {
-            linear_logprobs(&x[0], &weight, &ids, &with(entropy)).unwrap().logprobs
+            linear_logprobs(&x[0], &weight, &ids, &with(entropy))
+                .unwrap()
+                .logprobs
         });
         check("frozen hidden", &[weight.copy()], &|x| {
-            linear_logprobs(&hidden, &x[0], &ids, &with(entropy)).unwrap().logprobs
+            linear_logprobs(&hidden, &x[0], &ids, &with(entropy))
+                .unwrap()
+                .logprobs
         });
     }
 }
@@ -79,7 +109,9 @@ fn linear_logprobs_in_part() {
 fn from_logits() {
     let logits = wave(&[4, 6], 3.0, Kind::Double) * 3.0;
     let ids = Tensor::from_slice(&[0i64, 5, 2, 2]);
-    check("token_logprobs", &[logits.copy()], &|x| token_logprobs(&x[0], &ids).unwrap());
+    check("token_logprobs", &[logits.copy()], &|x| {
+        token_logprobs(&x[0], &ids).unwrap()
+    });
     check("entropy", &[logits], &|x| entropy(&x[0]).unwrap());
 }
 
@@ -102,7 +134,10 @@ fn attention_ragged_groups_and_shared_heads() {
 
 #[test]
 fn recompute_of_a_block() {
-    let inputs = [wave(&[3, 4], 1.0, Kind::Double), wave(&[4, 2], 2.0, Kind::Double)];
+    let inputs = [
+        wave(&[3, 4], 1.0, Kind::Double),
+        wave(&[4, 2], 2.0, Kind::Double),
+    ];
     check("recompute", &inputs, &|x| {
         recompute(&[&x[0], &x[1]], |x| x[0].tanh().matmul(&x[1]).sin()).unwrap()
     });

@@ -9,10 +9,7 @@
 
 mod exact;
 mod golden;
-#[allow(
-    dead_code,
-    reason = "shared by several crates; each uses a part"
-)]
+#[allow(dead_code, reason = "shared by several crates; each uses a part")]
 #[path = "../../../rlhf-policy/tests/it/golden_io.rs"]
 mod golden_io;
 mod gradcheck;
@@ -25,7 +22,10 @@ use tch::{Device, Kind, Tensor};
 fn wave(size: &[i64], seed: f64, kind: Kind) -> Tensor {
     let n = size.iter().product::<i64>();
     let x = Tensor::arange(n, (Kind::Double, Device::Cpu)) + seed;
-    ((&x * 12.9898).sin() * 437.5).fmod(1.0).view(size).to_kind(kind)
+    ((&x * 12.9898).sin() * 437.5)
+        .fmod(1.0)
+        .view(size)
+        .to_kind(kind)
 }
 
 fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
@@ -33,7 +33,9 @@ fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
     if a.numel() == 0 {
         return 0.0;
     }
-    let d = (a.detach().to_kind(Kind::Double) - b.detach().to_kind(Kind::Double)).abs().max();
+    let d = (a.detach().to_kind(Kind::Double) - b.detach().to_kind(Kind::Double))
+        .abs()
+        .max();
     let d = d.double_value(&[]);
     if d.is_nan() { f64::INFINITY } else { d }
 }

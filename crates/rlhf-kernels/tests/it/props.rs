@@ -1,7 +1,9 @@
 //! Properties over random shapes.
 
 use proptest::prelude::*;
-use rlhf_kernels::{LogprobOptions, Offsets, Ragged, discounted_returns, gae, linear_logprobs, reference};
+use rlhf_kernels::{
+    LogprobOptions, Offsets, Ragged, discounted_returns, gae, linear_logprobs, reference,
+};
 use tch::{Device, Kind, Tensor};
 
 use crate::{largest_difference, wave};
@@ -13,7 +15,11 @@ fn ragged() -> impl Strategy<Value = Vec<Vec<f64>>> {
 
 fn build(rows: &[Vec<f64>]) -> Ragged {
     let lengths: Vec<i64> = rows.iter().map(|r| r.len() as i64).collect();
-    Ragged::new(Tensor::from_slice(&rows.concat()), Offsets::from_lengths(&lengths).unwrap()).unwrap()
+    Ragged::new(
+        Tensor::from_slice(&rows.concat()),
+        Offsets::from_lengths(&lengths).unwrap(),
+    )
+    .unwrap()
 }
 
 fn host(t: &Tensor) -> Vec<f64> {
@@ -21,7 +27,10 @@ fn host(t: &Tensor) -> Vec<f64> {
 }
 
 fn close(a: &[f64], b: &[f64]) -> bool {
-    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-12 * b.abs().max(1.0))
+    a.len() == b.len()
+        && a.iter()
+            .zip(b)
+            .all(|(a, b)| (a - b).abs() < 1e-12 * b.abs().max(1.0))
 }
 
 proptest! {

@@ -17,11 +17,20 @@ const PLOTS: &[(&str, &[&str])] = &[
     ("KL to the reference, nats a completion", &["kl"]),
     ("accuracy on the batch", &["accuracy"]),
     ("margin", &["margin"]),
-    ("log-probs: chosen, rejected", &["chosen_logprobs", "rejected_logprobs"]),
-    ("rewards: chosen, rejected", &["chosen_rewards", "rejected_rewards"]),
+    (
+        "log-probs: chosen, rejected",
+        &["chosen_logprobs", "rejected_logprobs"],
+    ),
+    (
+        "rewards: chosen, rejected",
+        &["chosen_rewards", "rejected_rewards"],
+    ),
     ("length, tokens", &["length"]),
     ("entropy, nats a token", &["entropy"]),
-    ("clipped share: low, high", &["clip_fraction_low", "clip_fraction_high"]),
+    (
+        "clipped share: low, high",
+        &["clip_fraction_low", "clip_fraction_high"],
+    ),
     ("explained variance of the value", &["explained_variance"]),
     ("gradient norm", &["grad_norm"]),
     ("learning rate", &["lr"]),
@@ -53,13 +62,19 @@ pub(crate) fn page(m: &Material) -> anyhow::Result<String> {
 
 /// Text as HTML; characters that steer are made visible.
 fn escape(text: &str) -> String {
-    terminal::escape(text).replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+    terminal::escape(text)
+        .replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('"', "&quot;")
 }
 
 fn head(m: &Material, out: &mut String) -> std::fmt::Result {
     let r = &m.run;
     writeln!(out, "<header><h1>{}</h1>", escape(&r.title))?;
-    let memory = r.peak_memory.map_or_else(String::new, |b| format!(" · {} of memory at most", terminal::bytes(b)));
+    let memory = r.peak_memory.map_or_else(String::new, |b| {
+        format!(" · {} of memory at most", terminal::bytes(b))
+    });
     writeln!(
         out,
         "<p class=\"muted\">recipe {} · {} parameters · {} · {}{memory}</p></header>",
@@ -73,7 +88,11 @@ fn head(m: &Material, out: &mut String) -> std::fmt::Result {
         return Ok(());
     }
     let held = checks.iter().filter(|c| c.ok).count();
-    let verdict = if held == checks.len() { "Every check holds." } else { "Some checks fail." };
+    let verdict = if held == checks.len() {
+        "Every check holds."
+    } else {
+        "Some checks fail."
+    };
     writeln!(out, "<section><h2>{verdict}</h2>\n<ul class=\"checks\">")?;
     for c in checks {
         let (class, mark) = if c.ok { ("ok", "✓") } else { ("bad", "✗") };
@@ -88,8 +107,16 @@ fn head(m: &Material, out: &mut String) -> std::fmt::Result {
 }
 
 fn results(stage: &str, e: &Evaluation, out: &mut String) -> std::fmt::Result {
-    writeln!(out, "<section><h2>Results</h2>\n<p>On held-out data, against <b>{}</b> (stage {}). Whiskers and brackets are 95 % intervals.</p>", escape(&e.baseline), escape(stage))?;
-    let shown: Vec<_> = MEASURES.iter().filter(|m| e.models.iter().any(|r| r.measures.contains_key(m.key))).collect();
+    writeln!(
+        out,
+        "<section><h2>Results</h2>\n<p>On held-out data, against <b>{}</b> (stage {}). Whiskers and brackets are 95 % intervals.</p>",
+        escape(&e.baseline),
+        escape(stage)
+    )?;
+    let shown: Vec<_> = MEASURES
+        .iter()
+        .filter(|m| e.models.iter().any(|r| r.measures.contains_key(m.key)))
+        .collect();
     writeln!(out, "<div class=\"wide\"><table><thead><tr><th></th>")?;
     for m in &shown {
         writeln!(out, "<th>{}</th>", m.heading)?;
@@ -97,7 +124,11 @@ fn results(stage: &str, e: &Evaluation, out: &mut String) -> std::fmt::Result {
     writeln!(out, "</tr></thead><tbody>")?;
     // One scale a column, so that rows can be compared by eye.
     let scale = |key: &str| {
-        let all: Vec<_> = e.models.iter().filter_map(|r| r.measures.get(key)).collect();
+        let all: Vec<_> = e
+            .models
+            .iter()
+            .filter_map(|r| r.measures.get(key))
+            .collect();
         let low = all.iter().map(|i| i.low).fold(f64::INFINITY, f64::min);
         let high = all.iter().map(|i| i.high).fold(f64::NEG_INFINITY, f64::max);
         (low, (high - low).max(1e-12))
@@ -109,7 +140,13 @@ fn results(stage: &str, e: &Evaluation, out: &mut String) -> std::fmt::Result {
                 writeln!(out, "<td class=\"muted\">–</td>")?;
                 continue;
             };
-            let number = |x: f64| if m.percent { format!("{:.1}%", 100.0 * x) } else { format!("{x:.3}") };
+            let number = |x: f64| {
+                if m.percent {
+                    format!("{:.1}%", 100.0 * x)
+                } else {
+                    format!("{x:.3}")
+                }
+            };
             let (low, span) = scale(m.key);
             let at = |x: f64| 2.0 + 96.0 * (x - low) / span;
             writeln!(
@@ -146,49 +183,98 @@ fn reward_against_kl(m: &Material, out: &mut String) -> anyhow::Result<()> {
         .iter()
         .filter_map(|(name, c)| {
             let (kl, reward) = (c.get("kl")?, c.get("reward")?);
-            Some((name, kl.iter().zip(reward).map(|(k, r)| (k.1, r.1)).collect()))
+            Some((
+                name,
+                kl.iter().zip(reward).map(|(k, r)| (k.1, r.1)).collect(),
+            ))
         })
         .collect();
     if sampled.is_empty() {
         return Ok(());
     }
-    writeln!(out, "<section><h2>Reward against KL</h2>\n<div class=\"plots\">")?;
-    let series: Vec<Series<'_>> = sampled.iter().enumerate().map(|(i, s)| Series { points: &s.1, colour: i }).collect();
+    writeln!(
+        out,
+        "<section><h2>Reward against KL</h2>\n<div class=\"plots\">"
+    )?;
+    let series: Vec<Series<'_>> = sampled
+        .iter()
+        .enumerate()
+        .map(|(i, s)| Series {
+            points: &s.1,
+            colour: i,
+        })
+        .collect();
     let svg = plot::paths(&series, &[], ("KL, nats a completion", "reward"))?;
-    let names: Vec<String> = sampled.iter().enumerate().map(|(i, s)| legend(i, s.0)).collect();
+    let names: Vec<String> = sampled
+        .iter()
+        .enumerate()
+        .map(|(i, s)| legend(i, s.0))
+        .collect();
     figure("in training: what the reward model says", &names, &svg, out)?;
     for (_, e) in &m.evaluations {
         let mut marked = Vec::new();
         let mut names = Vec::new();
         for (i, row) in e.models.iter().enumerate() {
             if let (Some(kl), Some(gold)) = (row.measures.get("kl"), row.measures.get("gold")) {
-                marked.push(Marked { x: kl.value, y: gold.value, low: gold.low, high: gold.high, colour: i });
+                marked.push(Marked {
+                    x: kl.value,
+                    y: gold.value,
+                    low: gold.low,
+                    high: gold.high,
+                    colour: i,
+                });
                 names.push(legend(i, &row.name));
             }
         }
         let svg = plot::paths(&[], &marked, ("KL, nats a completion", "gold score"))?;
-        figure("on held-out prompts: what the gold judge says", &names, &svg, out)?;
+        figure(
+            "on held-out prompts: what the gold judge says",
+            &names,
+            &svg,
+            out,
+        )?;
     }
     writeln!(out, "</div></section>")?;
     Ok(())
 }
 
 fn legend(colour: usize, name: &str) -> String {
-    format!("<span class=\"key\" style=\"background:var(--s{})\"></span>{}", colour % 5, escape(name))
+    format!(
+        "<span class=\"key\" style=\"background:var(--s{})\"></span>{}",
+        colour % 5,
+        escape(name)
+    )
 }
 
 fn figure(heading: &str, legend: &[String], svg: &str, out: &mut String) -> std::fmt::Result {
     if svg.is_empty() {
         return Ok(());
     }
-    writeln!(out, "<figure><figcaption>{} <span class=\"legend\">{}</span></figcaption>{svg}</figure>", escape(heading), legend.join(" "))
+    writeln!(
+        out,
+        "<figure><figcaption>{} <span class=\"legend\">{}</span></figcaption>{svg}</figure>",
+        escape(heading),
+        legend.join(" ")
+    )
 }
 
 fn stage_curves(stage: &str, curves: &Curves, out: &mut String) -> anyhow::Result<()> {
-    writeln!(out, "<section><h2>Training: {}</h2>\n<div class=\"plots\">", escape(stage))?;
+    writeln!(
+        out,
+        "<section><h2>Training: {}</h2>\n<div class=\"plots\">",
+        escape(stage)
+    )?;
     for (heading, keys) in PLOTS {
-        let series: Vec<Series<'_>> =
-            keys.iter().enumerate().filter_map(|(i, k)| Some(Series { points: curves.get(k)?, colour: i })).collect();
+        let series: Vec<Series<'_>> = keys
+            .iter()
+            .enumerate()
+            .filter_map(|(i, k)| {
+                Some(Series {
+                    points: curves.get(k)?,
+                    colour: i,
+                })
+            })
+            .collect();
         let flat = series.iter().all(|s| s.points.iter().all(|p| p.1 == 0.0));
         if !series.is_empty() && !flat {
             figure(heading, &[], &plot::lines(&series)?, out)?;
@@ -206,7 +292,11 @@ fn samples(stage: &str, e: &Evaluation, out: &mut String) -> std::fmt::Result {
         escape(&e.baseline)
     )?;
     for s in &e.samples {
-        writeln!(out, "<article><p class=\"prompt\">{}</p><div class=\"answers\">", escape(&s.prompt))?;
+        writeln!(
+            out,
+            "<article><p class=\"prompt\">{}</p><div class=\"answers\">",
+            escape(&s.prompt)
+        )?;
         for a in &s.answers {
             answer(a, out)?;
         }
@@ -216,8 +306,15 @@ fn samples(stage: &str, e: &Evaluation, out: &mut String) -> std::fmt::Result {
 }
 
 fn answer(a: &Answer, out: &mut String) -> std::fmt::Result {
-    let score = |label: &str, x: Option<f64>| x.map_or_else(String::new, |x| format!(" · {label} {x:.2}"));
-    write!(out, "<div><h4>{}<span class=\"muted\">{}{}</span></h4><p>", escape(&a.model), score("gold", a.gold), score("reward", a.reward))?;
+    let score =
+        |label: &str, x: Option<f64>| x.map_or_else(String::new, |x| format!(" · {label} {x:.2}"));
+    write!(
+        out,
+        "<div><h4>{}<span class=\"muted\">{}{}</span></h4><p>",
+        escape(&a.model),
+        score("gold", a.gold),
+        score("reward", a.reward)
+    )?;
     for t in &a.tokens {
         let gap = t.logprob - t.baseline;
         let strength = (gap.abs() / 4.0).min(1.0) * 60.0;
@@ -237,9 +334,16 @@ fn answer(a: &Answer, out: &mut String) -> std::fmt::Result {
 }
 
 fn stages(m: &Material, out: &mut String) -> std::fmt::Result {
-    writeln!(out, "<section><h2>Stages</h2><div class=\"wide\"><table><thead><tr><th>stage</th><th>kind</th><th>steps</th><th>time</th><th>tokens</th><th>tokens/s</th></tr></thead><tbody>")?;
+    writeln!(
+        out,
+        "<section><h2>Stages</h2><div class=\"wide\"><table><thead><tr><th>stage</th><th>kind</th><th>steps</th><th>time</th><th>tokens</th><th>tokens/s</th></tr></thead><tbody>"
+    )?;
     for s in &m.run.stages {
-        let rate = if s.tokens > 0 { terminal::count(s.tokens as f64 / s.seconds.max(1e-9)) } else { "–".into() };
+        let rate = if s.tokens > 0 {
+            terminal::count(s.tokens as f64 / s.seconds.max(1e-9))
+        } else {
+            "–".into()
+        };
         writeln!(
             out,
             "<tr><th>{}</th><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{rate}</td></tr>",
@@ -255,9 +359,22 @@ fn stages(m: &Material, out: &mut String) -> std::fmt::Result {
 
 fn details(m: &Material, out: &mut String) -> std::fmt::Result {
     let revision = m.run.git_revision.as_deref().unwrap_or("unknown");
-    writeln!(out, "<section><h2>How to repeat it</h2>\n<p>rlhf {} at revision {}.</p>", escape(&m.run.version), escape(revision))?;
-    writeln!(out, "<details><summary>Recipe</summary><pre>{}</pre></details>", escape(&m.recipe))?;
-    writeln!(out, "<details><summary>Plan</summary><pre>{}</pre></details>", escape(&m.plan))?;
+    writeln!(
+        out,
+        "<section><h2>How to repeat it</h2>\n<p>rlhf {} at revision {}.</p>",
+        escape(&m.run.version),
+        escape(revision)
+    )?;
+    writeln!(
+        out,
+        "<details><summary>Recipe</summary><pre>{}</pre></details>",
+        escape(&m.recipe)
+    )?;
+    writeln!(
+        out,
+        "<details><summary>Plan</summary><pre>{}</pre></details>",
+        escape(&m.plan)
+    )?;
     let mut hashes = String::new();
     for (path, hash) in &m.run.data {
         writeln!(hashes, "{hash}  {path}")?;
@@ -265,5 +382,9 @@ fn details(m: &Material, out: &mut String) -> std::fmt::Result {
     for (stage, hash) in &m.run.models {
         writeln!(hashes, "{hash}  weights of {stage}")?;
     }
-    writeln!(out, "<details><summary>Hashes (SHA-256)</summary><pre>{}</pre></details></section>", escape(&hashes))
+    writeln!(
+        out,
+        "<details><summary>Hashes (SHA-256)</summary><pre>{}</pre></details></section>",
+        escape(&hashes)
+    )
 }

@@ -24,18 +24,27 @@ pub(crate) struct Curves {
 impl Curves {
     /// The points of a key, if it was logged.
     pub(crate) fn get(&self, key: &str) -> Option<&[(f64, f64)]> {
-        self.keys.iter().find(|k| k.0 == key).map(|k| k.1.as_slice())
+        self.keys
+            .iter()
+            .find(|k| k.0 == key)
+            .map(|k| k.1.as_slice())
     }
 
     fn read(path: &Path) -> anyhow::Result<Self> {
-        let Ok(text) = std::fs::read_to_string(path) else { return Ok(Self::default()) };
+        let Ok(text) = std::fs::read_to_string(path) else {
+            return Ok(Self::default());
+        };
         let mut curves = Self::default();
         for (i, line) in text.lines().enumerate() {
-            let row: serde_json::Map<String, serde_json::Value> =
-                serde_json::from_str(line).with_context(|| format!("{}, line {}", path.display(), i + 1))?;
-            let Some(step) = row.get("step").and_then(serde_json::Value::as_f64) else { continue };
+            let row: serde_json::Map<String, serde_json::Value> = serde_json::from_str(line)
+                .with_context(|| format!("{}, line {}", path.display(), i + 1))?;
+            let Some(step) = row.get("step").and_then(serde_json::Value::as_f64) else {
+                continue;
+            };
             for (key, value) in &row {
-                let (Some((_, name)), Some(value)) = (key.split_once('/'), value.as_f64()) else { continue };
+                let (Some((_, name)), Some(value)) = (key.split_once('/'), value.as_f64()) else {
+                    continue;
+                };
                 match curves.keys.iter_mut().find(|k| k.0 == name) {
                     Some(k) => k.1.push((step, value)),
                     None => curves.keys.push((name.to_owned(), vec![(step, value)])),
@@ -80,7 +89,9 @@ pub fn build(dir: &Path) -> anyhow::Result<PathBuf> {
     for stage in &material.run.stages {
         let folder = dir.join(&stage.name);
         if folder.join("eval.json").is_file() {
-            material.evaluations.push((stage.name.clone(), read(&folder.join("eval.json"))?));
+            material
+                .evaluations
+                .push((stage.name.clone(), read(&folder.join("eval.json"))?));
         }
         let curves = Curves::read(&folder.join("metrics.jsonl"))?;
         if !curves.keys.is_empty() {
@@ -93,6 +104,7 @@ pub fn build(dir: &Path) -> anyhow::Result<PathBuf> {
 }
 
 fn read<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
     serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display()))
 }

@@ -1,5 +1,10 @@
 //! The commands that need no libtorch, as their users meet them.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "tests"
+)]
 
 mod cli;
 mod report;
@@ -9,7 +14,10 @@ use std::process::{Command, Output};
 
 /// The project's root: recipes name their data relative to it.
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../..")
+        .canonicalize()
+        .unwrap()
 }
 
 fn rlhf() -> Command {
