@@ -22,7 +22,7 @@ const INSTRUCTION_SETS: [(&str, &[&str]); 3] = [
 fn main() {
     println!("cargo:rerun-if-changed=csrc");
     let Ok(lib) = std::env::var("DEP_TCH_LIBTORCH_LIB").map(PathBuf::from) else {
-        eprintln!("error: torch-sys did not say where libtorch is; run `cargo xtask setup`");
+        println!("cargo:warning=torch-sys did not say where libtorch is; run `cargo xtask setup`");
         std::process::exit(1);
     };
     let target = |name: &str| std::env::var(format!("CARGO_CFG_TARGET_{name}")).unwrap_or_default();

@@ -155,23 +155,13 @@ fn pipeline(args: &[String]) -> anyhow::Result<()> {
 
 fn test(args: &[String]) -> anyhow::Result<()> {
     setup::run(false)?;
+    // The tests run side by side: one libtorch thread each, or they would crawl.
+    let quiet = |run: shell::Run| run.env("OMP_NUM_THREADS", "1").args(args);
     if has("cargo-nextest") {
-        cargo("nextest", &["run", "--workspace", "--no-fail-fast"])
-            .args(args)
-            .run()?;
+        quiet(cargo("nextest", &["run", "--workspace", "--no-fail-fast"])).run()?;
     } else {
-        cargo(
-            "test",
-            &[
-                "--workspace",
-                "--lib",
-                "--bins",
-                "--tests",
-                "--no-fail-fast",
-            ],
-        )
-        .args(args)
-        .run()?;
+        let kinds = ["--workspace", "--lib", "--bins", "--tests", "--no-fail-fast"];
+        quiet(cargo("test", &kinds)).run()?;
     }
     // nextest has no doc tests; with a filter only what was asked for runs.
     if args.is_empty() {

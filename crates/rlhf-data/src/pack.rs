@@ -204,7 +204,7 @@ mod tests {
     #[test]
     fn broken_groups_are_refused_with_their_row() {
         let mut g = group(&[1], &[&[2, 3]]);
-        g.completions[0].trained = vec![1..3];
+        g.completions[0].trained = std::iter::once(1..3).collect();
         let e = PackedBatch::pack(&[g]).unwrap_err().to_string();
         assert!(e.contains("row 9") && e.contains("1..3"), "{e}");
         assert!(PackedBatch::pack(&[group(&[1], &[&[]])]).is_err());

@@ -33,9 +33,10 @@ struct Closure : torch::CustomClassHolder {
 };
 
 struct Recompute : torch::autograd::Function<Recompute> {
-  // `tie` requires grad, so that the node is recorded even if only captured parameters do.
-  static Tensor forward(AutogradContext *ctx, const Tensor &, variable_list inputs,
+  // The first argument, a tie, requires grad, so that the node is recorded even if only captured parameters do.
+  static Tensor forward(AutogradContext *ctx, const Tensor &, at::TensorList list,
                         c10::intrusive_ptr<Closure> closure) {
+    const auto inputs = list.vec();
     Tensor out;
     {
       c10::AutoGradMode off(false);
@@ -76,6 +77,7 @@ RLHF_API char *rlhf_recompute(Tensor **out, const Tensor *const *inputs, int64_t
       return;
     }
     auto tie = at::empty({0}, list[0].options().dtype(at::kFloat)).requires_grad_(true);
-    *out = rlhf::give(Recompute::apply(tie, list, closure));
+    // A TensorList, not a vector: only that counts as tensors to autograd.
+    *out = rlhf::give(Recompute::apply(tie, at::TensorList(list), closure));
   });
 }

@@ -60,6 +60,10 @@ pub struct Evaluation {
     pub models: Vec<ModelRow>,
     /// The reward model's accuracy on held-out pairs, where there is one.
     pub reward_model_accuracy: Option<Interval>,
+    /// For each held-out pair what the reward model gives for chosen less rejected, as log-odds (not
+    /// normalised). May be empty.
+    #[serde(default)]
+    pub reward_margins: Vec<f64>,
     /// What was promised, and whether it holds.
     pub checks: Vec<Check>,
     /// Prompts with what each model wrote.

@@ -69,6 +69,9 @@ pub(super) fn run(ctx: &Context<'_>, name: &str, s: &Eval) -> anyhow::Result<End
         let scores = pair_scores(&ctx.scalar(name)?, &pairs.rows, s.micro_tokens)?;
         let right: f64 = scores.iter().map(|(c, r)| prefers(*c, *r)).sum();
         found.reward_model_accuracy = Some(share(right, scores.len()));
+        // The norm divides scores; log-odds are in the units of the loss.
+        let std = ctx.scalar(name)?.norm().std;
+        found.reward_margins = scores.iter().map(|(c, r)| (c - r) * std).collect();
     }
     found.checks = checks(ctx, s, &found);
     if let Some(data) = &s.prompts {

@@ -31,7 +31,8 @@ fn shared() -> Option<PathBuf> {
 
 fn rlhf() -> Command {
     let mut c = Command::new(env!("CARGO_BIN_EXE_rlhf-engine"));
-    c.current_dir(root());
+    // One thread: several tests run at once, and threads that wait for each other would crawl.
+    c.current_dir(root()).env("OMP_NUM_THREADS", "1");
     c
 }
 

@@ -27,7 +27,17 @@ fn a_logprobs() {
 
 fn check(case: &Case<'_>, output: &str, got: &Tensor) {
     let expected = case.output(output);
-    case.compare(output, &got.view_as(&expected), &expected, OVER_VOCABULARY);
+    let got = got.view_as(&expected);
+    // Entropies of rows with one possible word: 10⁻³⁰, of which the reference itself has lost parts.
+    if expected.abs().max().double_value(&[]) < 1e-20 {
+        assert!(
+            got.abs().max().double_value(&[]) < 1e-20,
+            "{} {output}",
+            case.name()
+        );
+        return;
+    }
+    case.compare(output, &got, &expected, OVER_VOCABULARY);
 }
 
 /// Rows and their ids.

@@ -51,7 +51,7 @@ fn recipes_are_listed_and_shown() {
 #[test]
 fn wrong_usage_exits_with_2_and_three_lines() {
     for args in [
-        &["data", "stats", "missing.jsonl", "--purpose", "sft"],
+        &["data", "stats", "missing.jsonl", "--purpose", "sft"][..],
         &[
             "data",
             "render",
