@@ -160,7 +160,13 @@ fn test(args: &[String]) -> anyhow::Result<()> {
     if has("cargo-nextest") {
         quiet(cargo("nextest", &["run", "--workspace", "--no-fail-fast"])).run()?;
     } else {
-        let kinds = ["--workspace", "--lib", "--bins", "--tests", "--no-fail-fast"];
+        let kinds = [
+            "--workspace",
+            "--lib",
+            "--bins",
+            "--tests",
+            "--no-fail-fast",
+        ];
         quiet(cargo("test", &kinds)).run()?;
     }
     // nextest has no doc tests; with a filter only what was asked for runs.

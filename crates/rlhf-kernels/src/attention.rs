@@ -210,20 +210,18 @@ mod tests {
             .set_requires_grad(true)
     }
 
+    fn group(prompt: Range<i64>, completions: &[Range<i64>]) -> AttentionGroup {
+        AttentionGroup {
+            prompt,
+            completions: completions.to_vec(),
+        }
+    }
+
     fn layout() -> AttentionLayout {
         AttentionLayout::new(vec![
-            AttentionGroup {
-                prompt: 0..3,
-                completions: vec![3..5, 5..5, 5..9],
-            },
-            AttentionGroup {
-                prompt: 9..9,
-                completions: vec![9..12],
-            },
-            AttentionGroup {
-                prompt: 12..13,
-                completions: vec![],
-            },
+            group(0..3, &[3..5, 5..5, 5..9]),
+            group(9..9, &[9..10, 10..12]),
+            group(12..13, &[]),
         ])
         .unwrap()
     }
@@ -258,11 +256,7 @@ mod tests {
 
     #[test]
     fn layouts_with_gaps_are_refused() {
-        let e = AttentionLayout::new(vec![AttentionGroup {
-            prompt: 0..2,
-            completions: vec![3..4],
-        }])
-        .unwrap_err();
+        let e = AttentionLayout::new(vec![group(0..2, &[3..4, 4..5])]).unwrap_err();
         assert_eq!(
             e.to_string(),
             "attention layout: rows 3..4 come after row 2, expected them to begin there"

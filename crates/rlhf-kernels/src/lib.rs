@@ -2,7 +2,7 @@
 //! attention, AdamW.
 //!
 //! Invariant: nothing here knows of models, files, text or training loops. Every operation has a plain
-//! version in [`reference`], which is its oracle.
+//! version in [`mod@reference`], which is its oracle.
 //!
 //! ```
 //! use rlhf_kernels::{LogprobOptions, linear_logprobs};

@@ -67,13 +67,11 @@ impl Offsets {
     }
 
     /// Lengths, i64 `[S]`.
-    #[must_use]
     pub fn lengths(&self, device: Device) -> Tensor {
         Tensor::from_slice(&self.host_lengths()).to_device(device)
     }
 
     /// The sequence of each value, i64 `[M]`.
-    #[must_use]
     pub fn segment_ids(&self, device: Device) -> Tensor {
         let mut ids = Vec::with_capacity(self.num_values() as usize);
         for (s, n) in self.host_lengths().into_iter().enumerate() {
@@ -142,7 +140,6 @@ impl Ragged {
     }
 
     /// `[S, longest]`, with `fill` where a sequence has ended.
-    #[must_use]
     pub fn to_padded(&self, fill: f64) -> Tensor {
         let longest = self.offsets.host_lengths().into_iter().max().unwrap_or(0);
         let out = Tensor::full(
@@ -156,7 +153,6 @@ impl Ragged {
     }
 
     /// `[M]` the values.
-    #[must_use]
     pub fn values(&self) -> &Tensor {
         &self.values
     }
@@ -176,7 +172,6 @@ impl Ragged {
     }
 
     /// `[S]` the sum of each sequence, differentiable.
-    #[must_use]
     pub fn sum(&self) -> Tensor {
         let ids = self.offsets.segment_ids(self.values.device());
         let zeros = Tensor::zeros(
@@ -187,7 +182,6 @@ impl Ragged {
     }
 
     /// `[S]` the mean of each sequence, 0 for an empty one; differentiable.
-    #[must_use]
     pub fn mean(&self) -> Tensor {
         let lengths = self
             .offsets
@@ -198,7 +192,6 @@ impl Ragged {
     }
 
     /// `[M]` one value of each sequence, `[S]`, repeated over its tokens; differentiable.
-    #[must_use]
     pub fn broadcast(&self, per_segment: &Tensor) -> Tensor {
         per_segment.index_select(0, &self.offsets.segment_ids(self.values.device()))
     }

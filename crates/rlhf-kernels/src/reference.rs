@@ -122,7 +122,6 @@ pub fn shared_prefix_attention(
 }
 
 /// One AdamW step on plain tensors; gives (parameter, first moment, second moment).
-#[must_use]
 pub fn adamw(
     parameter: &Tensor,
     grad: &Tensor,

@@ -1,6 +1,6 @@
 //! The GRPO loss with its gradient, by number of tokens.
 //!
-//! Bound: read bandwidth. Forward and backward touch each f32 of `[M]` about 40 times; at 35 GB/s a
+//! Bound: read bandwidth. By count of operations, forward and backward touch each f32 of `[M]` some 40 times; at 35 GB/s a
 //! million tokens take no less than 5 ms.
 #![allow(missing_docs, clippy::expect_used, reason = "a benchmark")]
 

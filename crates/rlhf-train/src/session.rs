@@ -189,7 +189,9 @@ impl Session {
     ) -> Result<Flow> {
         self.steps = step + 1;
         let signal = self.config.stop.get();
-        let due = self.steps % self.config.checkpoint_every.max(1) == 0
+        let due = self
+            .steps
+            .is_multiple_of(self.config.checkpoint_every.max(1))
             || self.steps == self.config.total_steps;
         if due || signal.is_some() {
             self.save(steppers, extra)?;

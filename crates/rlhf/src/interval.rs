@@ -36,7 +36,12 @@ pub fn mean(xs: &[f64]) -> Interval {
     let mean = xs.iter().sum::<f64>() / n;
     let variance = xs.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
     let half = Z * (variance / n).sqrt();
-    Interval { value: mean, low: mean - half, high: mean + half, n: xs.len() }
+    Interval {
+        value: mean,
+        low: mean - half,
+        high: mean + half,
+        n: xs.len(),
+    }
 }
 
 /// The mean of `after − before` over the same items. Where both vary with the item together (the same
@@ -45,7 +50,13 @@ pub fn mean(xs: &[f64]) -> Interval {
 /// Items beyond the shorter list are left out.
 #[must_use]
 pub fn mean_difference(after: &[f64], before: &[f64]) -> Interval {
-    mean(&after.iter().zip(before).map(|(a, b)| a - b).collect::<Vec<f64>>())
+    mean(
+        &after
+            .iter()
+            .zip(before)
+            .map(|(a, b)| a - b)
+            .collect::<Vec<f64>>(),
+    )
 }
 
 /// A share of `n` trials of which `hits` (ties count half) succeeded, by Wilson's score interval.
@@ -53,32 +64,59 @@ pub fn mean_difference(after: &[f64], before: &[f64]) -> Interval {
 #[must_use]
 pub fn share(hits: f64, n: usize) -> Interval {
     if n == 0 {
-        return Interval { value: 0.0, low: 0.0, high: 1.0, n };
+        return Interval {
+            value: 0.0,
+            low: 0.0,
+            high: 1.0,
+            n,
+        };
     }
     let m = n as f64;
     let p = hits / m;
     let centre = (p + Z * Z / (2.0 * m)) / (1.0 + Z * Z / m);
     let half = Z / (1.0 + Z * Z / m) * (p * (1.0 - p) / m + Z * Z / (4.0 * m * m)).sqrt();
-    Interval { value: p, low: (centre - half).max(0.0), high: (centre + half).min(1.0), n }
+    Interval {
+        value: p,
+        low: (centre - half).max(0.0),
+        high: (centre + half).min(1.0),
+        n,
+    }
 }
 
 /// A statistic of `items` with the 2.5 % and 97.5 % quantiles of `rounds` resamples.
 ///
 /// The same seed draws the same resamples.
-pub fn bootstrap<T>(items: &[T], rounds: u32, seed: u64, statistic: impl Fn(&[&T]) -> f64) -> Interval {
+pub fn bootstrap<T>(
+    items: &[T],
+    rounds: u32,
+    seed: u64,
+    statistic: impl Fn(&[&T]) -> f64,
+) -> Interval {
     let all: Vec<&T> = items.iter().collect();
     let value = statistic(&all);
     let stream = Stream::new(seed, Purpose::Bootstrap);
     let n = items.len() as u64;
     let mut values: Vec<f64> = (0..rounds)
         .map(|round| {
-            let drawn: Vec<&T> = (0..n).map(|i| all[stream.below(n, i, round, 0) as usize]).collect();
+            let drawn: Vec<&T> = (0..n)
+                .map(|i| all[stream.below(n, i, round, 0) as usize])
+                .collect();
             statistic(&drawn)
         })
         .collect();
     values.sort_by(f64::total_cmp);
-    let at = |q: f64| values.get((q * (values.len().saturating_sub(1)) as f64).round() as usize).copied().unwrap_or(value);
-    Interval { value, low: at(0.025), high: at(0.975), n: items.len() }
+    let at = |q: f64| {
+        values
+            .get((q * (values.len().saturating_sub(1)) as f64).round() as usize)
+            .copied()
+            .unwrap_or(value)
+    };
+    Interval {
+        value,
+        low: at(0.025),
+        high: at(0.975),
+        n: items.len(),
+    }
 }
 
 #[cfg(test)]
@@ -104,7 +142,10 @@ mod tests {
     fn shares_by_hand() {
         // Wilson for 8 of 10: 0.4902 to 0.9433 (Agresti & Coull's table).
         let s = share(8.0, 10);
-        assert!((s.low - 0.4902).abs() < 1e-4 && (s.high - 0.9433).abs() < 1e-4, "{s:?}");
+        assert!(
+            (s.low - 0.4902).abs() < 1e-4 && (s.high - 0.9433).abs() < 1e-4,
+            "{s:?}"
+        );
         // None of 10: 0 to z²/(n + z²) = 3.8415/13.8415 = 0.2775.
         let s = share(0.0, 10);
         assert!(s.low == 0.0 && (s.high - 0.277_53).abs() < 1e-5, "{s:?}");
@@ -115,16 +156,30 @@ mod tests {
     fn the_bootstrap_of_a_mean_agrees_with_the_normal_interval() {
         let xs: Vec<f64> = (0..400).map(|i| f64::from(i % 20)).collect();
         let (b, m) = (bootstrap(&xs, 2000, 1, average), mean(&xs));
-        assert!(b.value == m.value && (b.low - m.low).abs() < 0.1 && (b.high - m.high).abs() < 0.1, "{b:?} {m:?}");
+        assert!(
+            b.value == m.value && (b.low - m.low).abs() < 0.1 && (b.high - m.high).abs() < 0.1,
+            "{b:?} {m:?}"
+        );
         assert_eq!(b, bootstrap(&xs, 2000, 1, average));
         assert_ne!(b, bootstrap(&xs, 2000, 2, average));
         // One item can only be drawn again and again.
-        assert_eq!((bootstrap(&[7.0], 50, 1, average).low, bootstrap(&[7.0], 0, 1, average).high), (7.0, 7.0));
+        assert_eq!(
+            (
+                bootstrap(&[7.0], 50, 1, average).low,
+                bootstrap(&[7.0], 0, 1, average).high
+            ),
+            (7.0, 7.0)
+        );
     }
 
     #[test]
     fn what_is_not_finite_survives_json() {
-        let i = Interval { value: 1.0, low: f64::NEG_INFINITY, high: f64::NAN, n: 2 };
+        let i = Interval {
+            value: 1.0,
+            low: f64::NEG_INFINITY,
+            high: f64::NAN,
+            n: 2,
+        };
         let read: Interval = serde_json::from_str(&serde_json::to_string(&i).unwrap()).unwrap();
         assert!(read.value == 1.0 && read.low.is_nan() && read.high.is_nan() && read.n == 2);
     }

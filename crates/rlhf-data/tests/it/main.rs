@@ -1,4 +1,6 @@
 //! Integration tests of `rlhf-data`.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
+mod bad;
 mod synth;
+mod templates;

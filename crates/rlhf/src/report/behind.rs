@@ -15,9 +15,23 @@ pub(crate) fn time(m: &Material) -> Result<Section, std::fmt::Error> {
     let total: f64 = m.run.stages.iter().map(|s| s.seconds).sum();
     let mut rows = Vec::new();
     for s in &m.run.stages {
-        let share = if total > 0.0 { 100.0 * s.seconds / total } else { 0.0 };
-        let per = |n: f64| if n > 0.0 && s.seconds > 0.0 { terminal::count(n / s.seconds) } else { "–".into() };
-        let a_step = if s.steps > 0 { format!("{} s", number(s.seconds / s.steps as f64)) } else { "–".into() };
+        let share = if total > 0.0 {
+            100.0 * s.seconds / total
+        } else {
+            0.0
+        };
+        let per = |n: f64| {
+            if n > 0.0 && s.seconds > 0.0 {
+                terminal::count(n / s.seconds)
+            } else {
+                "–".into()
+            }
+        };
+        let a_step = if s.steps > 0 {
+            format!("{} s", number(s.seconds / s.steps as f64))
+        } else {
+            "–".into()
+        };
         rows.push(vec![
             m.palette.key(&s.name),
             escape(&s.kind),
@@ -29,8 +43,25 @@ pub(crate) fn time(m: &Material) -> Result<Section, std::fmt::Error> {
             per(s.tokens as f64),
         ]);
     }
-    table(&["", "kind", "time", "", "steps", "a step", "tokens learned from", "tokens a second"].map(String::from), &rows, &mut out)?;
-    let memory = m.run.peak_memory.map_or_else(|| "unknown".into(), terminal::bytes);
+    table(
+        &[
+            "",
+            "kind",
+            "time",
+            "",
+            "steps",
+            "a step",
+            "tokens learned from",
+            "tokens a second",
+        ]
+        .map(String::from),
+        &rows,
+        &mut out,
+    )?;
+    let memory = m
+        .run
+        .peak_memory
+        .map_or_else(|| "unknown".into(), terminal::bytes);
     writeln!(
         out,
         "<p class=\"muted\">{} in all on {}; most memory held: {memory}. A stage that draws completions spends part of its time on drawing.</p>",
@@ -44,14 +75,34 @@ pub(crate) fn time(m: &Material) -> Result<Section, std::fmt::Error> {
 pub(crate) fn repeat(m: &Material) -> Result<Section, std::fmt::Error> {
     let mut out = String::new();
     let r = &m.run;
-    let revision = r.git_revision.as_deref().map_or_else(|| "an unknown revision".into(), |g| format!("revision <code>{}</code>", escape(g)));
-    writeln!(out, "<p>rlhf {} at {revision}; recipe <b>{}</b>; {}; {} parameters.</p>", escape(&r.version), escape(&r.recipe), escape(&r.device), terminal::count(r.parameters as f64))?;
+    let revision = r.git_revision.as_deref().map_or_else(
+        || "an unknown revision".into(),
+        |g| format!("revision <code>{}</code>", escape(g)),
+    );
+    writeln!(
+        out,
+        "<p>rlhf {} at {revision}; recipe <b>{}</b>; {}; {} parameters.</p>",
+        escape(&r.version),
+        escape(&r.recipe),
+        escape(&r.device),
+        terminal::count(r.parameters as f64)
+    )?;
     let plan: Option<Value> = m.plan.as_deref().and_then(|p| serde_json::from_str(p).ok());
     data(m, plan.as_ref(), &mut out)?;
-    for (name, text) in [("Recipe, as given", &m.recipe), ("Plan, as resolved", &m.plan)] {
+    for (name, text) in [
+        ("Recipe, as given", &m.recipe),
+        ("Plan, as resolved", &m.plan),
+    ] {
         match text {
-            Some(text) => writeln!(out, "<details><summary>{name}</summary><pre>{}</pre></details>", escape(text))?,
-            None => writeln!(out, "<p class=\"note\">{name}: not in the run's folder.</p>")?,
+            Some(text) => writeln!(
+                out,
+                "<details><summary>{name}</summary><pre>{}</pre></details>",
+                escape(text)
+            )?,
+            None => writeln!(
+                out,
+                "<p class=\"note\">{name}: not in the run's folder.</p>"
+            )?,
         }
     }
     let mut last = String::new();
@@ -62,7 +113,11 @@ pub(crate) fn repeat(m: &Material) -> Result<Section, std::fmt::Error> {
         }
     }
     if !last.is_empty() {
-        writeln!(out, "<details><summary>Final metrics of each stage</summary><pre>{}</pre></details>", escape(&last))?;
+        writeln!(
+            out,
+            "<details><summary>Final metrics of each stage</summary><pre>{}</pre></details>",
+            escape(&last)
+        )?;
     }
     let mut hashes = String::new();
     for (path, hash) in &r.data {
@@ -74,27 +129,65 @@ pub(crate) fn repeat(m: &Material) -> Result<Section, std::fmt::Error> {
     if hashes.is_empty() {
         writeln!(out, "<p class=\"note\">The run kept no hashes.</p>")?;
     } else {
-        writeln!(out, "<details><summary>Hashes (SHA-256) of data and weights</summary><pre>{}</pre></details>", escape(&hashes))?;
+        writeln!(
+            out,
+            "<details><summary>Hashes (SHA-256) of data and weights</summary><pre>{}</pre></details>",
+            escape(&hashes)
+        )?;
     }
     Ok(Section::new("repeat", "To repeat it", out))
 }
 
 /// The data files: from the plan, which counts their rows, else from the hashes.
 fn data(m: &Material, plan: Option<&Value>, out: &mut String) -> std::fmt::Result {
-    let files = plan.and_then(|p| p.get("data")).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
-    let short = |hash: &str| format!("<code title=\"{}\">{}</code>", escape(hash), escape(&hash.chars().take(12).collect::<String>()));
+    let files = plan
+        .and_then(|p| p.get("data"))
+        .and_then(Value::as_array)
+        .map_or(&[][..], Vec::as_slice);
+    let short = |hash: &str| {
+        format!(
+            "<code title=\"{}\">{}</code>",
+            escape(hash),
+            escape(&hash.chars().take(12).collect::<String>())
+        )
+    };
     let mut rows = Vec::new();
     for file in files {
         let text = |key: &str| file.get(key).and_then(Value::as_str).unwrap_or_default();
-        let count = |key: &str| file.get(key).and_then(Value::as_u64).map_or_else(|| "–".into(), |n| n.to_string());
-        let tokens = file.get("tokens").and_then(Value::as_f64).map_or_else(|| "–".into(), terminal::count);
-        rows.push(vec![escape(text("path")), count("rows"), count("kept"), tokens, short(text("sha256"))]);
+        let count = |key: &str| {
+            file.get(key)
+                .and_then(Value::as_u64)
+                .map_or_else(|| "–".into(), |n| n.to_string())
+        };
+        let tokens = file
+            .get("tokens")
+            .and_then(Value::as_f64)
+            .map_or_else(|| "–".into(), terminal::count);
+        rows.push(vec![
+            escape(text("path")),
+            count("rows"),
+            count("kept"),
+            tokens,
+            short(text("sha256")),
+        ]);
     }
     if rows.is_empty() {
-        rows.extend(m.run.data.iter().map(|(path, hash)| vec![escape(path), "–".into(), "–".into(), "–".into(), short(hash)]));
+        rows.extend(m.run.data.iter().map(|(path, hash)| {
+            vec![
+                escape(path),
+                "–".into(),
+                "–".into(),
+                "–".into(),
+                short(hash),
+            ]
+        }));
     }
     if rows.is_empty() {
         return Ok(());
     }
-    table(&["data", "rows", "kept", "tokens", "SHA-256"].map(String::from), &rows, out)
+    table(
+        &["data", "rows", "kept", "tokens", "SHA-256"].map(String::from),
+        &rows,
+        out,
+    )
 }

@@ -30,7 +30,10 @@ impl Metrics {
                 continue;
             }
             let row: Option<Map<String, Value>> = serde_json::from_slice(&line).ok();
-            let step = row.as_ref().and_then(|r| r.get("step")).and_then(Value::as_f64);
+            let step = row
+                .as_ref()
+                .and_then(|r| r.get("step"))
+                .and_then(Value::as_f64);
             match (row, step) {
                 (Some(row), Some(step)) => metrics.add(step, &row),
                 _ => metrics.unreadable += 1,
@@ -41,7 +44,9 @@ impl Metrics {
 
     fn add(&mut self, step: f64, row: &Map<String, Value>) {
         for (key, value) in row {
-            let Some((_, name)) = key.split_once('/') else { continue };
+            let Some((_, name)) = key.split_once('/') else {
+                continue;
+            };
             let value = match value {
                 Value::Null => f64::NAN,
                 other => match other.as_f64() {
@@ -58,7 +63,10 @@ impl Metrics {
 
     /// The points of a key, if it was logged.
     pub(crate) fn get(&self, key: &str) -> Option<&[(f64, f64)]> {
-        self.keys.iter().find(|k| k.0 == key).map(|k| k.1.as_slice())
+        self.keys
+            .iter()
+            .find(|k| k.0 == key)
+            .map(|k| k.1.as_slice())
     }
 
     /// All keys that were logged.
@@ -73,7 +81,9 @@ impl Metrics {
 
     /// Two keys' values at the steps that have both.
     pub(crate) fn pairs(&self, x: &str, y: &str) -> Vec<(f64, f64)> {
-        let (Some(xs), Some(ys)) = (self.get(x), self.get(y)) else { return Vec::new() };
+        let (Some(xs), Some(ys)) = (self.get(x), self.get(y)) else {
+            return Vec::new();
+        };
         let mut at = 0;
         let mut out = Vec::new();
         for (step, value) in ys {

@@ -66,16 +66,28 @@ pub fn build(dir: &Path) -> anyhow::Result<PathBuf> {
         metrics.push(Metrics::read(&folder.join("metrics.jsonl"))?);
     }
     let names = evaluations.iter().map(|e| e.1.baseline.clone());
-    let names = names.chain(evaluations.iter().flat_map(|e| e.1.models.iter().map(|m| m.name.clone())));
+    let names = names.chain(
+        evaluations
+            .iter()
+            .flat_map(|e| e.1.models.iter().map(|m| m.name.clone())),
+    );
     let palette = Palette::new(names.chain(run.stages.iter().map(|s| s.name.clone())));
     let text = |name: &str| std::fs::read_to_string(dir.join(name)).ok();
-    let material = Material { evaluations, metrics, recipe: text("recipe.toml"), plan: text("plan.json"), palette, run };
+    let material = Material {
+        evaluations,
+        metrics,
+        recipe: text("recipe.toml"),
+        plan: text("plan.json"),
+        palette,
+        run,
+    };
     let path = dir.join("report.html");
     write(&path, page::page(&material)?.as_bytes())?;
     Ok(path)
 }
 
 fn read<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
     serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display()))
 }

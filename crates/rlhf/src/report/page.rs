@@ -19,7 +19,11 @@ pub(crate) struct Section {
 impl Section {
     /// A section of HTML.
     pub(crate) fn new(id: impl Into<String>, title: impl Into<String>, body: String) -> Self {
-        Self { id: id.into(), title: title.into(), body }
+        Self {
+            id: id.into(),
+            title: title.into(),
+            body,
+        }
     }
 }
 
@@ -32,9 +36,21 @@ pub(crate) fn page(m: &Material) -> anyhow::Result<String> {
     sections.push(training::section(m)?);
     sections.push(behind::time(m)?);
     sections.push(behind::repeat(m)?);
-    let nav: String = sections.iter().map(|s| format!("<a href=\"#{}\">{}</a>", s.id, escape(&s.title))).collect();
-    let body: String =
-        sections.iter().map(|s| format!("<section id=\"{}\">\n<h2>{}</h2>\n{}</section>\n", s.id, escape(&s.title), s.body)).collect();
+    let nav: String = sections
+        .iter()
+        .map(|s| format!("<a href=\"#{}\">{}</a>", s.id, escape(&s.title)))
+        .collect();
+    let body: String = sections
+        .iter()
+        .map(|s| {
+            format!(
+                "<section id=\"{}\">\n<h2>{}</h2>\n{}</section>\n",
+                s.id,
+                escape(&s.title),
+                s.body
+            )
+        })
+        .collect();
     let head = verdict::header(m)?;
     let title = escape(&m.run.title);
     Ok(format!(

@@ -26,7 +26,7 @@ type Size = (u32, u32);
 /// One of many.
 const SMALL: Size = (280, 165);
 /// One of two.
-pub(crate) const LARGE: Size = (470, 270);
+pub(crate) const LARGE: Size = (420, 250);
 
 /// What a plot shows. Points that are not finite are left out.
 #[derive(Clone, Debug)]
@@ -38,7 +38,12 @@ pub(crate) enum Mark {
     /// Dots of a radius in pixels.
     Dots(Vec<Point>, usize, u32),
     /// A vertical interval at `x`.
-    Whisker { x: f64, low: f64, high: f64, colour: usize },
+    Whisker {
+        x: f64,
+        low: f64,
+        high: f64,
+        colour: usize,
+    },
     /// A dashed line of reference. It does not widen the axes.
     Reference(Point, Point),
 }
@@ -74,27 +79,64 @@ pub(crate) struct Curves {
 
 /// Curves over steps: every value thin, the moving average bold.
 pub(crate) fn curves(series: &[Series<'_>], about: &str) -> anyhow::Result<Option<Curves>> {
-    let finite: Vec<(Vec<Point>, usize)> = series.iter().map(|s| (finite(s.points), s.colour)).filter(|s| !s.0.is_empty()).collect();
-    let mut values: Vec<f64> = finite.iter().flat_map(|s| s.0.iter().map(|p| p.1)).collect();
+    let finite: Vec<(Vec<Point>, usize)> = series
+        .iter()
+        .map(|s| (finite(s.points), s.colour))
+        .filter(|s| !s.0.is_empty())
+        .collect();
+    let mut values: Vec<f64> = finite
+        .iter()
+        .flat_map(|s| s.0.iter().map(|p| p.1))
+        .collect();
     values.sort_by(f64::total_cmp);
-    let Some(((low, high), cut)) = limits(&values) else { return Ok(None) };
-    let last = finite.iter().flat_map(|s| s.0.iter().map(|p| p.0)).fold(f64::NEG_INFINITY, f64::max);
-    let first = finite.iter().flat_map(|s| s.0.iter().map(|p| p.0)).fold(f64::INFINITY, f64::min);
+    let Some(((low, high), cut)) = limits(&values) else {
+        return Ok(None);
+    };
+    let last = finite
+        .iter()
+        .flat_map(|s| s.0.iter().map(|p| p.0))
+        .fold(f64::NEG_INFINITY, f64::max);
+    let first = finite
+        .iter()
+        .flat_map(|s| s.0.iter().map(|p| p.0))
+        .fold(f64::INFINITY, f64::min);
     let mut marks = Vec::new();
     for (points, colour) in &finite {
         let clamped: Vec<Point> = points.iter().map(|p| (p.0, p.1.clamp(low, high))).collect();
         if clamped.len() < 8 {
             marks.push(Mark::Dots(clamped.clone(), *colour, 3));
             marks.push(Mark::Bold(clamped, *colour));
+        } else if is_smooth(&clamped) {
+            marks.push(Mark::Bold(envelope(&clamped), *colour));
         } else {
             marks.push(Mark::Thin(envelope(&clamped), *colour));
             marks.push(Mark::Bold(thinned(&smooth(&clamped)), *colour));
         }
     }
-    let x = Axis { label: "", range: (last > first).then_some((first, last)) };
-    let y = Axis { label: "", range: (high > low).then(|| padded(low, high)) };
+    let x = Axis {
+        label: "",
+        range: (last > first).then_some((first, last)),
+    };
+    let y = Axis {
+        label: "",
+        range: Some(padded(low, high)),
+    };
     let beyond = cut.then(|| (values[0], values[values.len() - 1]));
     Ok(draw(&marks, SMALL, x, y, about)?.map(|svg| Curves { svg, beyond }))
+}
+
+/// Whether neighbours lie on a line, nearly: a schedule, say. Its average would only blur it.
+fn is_smooth(points: &[Point]) -> bool {
+    let (low, high) = points
+        .iter()
+        .fold((f64::INFINITY, f64::NEG_INFINITY), |a, p| {
+            (a.0.min(p.1), a.1.max(p.1))
+        });
+    let bend: f64 = points
+        .windows(3)
+        .map(|w| (w[1].1 - 0.5 * (w[0].1 + w[2].1)).abs())
+        .sum();
+    bend <= 0.005 * (high - low) * points.len() as f64
 }
 
 /// The range of sorted values, without the outermost percent when that lies far out; and whether.
@@ -110,7 +152,13 @@ fn limits(sorted: &[f64]) -> Option<(Point, bool)> {
 }
 
 /// Draws marks; `None` when no point is finite.
-pub(crate) fn draw(marks: &[Mark], size: Size, x: Axis<'_>, y: Axis<'_>, about: &str) -> anyhow::Result<Option<String>> {
+pub(crate) fn draw(
+    marks: &[Mark],
+    size: Size,
+    x: Axis<'_>,
+    y: Axis<'_>,
+    about: &str,
+) -> anyhow::Result<Option<String>> {
     let (mut xs, mut ys) = (Vec::new(), Vec::new());
     for mark in marks {
         let points = match mark {
@@ -121,22 +169,38 @@ pub(crate) fn draw(marks: &[Mark], size: Size, x: Axis<'_>, y: Axis<'_>, about: 
         xs.extend(points.iter().map(|p| p.0));
         ys.extend(points.iter().map(|p| p.1));
     }
-    let (Some(xr), Some(yr)) = (x.range.or_else(|| spread(&xs)), y.range.or_else(|| spread(&ys))) else { return Ok(None) };
+    let (Some(xr), Some(yr)) = (
+        x.range.or_else(|| spread(&xs)),
+        y.range.or_else(|| spread(&ys)),
+    ) else {
+        return Ok(None);
+    };
     if xs.is_empty() {
         return Ok(None);
     }
     let mut svg = String::new();
     {
-        let area = SVGBackend::with_string(&mut svg, (size.0 * SCALE, size.1 * SCALE)).into_drawing_area();
-        let room = |label: &str, without: u32| SCALE * if label.is_empty() { without } else { without + FONT + 4 };
+        let area =
+            SVGBackend::with_string(&mut svg, (size.0 * SCALE, size.1 * SCALE)).into_drawing_area();
+        let room = |label: &str, without: u32| {
+            SCALE
+                * if label.is_empty() {
+                    without
+                } else {
+                    without + FONT + 4
+                }
+        };
+        let y_room = if has_exponent(yr) { 52 } else { 44 };
         let mut chart = ChartBuilder::on(&area)
             .margin_top(SCALE * 6)
             .margin_right(SCALE * 10)
-            .x_label_area_size(room(x.label, 18))
-            .y_label_area_size(room(y.label, 38))
+            .x_label_area_size(room(x.label, 20))
+            .y_label_area_size(room(y.label, y_room))
             .build_cartesian_2d(xr.0..xr.1, yr.0..yr.1)
             .map_err(failed)?;
-        let style = ("sans-serif", FONT * SCALE * 5 / 4).into_font().color(&TEXT);
+        let style = ("sans-serif", FONT * SCALE * 5 / 4)
+            .into_font()
+            .color(&TEXT);
         chart
             .configure_mesh()
             .disable_x_mesh()
@@ -162,31 +226,59 @@ pub(crate) fn draw(marks: &[Mark], size: Size, x: Axis<'_>, y: Axis<'_>, about: 
     Ok(Some(themed(&svg, size, about)))
 }
 
-type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<plotters::coord::types::RangedCoordf64, plotters::coord::types::RangedCoordf64>>;
+type Chart<'a, 'b> = ChartContext<
+    'a,
+    SVGBackend<'b>,
+    Cartesian2d<plotters::coord::types::RangedCoordf64, plotters::coord::types::RangedCoordf64>,
+>;
 
 fn paint(chart: &mut Chart<'_, '_>, mark: &Mark) -> anyhow::Result<()> {
     match mark {
         Mark::Thin(points, c) => {
             let style = placeholder(*c).mix(0.3).stroke_width(SCALE);
-            chart.draw_series(LineSeries::new(finite(points), style)).map_err(failed)?;
+            chart
+                .draw_series(LineSeries::new(finite(points), style))
+                .map_err(failed)?;
         }
         Mark::Bold(points, c) => {
             let style = placeholder(*c).stroke_width(2 * SCALE);
-            chart.draw_series(LineSeries::new(finite(points), style)).map_err(failed)?;
+            chart
+                .draw_series(LineSeries::new(finite(points), style))
+                .map_err(failed)?;
         }
         Mark::Dots(points, c, radius) => {
-            let style = if *radius < 3 { placeholder(*c).mix(0.45) } else { placeholder(*c).mix(1.0) };
-            let dots = finite(points).into_iter().map(|p| Circle::new(p, radius * SCALE, style.filled()));
+            let style = if *radius < 3 {
+                placeholder(*c).mix(0.45)
+            } else {
+                placeholder(*c).mix(1.0)
+            };
+            let dots = finite(points)
+                .into_iter()
+                .map(|p| Circle::new(p, radius * SCALE, style.filled()));
             chart.draw_series(dots).map_err(failed)?;
         }
-        Mark::Whisker { x, low, high, colour } => {
+        Mark::Whisker {
+            x,
+            low,
+            high,
+            colour,
+        } => {
             let style = placeholder(*colour).stroke_width(3 * SCALE / 2);
-            chart.draw_series(LineSeries::new(finite(&[(*x, *low), (*x, *high)]), style)).map_err(failed)?;
+            chart
+                .draw_series(LineSeries::new(finite(&[(*x, *low), (*x, *high)]), style))
+                .map_err(failed)?;
         }
         Mark::Reference(from, to) => {
             let (dash, gap) = (4 * SCALE as i32, 4 * SCALE as i32);
             let ends = finite(&[*from, *to]);
-            chart.draw_series(DashedLineSeries::new(ends, dash as u32, gap as u32, TEXT.mix(0.7).stroke_width(SCALE))).map_err(failed)?;
+            chart
+                .draw_series(DashedLineSeries::new(
+                    ends,
+                    dash as u32,
+                    gap as u32,
+                    TEXT.mix(0.7).stroke_width(SCALE),
+                ))
+                .map_err(failed)?;
         }
     }
     Ok(())
@@ -203,7 +295,11 @@ fn placeholder(colour: usize) -> RGBColor {
 
 fn finite(points: &[Point]) -> Vec<Point> {
     // Numbers near the ends of f64 overflow when a range is made of them.
-    points.iter().copied().filter(|p| p.0.abs() < 1e300 && p.1.abs() < 1e300).collect()
+    points
+        .iter()
+        .copied()
+        .filter(|p| p.0.abs() < 1e300 && p.1.abs() < 1e300)
+        .collect()
 }
 
 fn spread(values: &[f64]) -> Option<Point> {
@@ -212,34 +308,65 @@ fn spread(values: &[f64]) -> Option<Point> {
     (low <= high).then(|| padded(low, high))
 }
 
-/// A range with a little room on both sides. What is never negative starts at 0 at the least.
+/// A range with a little room on both sides; much room around a constant. What is never negative
+/// starts at 0 at the least.
 fn padded(low: f64, high: f64) -> Point {
-    let pad = if high > low { 0.06 * (high - low) } else { low.abs().max(1.0) * 0.1 };
-    let pad = pad.max(low.abs().max(high.abs()) * 1e-9);
-    (if low >= 0.0 { (low - pad).max(0.0) } else { low - pad }, high + pad)
+    let largest = low.abs().max(high.abs());
+    let pad = match high - low {
+        span if span > 1e-9 * largest => 0.06 * span,
+        _ if largest > 0.0 => 0.5 * largest,
+        _ => 1.0,
+    };
+    (
+        if low >= 0.0 {
+            (low - pad).max(0.0)
+        } else {
+            low - pad
+        },
+        high + pad,
+    )
+}
+
+/// Whether the labels of a range are written as 1e5.
+fn has_exponent((low, high): Point) -> bool {
+    !(1e-3..1e5).contains(&low.abs().max(high.abs()))
 }
 
 /// A tick's label, with as many decimals as the range asks for.
 fn tick(v: f64, (low, high): Point) -> String {
-    let (span, largest) = (high - low, low.abs().max(high.abs()));
+    let span = high - low;
     if v.abs() < span * 1e-9 {
         return "0".into();
     }
-    if !(1e-3..1e5).contains(&largest) {
+    if has_exponent((low, high)) {
         return format!("{v:.1e}").replace(".0e", "e").replace('-', "−");
     }
     let decimals = (1.0 - (span / 8.0).log10().floor()).clamp(0.0, 7.0) as usize;
     let text = format!("{v:.decimals$}");
-    let text = if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
+    let text = if text.contains('.') {
+        text.trim_end_matches('0').trim_end_matches('.')
+    } else {
+        &text
+    };
     text.replace('-', "−")
 }
 
 /// Lets the page's style decide on size and colours.
 fn themed(svg: &str, size: Size, about: &str) -> String {
-    let fixed = format!("<svg width=\"{}\" height=\"{}\"", size.0 * SCALE, size.1 * SCALE);
+    let fixed = format!(
+        "<svg width=\"{}\" height=\"{}\"",
+        size.0 * SCALE,
+        size.1 * SCALE
+    );
     let about = super::html::escape(about);
-    let mut out = svg.replacen(&fixed, &format!("<svg class=\"plot\" role=\"img\" aria-label=\"{about}\""), 1);
-    out = out.replacen(" xmlns=\"http://www.w3.org/2000/svg\"", "", 1).replace(" font-family=\"sans-serif\"", "");
+    let mut out = svg.replacen(
+        &fixed,
+        &format!("<svg class=\"plot\" role=\"img\" aria-label=\"{about}\""),
+        1,
+    );
+    out = out
+        .replacen(" xmlns=\"http://www.w3.org/2000/svg\"", "", 1)
+        .replace(" font-family=\"sans-serif\"", "");
     let mut named = vec![(TEXT, "muted".to_owned()), (GRID, "line".to_owned())];
     named.extend((0..COLOURS).map(|i| (placeholder(i), format!("c{i}"))));
     for (c, name) in named {
@@ -249,7 +376,9 @@ fn themed(svg: &str, size: Size, about: &str) -> String {
             out = out.replace(&from, &format!("style=\"{attribute}:var(--{name})\""));
         }
     }
-    out.replace(" opacity=\"1\"", "").replace(" stroke=\"none\" stroke-width=\"1\"", "").replace('\n', "")
+    out.replace(" opacity=\"1\"", "")
+        .replace(" stroke=\"none\" stroke-width=\"1\"", "")
+        .replace('\n', "")
 }
 
 /// At most `BUCKETS` points and the last one.
@@ -270,8 +399,17 @@ fn envelope(points: &[Point]) -> Vec<Point> {
     let mut out = Vec::with_capacity(2 * BUCKETS);
     for bucket in points.chunks(points.len().div_ceil(BUCKETS)) {
         let by_value = |a: &&Point, b: &&Point| a.1.total_cmp(&b.1);
-        let (Some(low), Some(high)) = (bucket.iter().min_by(by_value), bucket.iter().max_by(by_value)) else { continue };
-        if low.0 <= high.0 { out.extend([*low, *high]) } else { out.extend([*high, *low]) }
+        let (Some(low), Some(high)) = (
+            bucket.iter().min_by(by_value),
+            bucket.iter().max_by(by_value),
+        ) else {
+            continue;
+        };
+        if low.0 <= high.0 {
+            out.extend([*low, *high])
+        } else {
+            out.extend([*high, *low])
+        }
     }
     out
 }
@@ -302,9 +440,14 @@ mod tests {
 
     #[test]
     fn plots_take_the_page_s_colours() {
-        let points: Vec<Point> = (0..500).map(|i| (f64::from(i), (f64::from(i) / 100.0).sin())).collect();
+        let points: Vec<Point> = (0..500)
+            .map(|i| (f64::from(i), (f64::from(i) / 100.0).sin()))
+            .collect();
         let svg = one(&points).unwrap().svg;
-        assert!(svg.contains("var(--c1)") && svg.contains("var(--muted)") && svg.contains("viewBox"), "{svg}");
+        assert!(
+            svg.contains("var(--c1)") && svg.contains("var(--muted)") && svg.contains("viewBox"),
+            "{svg}"
+        );
         assert!(!svg.contains("#0") && !svg.contains("http"), "{svg}");
     }
 
@@ -314,14 +457,32 @@ mod tests {
         for points in [
             vec![(0.0, 3.0)],
             vec![(5.0, 0.0), (5.0, 0.0)],
-            vec![(0.0, f64::INFINITY), (1.0, 2.0), (2.0, f64::NAN), (3.0, 1e-12)],
+            vec![
+                (0.0, f64::INFINITY),
+                (1.0, 2.0),
+                (2.0, f64::NAN),
+                (3.0, 1e-12),
+            ],
             vec![(0.0, -1e308), (1.0, 1e308), (2.0, 1.0)],
             vec![(0.0, 1e299), (1.0, -1e299)],
             vec![(0.0, 7.0 + 1e-15), (1.0, 7.0)],
         ] {
-            assert!(one(&points).is_some_and(|c| c.svg.contains("</svg>")), "{points:?}");
+            assert!(
+                one(&points).is_some_and(|c| c.svg.contains("</svg>")),
+                "{points:?}"
+            );
         }
-        assert!(draw(&[Mark::Reference((0.0, 0.0), (1.0, 1.0))], LARGE, Axis::default(), Axis::default(), "").unwrap().is_none());
+        assert!(
+            draw(
+                &[Mark::Reference((0.0, 0.0), (1.0, 1.0))],
+                LARGE,
+                Axis::default(),
+                Axis::default(),
+                ""
+            )
+            .unwrap()
+            .is_none()
+        );
     }
 
     #[test]
@@ -347,9 +508,26 @@ mod tests {
     #[test]
     fn the_average_by_hand() {
         // Two to each side: (0+3+3)/3, (0+3+3+0)/4, (0+3+3+0+9)/5, (3+3+0+9)/4, (3+0+9)/3.
-        let points: Vec<Point> = [0.0, 3.0, 3.0, 0.0, 9.0].iter().enumerate().map(|(i, v)| (i as f64, *v)).collect();
+        let points: Vec<Point> = [0.0, 3.0, 3.0, 0.0, 9.0]
+            .iter()
+            .enumerate()
+            .map(|(i, v)| (i as f64, *v))
+            .collect();
         let means: Vec<f64> = smooth(&points).iter().map(|p| p.1).collect();
         assert_eq!(means, [2.0, 1.5, 3.0, 3.75, 4.0]);
+    }
+
+    #[test]
+    fn a_schedule_is_not_blurred() {
+        let ramp: Vec<Point> = (0..100)
+            .map(|i| (f64::from(i), f64::from(i.min(10))))
+            .collect();
+        let noisy: Vec<Point> = (0..100).map(|i| (f64::from(i), f64::from(i % 2))).collect();
+        assert!(is_smooth(&ramp) && !is_smooth(&noisy) && is_smooth(&[(0.0, 1.0); 9]));
+        assert_eq!(
+            (padded(0.02, 0.02), padded(0.0, 0.0), padded(-1.0, 1.0)),
+            ((0.01, 0.03), (0.0, 1.0), (-1.12, 1.12))
+        );
     }
 
     #[test]

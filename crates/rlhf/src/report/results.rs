@@ -21,22 +21,52 @@ struct Column<'a> {
 
 /// Tables: heading, and the keys in it.
 const TABLES: [(&str, &[&str]); 2] = [
-    ("How good", &["gold", "win_rate", "reward", "pair_accuracy", "margin"]),
-    ("What it costs, and how the text changed", &["kl", "length", "stopped", "distinct1", "distinct2"]),
+    (
+        "How good",
+        &["gold", "win_rate", "reward", "pair_accuracy", "margin"],
+    ),
+    (
+        "What it costs, and how the text changed",
+        &["kl", "length", "stopped", "distinct1", "distinct2"],
+    ),
 ];
 
 /// What the keys mean.
 const MEANING: [(&str, &str); 10] = [
-    ("gold", "score of the gold judge, which no model was trained on"),
-    ("win_rate", "share of prompts where the gold judge prefers this model's reply to the baseline's; ties count half"),
-    ("kl", "mean of log π − log π₀ over whole completions drawn from π, where π₀ is the baseline"),
+    (
+        "gold",
+        "score of the gold judge, which no model was trained on",
+    ),
+    (
+        "win_rate",
+        "share of prompts where the gold judge prefers this model's reply to the baseline's; ties count half",
+    ),
+    (
+        "kl",
+        "mean of log π − log π₀ over whole completions drawn from π, where π₀ is the baseline",
+    ),
     ("reward", "score of the reward model: what training saw"),
     ("length", "tokens a completion"),
-    ("stopped", "share of completions that end by themselves before the limit"),
-    ("distinct1", "different words as a share of all words written"),
-    ("distinct2", "different pairs of neighbouring words as a share of all"),
-    ("pair_accuracy", "share of held-out pairs where the chosen completion gains more log-probability over the baseline than the rejected one; for the baseline itself: where it is the likelier one"),
-    ("margin", "by how many nats, on average; the baseline's is not comparable with the others'"),
+    (
+        "stopped",
+        "share of completions that end by themselves before the limit",
+    ),
+    (
+        "distinct1",
+        "different words as a share of all words written",
+    ),
+    (
+        "distinct2",
+        "different pairs of neighbouring words as a share of all",
+    ),
+    (
+        "pair_accuracy",
+        "share of held-out pairs where the chosen completion gains more log-probability over the baseline than the rejected one; for the baseline itself: where it is the likelier one",
+    ),
+    (
+        "margin",
+        "by how many nats, on average; the baseline's is not comparable with the others'",
+    ),
 ];
 
 /// A section for each evaluation.
@@ -45,8 +75,20 @@ pub(crate) fn sections(m: &Material) -> Result<Vec<Section>, std::fmt::Error> {
         .iter()
         .enumerate()
         .map(|(i, (stage, e))| {
-            let title = if m.evaluations.len() == 1 { "Results".to_owned() } else { format!("Results of {stage}") };
-            Ok(Section::new(if i == 0 { "results".into() } else { format!("results-{}", i + 1) }, title, tables(m, e)?))
+            let title = if m.evaluations.len() == 1 {
+                "Results".to_owned()
+            } else {
+                format!("Results of {stage}")
+            };
+            Ok(Section::new(
+                if i == 0 {
+                    "results".into()
+                } else {
+                    format!("results-{}", i + 1)
+                },
+                title,
+                tables(m, e)?,
+            ))
         })
         .collect()
 }
@@ -55,14 +97,28 @@ fn column(key: &str) -> Column<'_> {
     let up = ["gold", "win_rate", "reward", "stopped", "pair_accuracy"];
     let wanted = up.contains(&key).then_some(Change::Above);
     match MEASURES.iter().find(|x| x.key == key) {
-        Some(x) => Column { key, heading: x.heading, percent: x.percent, wanted },
-        None => Column { key, heading: key, percent: false, wanted },
+        Some(x) => Column {
+            key,
+            heading: x.heading,
+            percent: x.percent,
+            wanted,
+        },
+        None => Column {
+            key,
+            heading: key,
+            percent: false,
+            wanted,
+        },
     }
 }
 
 fn tables(m: &Material, e: &Evaluation) -> Result<String, std::fmt::Error> {
     let mut out = String::new();
-    let mut keys: Vec<&str> = e.models.iter().flat_map(|r| r.measures.keys().map(String::as_str)).collect();
+    let mut keys: Vec<&str> = e
+        .models
+        .iter()
+        .flat_map(|r| r.measures.keys().map(String::as_str))
+        .collect();
     keys.sort_unstable();
     keys.dedup();
     if keys.is_empty() {
@@ -75,9 +131,21 @@ fn tables(m: &Material, e: &Evaluation) -> Result<String, std::fmt::Error> {
         escape(&e.baseline)
     )?;
     let known: Vec<&str> = TABLES.iter().flat_map(|t| t.1).copied().collect();
-    let others: Vec<&str> = keys.iter().copied().filter(|k| !known.contains(k)).collect();
-    for (heading, wanted) in TABLES.iter().copied().chain([("Other measures", others.as_slice())]) {
-        let columns: Vec<Column<'_>> = wanted.iter().filter(|k| keys.contains(*k)).map(|k| column(k)).collect();
+    let others: Vec<&str> = keys
+        .iter()
+        .copied()
+        .filter(|k| !known.contains(k))
+        .collect();
+    for (heading, wanted) in TABLES
+        .iter()
+        .copied()
+        .chain([("Other measures", others.as_slice())])
+    {
+        let columns: Vec<Column<'_>> = wanted
+            .iter()
+            .filter(|k| keys.contains(*k))
+            .map(|k| column(k))
+            .collect();
         if columns.is_empty() {
             continue;
         }
@@ -94,7 +162,17 @@ fn tables(m: &Material, e: &Evaluation) -> Result<String, std::fmt::Error> {
 
 fn one(m: &Material, e: &Evaluation, columns: &[Column<'_>], out: &mut String) -> std::fmt::Result {
     let headings: Vec<String> = std::iter::once(String::new())
-        .chain(columns.iter().map(|c| format!("{}{}", escape(c.heading), if c.wanted.is_some() { " <small>↑ better</small>" } else { "" })))
+        .chain(columns.iter().map(|c| {
+            format!(
+                "{}{}",
+                escape(c.heading),
+                if c.wanted.is_some() {
+                    " <small>↑ better</small>"
+                } else {
+                    ""
+                }
+            )
+        }))
         .collect();
     let base = e.models.iter().find(|r| r.name == e.baseline);
     let mut rows = Vec::new();
@@ -108,12 +186,25 @@ fn one(m: &Material, e: &Evaluation, columns: &[Column<'_>], out: &mut String) -
     table(&headings, &rows, out)
 }
 
-fn cell(e: &Evaluation, c: &Column<'_>, row: &ModelRow, base: Option<&ModelRow>, colour: usize) -> Result<String, std::fmt::Error> {
-    let Some(own) = row.measures.get(c.key) else { return Ok("<span class=\"muted\">–</span>".into()) };
+fn cell(
+    e: &Evaluation,
+    c: &Column<'_>,
+    row: &ModelRow,
+    base: Option<&ModelRow>,
+    colour: usize,
+) -> Result<String, std::fmt::Error> {
+    let Some(own) = row.measures.get(c.key) else {
+        return Ok("<span class=\"muted\">–</span>".into());
+    };
     let show = if c.percent { percent } else { number };
     let against = match c.key {
         // Even odds.
-        "win_rate" => Some(Interval { value: 0.5, low: 0.5, high: 0.5, n: own.n }),
+        "win_rate" => Some(Interval {
+            value: 0.5,
+            low: 0.5,
+            high: 0.5,
+            n: own.n,
+        }),
         // The baseline's margin is one of log-probs, the others' is one of their change: see MEANING.
         "margin" => None,
         key => base.and_then(|b| b.measures.get(key)).copied(),
@@ -132,13 +223,33 @@ fn cell(e: &Evaluation, c: &Column<'_>, row: &ModelRow, base: Option<&ModelRow>,
         show(own.high)
     );
     // One scale a column, so that rows can be compared by eye.
-    let all = e.models.iter().filter_map(|r| r.measures.get(c.key)).chain(&against);
-    let (low, high) = all.filter(|i| i.low.is_finite() && i.high.is_finite()).fold((f64::INFINITY, f64::NEG_INFINITY), |a, i| (a.0.min(i.low), a.1.max(i.high)));
-    if ![high - low, own.low, own.high, own.value].iter().all(|x| x.is_finite()) {
+    let all = e
+        .models
+        .iter()
+        .filter_map(|r| r.measures.get(c.key))
+        .chain(&against);
+    let (low, high) = all
+        .filter(|i| i.low.is_finite() && i.high.is_finite())
+        .fold((f64::INFINITY, f64::NEG_INFINITY), |a, i| {
+            (a.0.min(i.low), a.1.max(i.high))
+        });
+    if ![high - low, own.low, own.high, own.value]
+        .iter()
+        .all(|x| x.is_finite())
+    {
         return Ok(out);
     }
-    let at = |x: f64| if high > low { 5.0 + 100.0 * (x - low) / (high - low) } else { 55.0 };
-    write!(out, "<svg class=\"whisker\" viewBox=\"0 0 110 12\" aria-hidden=\"true\">")?;
+    let at = |x: f64| {
+        if high > low {
+            5.0 + 100.0 * (x - low) / (high - low)
+        } else {
+            55.0
+        }
+    };
+    write!(
+        out,
+        "<svg class=\"whisker\" viewBox=\"0 0 110 12\" aria-hidden=\"true\">"
+    )?;
     if let Some(a) = against.filter(|a| a.value.is_finite()) {
         write!(out, "<path class=\"base\" d=\"M{:.1} 0V12\"/>", at(a.value))?;
     }

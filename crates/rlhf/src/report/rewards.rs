@@ -17,33 +17,68 @@ pub(crate) fn against_kl(m: &Material) -> anyhow::Result<Option<Section>> {
     let (mut marks, mut names) = (Vec::new(), Vec::new());
     for (stage, metrics) in m.run.stages.iter().zip(&m.metrics) {
         let points = metrics.pairs("kl", "reward");
-        let Some(end) = path(&points).last().copied() else { continue };
+        let Some(end) = path(&points).last().copied() else {
+            continue;
+        };
         let colour = m.palette.of(&stage.name);
-        marks.extend([Mark::Dots(sparse(&points), colour, 2), Mark::Bold(path(&points), colour), Mark::Dots(vec![end], colour, 5)]);
+        marks.extend([
+            Mark::Dots(sparse(&points), colour, 2),
+            Mark::Bold(path(&points), colour),
+            Mark::Dots(vec![end], colour, 5),
+        ]);
         names.push(m.palette.key(&stage.name));
     }
     let about = "reward against KL over training";
     if let Some(svg) = plot::draw(&marks, LARGE, Axis::named(KL), Axis::named("reward"), about)? {
-        figure("In training: the reward that was maximised", &names, &svg, "small dots are steps, the line their moving average, the large dot the end", &mut figures)?;
+        figure(
+            "In training: the reward that was maximised",
+            &names,
+            &svg,
+            "small dots are steps, the line their moving average, the large dot the end",
+            &mut figures,
+        )?;
     }
     for (_, e) in &m.evaluations {
         let (mut marks, mut names) = (Vec::new(), Vec::new());
         for row in &e.models {
-            let (Some(kl), Some(gold)) = (row.measures.get("kl"), row.measures.get("gold")) else { continue };
+            let (Some(kl), Some(gold)) = (row.measures.get("kl"), row.measures.get("gold")) else {
+                continue;
+            };
             let colour = m.palette.of(&row.name);
-            marks.push(Mark::Whisker { x: kl.value, low: gold.low, high: gold.high, colour });
+            marks.push(Mark::Whisker {
+                x: kl.value,
+                low: gold.low,
+                high: gold.high,
+                colour,
+            });
             marks.push(Mark::Dots(vec![(kl.value, gold.value)], colour, 4));
             names.push(m.palette.key(&row.name));
         }
-        if let Some(svg) = plot::draw(&marks, LARGE, Axis::named(KL), Axis::named("gold score"), "gold score against KL of the finished models")? {
-            figure("On held-out prompts: what the gold judge finds", &names, &svg, "each finished model with its 95 % interval", &mut figures)?;
+        if let Some(svg) = plot::draw(
+            &marks,
+            LARGE,
+            Axis::named(KL),
+            Axis::named("gold score"),
+            "gold score against KL of the finished models",
+        )? {
+            figure(
+                "On held-out prompts: what the gold judge finds",
+                &names,
+                &svg,
+                "each finished model with its 95 % interval",
+                &mut figures,
+            )?;
         }
     }
     if figures.is_empty() {
         return Ok(None);
     }
     let text = "<p>A policy buys reward with distance from where it began. If the reward goes on rising with KL while the gold score does not, the reward model is being exploited.</p>";
-    Ok(Some(Section::new("kl", "Reward against KL", format!("{text}\n<div class=\"plots two\">\n{figures}</div>\n"))))
+    Ok(Some(Section::new(
+        "kl",
+        "Reward against KL",
+        format!("{text}\n<div class=\"plots two\">\n{figures}</div>\n"),
+    )))
 }
 
 /// Both coordinates' moving averages, in the order of training.
@@ -51,8 +86,16 @@ fn path(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     if points.is_empty() {
         return Vec::new();
     }
-    let average = |pick: fn(&(f64, f64)) -> f64| plot::smooth(&points.iter().map(|p| (0.0, pick(p))).collect::<Vec<_>>());
-    sparse(&average(|p| p.0).into_iter().zip(average(|p| p.1)).map(|(x, y)| (x.1, y.1)).collect::<Vec<_>>())
+    let average = |pick: fn(&(f64, f64)) -> f64| {
+        plot::smooth(&points.iter().map(|p| (0.0, pick(p))).collect::<Vec<_>>())
+    };
+    sparse(
+        &average(|p| p.0)
+            .into_iter()
+            .zip(average(|p| p.1))
+            .map(|(x, y)| (x.1, y.1))
+            .collect::<Vec<_>>(),
+    )
 }
 
 fn sparse(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
@@ -69,7 +112,12 @@ pub(crate) fn reward_model(m: &Material) -> anyhow::Result<Option<Section>> {
     for s in m.run.stages.iter().filter(|s| s.kind == "reward") {
         let get = |k: &str| s.last.get(k).copied();
         let show = |x: Option<f64>| x.map_or_else(|| "–".into(), percent);
-        rows.push(vec![m.palette.key(&s.name), show(get("test_accuracy")), show(get("accuracy")), get("loss").map_or_else(|| "–".into(), number)]);
+        rows.push(vec![
+            m.palette.key(&s.name),
+            show(get("test_accuracy")),
+            show(get("accuracy")),
+            get("loss").map_or_else(|| "–".into(), number),
+        ]);
     }
     for (_, e) in &m.evaluations {
         if let Some(a) = &e.reward_model_accuracy {
@@ -84,7 +132,17 @@ pub(crate) fn reward_model(m: &Material) -> anyhow::Result<Option<Section>> {
         }
     }
     if !rows.is_empty() {
-        table(&["", "held-out pairs right", "training pairs right, last steps", "training loss, last steps"].map(String::from), &rows, &mut out)?;
+        table(
+            &[
+                "",
+                "held-out pairs right",
+                "training pairs right, last steps",
+                "training loss, last steps",
+            ]
+            .map(String::from),
+            &rows,
+            &mut out,
+        )?;
     }
     let mut figures = String::new();
     for (_, e) in &m.evaluations {
@@ -113,9 +171,27 @@ fn bins(margins: &[f64]) -> Vec<Bin> {
         .chunks(by_size.len().div_ceil(count).max(1))
         .map(|chunk| {
             let n = chunk.len() as f64;
-            let sure = chunk.iter().map(|x| 1.0 / (1.0 + (-x.abs()).exp())).sum::<f64>() / n;
-            let right: f64 = chunk.iter().map(|x| if *x > 0.0 { 1.0 } else if *x == 0.0 { 0.5 } else { 0.0 }).sum();
-            Bin { sure, right: share(right, chunk.len()) }
+            let sure = chunk
+                .iter()
+                .map(|x| 1.0 / (1.0 + (-x.abs()).exp()))
+                .sum::<f64>()
+                / n;
+            let right: f64 = chunk
+                .iter()
+                .map(|x| {
+                    if *x > 0.0 {
+                        1.0
+                    } else if *x == 0.0 {
+                        0.5
+                    } else {
+                        0.0
+                    }
+                })
+                .sum();
+            Bin {
+                sure,
+                right: share(right, chunk.len()),
+            }
         })
         .collect()
 }
@@ -123,19 +199,33 @@ fn bins(margins: &[f64]) -> Vec<Bin> {
 /// The mean gap between how sure and how right, weighted by pairs (expected calibration error).
 fn calibration_error(bins: &[Bin]) -> f64 {
     let n: usize = bins.iter().map(|b| b.right.n).sum();
-    bins.iter().map(|b| (b.sure - b.right.value).abs() * b.right.n as f64).sum::<f64>() / n.max(1) as f64
+    bins.iter()
+        .map(|b| (b.sure - b.right.value).abs() * b.right.n as f64)
+        .sum::<f64>()
+        / n.max(1) as f64
 }
 
 fn calibration(e: &Evaluation, out: &mut String) -> anyhow::Result<()> {
     let bins = bins(&e.reward_margins);
     let mut marks = vec![Mark::Reference((0.5, 0.5), (1.0, 1.0))];
     for b in &bins {
-        marks.push(Mark::Whisker { x: b.sure, low: b.right.low, high: b.right.high, colour: 1 });
+        marks.push(Mark::Whisker {
+            x: b.sure,
+            low: b.right.low,
+            high: b.right.high,
+            colour: 1,
+        });
         marks.push(Mark::Dots(vec![(b.sure, b.right.value)], 1, 4));
     }
     let lowest = bins.iter().map(|b| b.right.low).fold(0.5, f64::min);
-    let x = Axis { label: "how sure it is", range: Some((0.48, 1.01)) };
-    let y = Axis { label: "how often it is right", range: Some(((lowest - 0.03).max(0.0), 1.02)) };
+    let x = Axis {
+        label: "how sure it is",
+        range: Some((0.48, 1.01)),
+    };
+    let y = Axis {
+        label: "how often it is right",
+        range: Some(((lowest - 0.03).max(0.0), 1.02)),
+    };
     if let Some(svg) = plot::draw(&marks, LARGE, x, y, "calibration of the reward model")? {
         let note = format!(
             "{} held-out pairs in {} bins; on the dashed line it is as right as it is sure; mean gap {}",
@@ -153,8 +243,15 @@ fn agreement(m: &Material, e: &Evaluation, out: &mut String) -> anyhow::Result<(
     let mut marks = Vec::new();
     let (mut all, mut names) = (Vec::new(), Vec::new());
     for row in &e.models {
-        let answers = e.samples.iter().flat_map(|s| &s.answers).filter(|a| a.model == row.name);
-        let points: Vec<(f64, f64)> = answers.filter_map(|a| Some((a.reward?, a.gold?))).filter(|p| p.0.is_finite() && p.1.is_finite()).collect();
+        let answers = e
+            .samples
+            .iter()
+            .flat_map(|s| &s.answers)
+            .filter(|a| a.model == row.name);
+        let points: Vec<(f64, f64)> = answers
+            .filter_map(|a| Some((a.reward?, a.gold?)))
+            .filter(|p| p.0.is_finite() && p.1.is_finite())
+            .collect();
         if !points.is_empty() {
             all.extend_from_slice(&points);
             let colour = m.palette.of(&row.name);
@@ -162,9 +259,28 @@ fn agreement(m: &Material, e: &Evaluation, out: &mut String) -> anyhow::Result<(
             marks.push(Mark::Dots(points, colour, 3));
         }
     }
-    let Some(r) = correlation(&all) else { return Ok(()) };
-    if let Some(svg) = plot::draw(&marks, LARGE, Axis::named("reward"), Axis::named("gold score"), "gold score against reward of the samples")? {
-        let note = format!("the {} sampled replies of {}; correlation {}", all.len(), escape(&e.models.iter().map(|r| r.name.clone()).collect::<Vec<_>>().join(", ")), number(r));
+    let Some(r) = correlation(&all) else {
+        return Ok(());
+    };
+    if let Some(svg) = plot::draw(
+        &marks,
+        LARGE,
+        Axis::named("reward"),
+        Axis::named("gold score"),
+        "gold score against reward of the samples",
+    )? {
+        let note = format!(
+            "the {} sampled replies of {}; correlation {}",
+            all.len(),
+            escape(
+                &e.models
+                    .iter()
+                    .map(|r| r.name.clone())
+                    .collect::<Vec<_>>()
+                    .join(", ")
+            ),
+            number(r)
+        );
         figure("Does reward mean quality?", &names, &svg, &note, out)?;
     }
     Ok(())
@@ -173,8 +289,12 @@ fn agreement(m: &Material, e: &Evaluation, out: &mut String) -> anyhow::Result<(
 /// Pearson's correlation of at least five points that vary.
 fn correlation(points: &[(f64, f64)]) -> Option<f64> {
     let n = points.len() as f64;
-    let (mx, my) = (points.iter().map(|p| p.0).sum::<f64>() / n, points.iter().map(|p| p.1).sum::<f64>() / n);
-    let sum = |f: &dyn Fn(f64, f64) -> f64| points.iter().map(|p| f(p.0 - mx, p.1 - my)).sum::<f64>();
+    let (mx, my) = (
+        points.iter().map(|p| p.0).sum::<f64>() / n,
+        points.iter().map(|p| p.1).sum::<f64>() / n,
+    );
+    let sum =
+        |f: &dyn Fn(f64, f64) -> f64| points.iter().map(|p| f(p.0 - mx, p.1 - my)).sum::<f64>();
     let (xx, yy, xy) = (sum(&|x, _| x * x), sum(&|_, y| y * y), sum(&|x, y| x * y));
     (points.len() >= 5 && xx > 0.0 && yy > 0.0).then(|| xy / (xx * yy).sqrt())
 }
@@ -197,7 +317,11 @@ mod tests {
         // 400 pairs: 8 bins of 50, the least sure first.
         let many: Vec<f64> = (0..400).map(|i| f64::from(i) / 100.0).collect();
         let b = bins(&many);
-        assert!(b.len() == 8 && b.iter().all(|b| b.right.n == 50) && b.is_sorted_by(|a, b| a.sure < b.sure));
+        assert!(
+            b.len() == 8
+                && b.iter().all(|b| b.right.n == 50)
+                && b.is_sorted_by(|a, b| a.sure < b.sure)
+        );
     }
 
     #[test]

@@ -31,7 +31,7 @@ fn introduction(e: &Evaluation, out: &mut String) -> std::fmt::Result {
     let baseline = escape(&e.baseline);
     write!(
         out,
-        "<p>Replies to held-out prompts. A token is shaded by how much likelier (<span class=\"u4\">blue</span>) or less likely (<span class=\"d4\">orange</span>) the model that wrote it finds it than {baseline} does; point at a token for its numbers.</p>\n<p class=\"scale muted\">difference in nats "
+        "<p>Replies to held-out prompts. A token is shaded by how much likelier (<span class=\"u4\">blue</span>) or less likely (<span class=\"d4\">orange</span>) the model that wrote it finds it than {baseline} does; point at a token for its numbers.</p>\n<p class=\"scale muted\"><i>difference in nats</i>"
     )?;
     for i in (0..STEPS.len()).rev() {
         write!(out, "<span class=\"d{}\">−{}</span>", i + 1, STEPS[i])?;
@@ -43,11 +43,26 @@ fn introduction(e: &Evaluation, out: &mut String) -> std::fmt::Result {
     writeln!(out, "</p>")
 }
 
-fn sample(m: &Material, e: &Evaluation, s: &Sample, i: usize, out: &mut String) -> std::fmt::Result {
+fn sample(
+    m: &Material,
+    e: &Evaluation,
+    s: &Sample,
+    i: usize,
+    out: &mut String,
+) -> std::fmt::Result {
     let open = if i < OPEN { " open" } else { "" };
-    writeln!(out, "<details class=\"sample\"{open}><summary><q>{}</q></summary><div class=\"answers\">", escape(&s.prompt))?;
+    writeln!(
+        out,
+        "<details class=\"sample\"{open}><summary><q>{}</q></summary><div class=\"answers\">",
+        escape(&s.prompt)
+    )?;
     // Before stands before after.
-    for a in s.answers.iter().filter(|a| a.model == e.baseline).chain(s.answers.iter().filter(|a| a.model != e.baseline)) {
+    for a in s
+        .answers
+        .iter()
+        .filter(|a| a.model == e.baseline)
+        .chain(s.answers.iter().filter(|a| a.model != e.baseline))
+    {
         answer(m, a, out)?;
     }
     writeln!(out, "</div></details>")
@@ -69,7 +84,12 @@ fn answer(m: &Material, a: &Answer, out: &mut String) -> std::fmt::Result {
         let title = format!("log p {}, before {}", number(t.logprob), number(t.baseline));
         match shade(gap) {
             None => write!(out, "<span title=\"{title}\">{}</span>", escape(&t.text))?,
-            Some(class) => write!(out, "<span class=\"{class}\" title=\"{title}, difference {}\">{}</span>", number(gap), escape(&t.text))?,
+            Some(class) => write!(
+                out,
+                "<span class=\"{class}\" title=\"{title}, difference {}\">{}</span>",
+                number(gap),
+                escape(&t.text)
+            )?,
         }
     }
     writeln!(out, "</p></div>")
@@ -88,7 +108,10 @@ mod tests {
     #[test]
     fn shading_grows_with_the_difference() {
         assert_eq!([0.2, f64::NAN].map(shade), [None, None]);
-        let classes: Vec<_> = [0.25, -1.6, 9.0, f64::NEG_INFINITY].into_iter().filter_map(shade).collect();
+        let classes: Vec<_> = [0.25, -1.6, 9.0, f64::NEG_INFINITY]
+            .into_iter()
+            .filter_map(shade)
+            .collect();
         assert_eq!(classes, ["u1", "d3", "u5", "d5"]);
     }
 }

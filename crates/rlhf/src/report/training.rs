@@ -21,8 +21,20 @@ const MAIN: &[Group] = &[
     ("gold score", &[("gold", "")]),
     ("share of pairs right", &[("accuracy", "")]),
     ("margin", &[("margin", "")]),
-    ("log-probs", &[("chosen_logprobs", "chosen"), ("rejected_logprobs", "rejected")]),
-    ("implicit rewards", &[("chosen_rewards", "chosen"), ("rejected_rewards", "rejected")]),
+    (
+        "log-probs",
+        &[
+            ("chosen_logprobs", "chosen"),
+            ("rejected_logprobs", "rejected"),
+        ],
+    ),
+    (
+        "implicit rewards",
+        &[
+            ("chosen_rewards", "chosen"),
+            ("rejected_rewards", "rejected"),
+        ],
+    ),
     ("length, tokens", &[("length", "")]),
     ("entropy, nats a token", &[("entropy", "")]),
     ("gradient norm", &[("grad_norm", "")]),
@@ -32,10 +44,19 @@ const MAIN: &[Group] = &[
 const MORE: &[Group] = &[
     ("learning rate", &[("lr", "")]),
     ("value loss", &[("value_loss", "")]),
-    ("explained variance of the value", &[("explained_variance", "")]),
-    ("clipped share", &[("clip_fraction_low", "low"), ("clip_fraction_high", "high")]),
+    (
+        "explained variance of the value",
+        &[("explained_variance", "")],
+    ),
+    (
+        "clipped share",
+        &[("clip_fraction_low", "low"), ("clip_fraction_high", "high")],
+    ),
     ("clipped share of the value", &[("value_clip_fraction", "")]),
-    ("share of completions that end themselves", &[("stopped", "")]),
+    (
+        "share of completions that end themselves",
+        &[("stopped", "")],
+    ),
     ("share of groups without contrast", &[("no_contrast", "")]),
     ("spread of the reward", &[("reward_std", "")]),
     ("mean ratio to the old policy", &[("ratio_mean", "")]),
@@ -61,14 +82,30 @@ pub(crate) fn section(m: &Material) -> anyhow::Result<Section> {
         out.insert_str(0, "<p>Against the step: each value thin, the moving average bold. The number is the mean of the last tenth.</p>\n");
     }
     if !silent.is_empty() || out.is_empty() {
-        let of = if silent.is_empty() { String::new() } else { format!(" of {}", silent.join(", ")) };
-        writeln!(out, "<p class=\"note\">There are no metrics{of}: metrics.jsonl is missing or empty.</p>")?;
+        let of = if silent.is_empty() {
+            String::new()
+        } else {
+            format!(" of {}", silent.join(", "))
+        };
+        writeln!(
+            out,
+            "<p class=\"note\">There are no metrics{of}: metrics.jsonl is missing or empty.</p>"
+        )?;
     }
     Ok(Section::new("training", "Training", out))
 }
 
-fn block(m: &Material, stage: &StageSummary, metrics: &Metrics, out: &mut String) -> anyhow::Result<()> {
-    let kind = if stage.kind == stage.name { String::new() } else { format!("{} · ", escape(&stage.kind)) };
+fn block(
+    m: &Material,
+    stage: &StageSummary,
+    metrics: &Metrics,
+    out: &mut String,
+) -> anyhow::Result<()> {
+    let kind = if stage.kind == stage.name {
+        String::new()
+    } else {
+        format!("{} · ", escape(&stage.kind))
+    };
     writeln!(
         out,
         "<h3>{} <small>{kind}{} steps · {}</small></h3>",
@@ -77,7 +114,11 @@ fn block(m: &Material, stage: &StageSummary, metrics: &Metrics, out: &mut String
         terminal::seconds(stage.seconds)
     )?;
     if metrics.unreadable > 0 {
-        writeln!(out, "<p class=\"note\">Lines of metrics.jsonl that could not be read: {}.</p>", metrics.unreadable)?;
+        writeln!(
+            out,
+            "<p class=\"note\">Lines of metrics.jsonl that could not be read: {}.</p>",
+            metrics.unreadable
+        )?;
     }
     let colour = m.palette.of(&stage.name);
     writeln!(out, "<div class=\"plots\">")?;
@@ -89,22 +130,49 @@ fn block(m: &Material, stage: &StageSummary, metrics: &Metrics, out: &mut String
     for (heading, keys) in MORE {
         one(metrics, heading, keys, colour, &mut more)?;
     }
-    let listed = |key: &str| MAIN.iter().chain(MORE).any(|g| g.1.iter().any(|k| k.0 == key));
+    let listed = |key: &str| {
+        MAIN.iter()
+            .chain(MORE)
+            .any(|g| g.1.iter().any(|k| k.0 == key))
+    };
     for key in metrics.keys().filter(|k| !listed(k)) {
         one(metrics, key, &[(key, "")], colour, &mut more)?;
     }
     if !more.is_empty() {
-        writeln!(out, "<details><summary>More curves of {}</summary><div class=\"plots\">\n{more}</div></details>", escape(&stage.name))?;
+        writeln!(
+            out,
+            "<details><summary>More curves of {}</summary><div class=\"plots\">\n{more}</div></details>",
+            escape(&stage.name)
+        )?;
     }
     Ok(())
 }
 
-fn one(metrics: &Metrics, heading: &str, keys: &[(&str, &str)], colour: usize, out: &mut String) -> anyhow::Result<()> {
-    let logged: Vec<(&str, &[(f64, f64)])> = keys.iter().filter_map(|k| Some((k.1, metrics.get(k.0)?))).collect();
+fn one(
+    metrics: &Metrics,
+    heading: &str,
+    keys: &[(&str, &str)],
+    colour: usize,
+    out: &mut String,
+) -> anyhow::Result<()> {
+    let logged: Vec<(&str, &[(f64, f64)])> = keys
+        .iter()
+        .filter_map(|k| Some((k.1, metrics.get(k.0)?)))
+        .collect();
     // The first curve has the stage's colour, the other is grey (or not, beside a grey one).
     let other = usize::from(colour == 0);
-    let series: Vec<Series<'_>> = logged.iter().enumerate().map(|(i, l)| Series { points: l.1, colour: if i == 0 { colour } else { other } }).collect();
-    let lost: usize = logged.iter().map(|l| l.1.iter().filter(|p| !p.1.is_finite()).count()).sum();
+    let series: Vec<Series<'_>> = logged
+        .iter()
+        .enumerate()
+        .map(|(i, l)| Series {
+            points: l.1,
+            colour: if i == 0 { colour } else { other },
+        })
+        .collect();
+    let lost: usize = logged
+        .iter()
+        .map(|l| l.1.iter().filter(|p| !p.1.is_finite()).count())
+        .sum();
     let Some(drawn) = plot::curves(&series, heading)? else {
         if lost > 0 {
             figure(heading, &[], "", "no value is finite", out)?;
@@ -116,7 +184,11 @@ fn one(metrics: &Metrics, heading: &str, keys: &[(&str, &str)], colour: usize, o
         .zip(&series)
         .map(|((name, points), s)| {
             let end = number(end_of(points));
-            if name.is_empty() { format!("<span class=\"key\">{end}</span>") } else { key(s.colour, &format!("{name} {end}")) }
+            if name.is_empty() {
+                format!("<span class=\"key\">{end}</span>")
+            } else {
+                key(s.colour, &format!("{name} {end}"))
+            }
         })
         .collect();
     let mut notes = Vec::new();
@@ -124,7 +196,11 @@ fn one(metrics: &Metrics, heading: &str, keys: &[(&str, &str)], colour: usize, o
         notes.push(format!("values that are not finite: {lost}"));
     }
     if let Some((low, high)) = drawn.beyond {
-        notes.push(format!("axis cut; values from {} to {}", number(low), number(high)));
+        notes.push(format!(
+            "axis cut; values from {} to {}",
+            number(low),
+            number(high)
+        ));
     }
     figure(heading, &legend, &drawn.svg, &notes.join("; "), out)?;
     Ok(())
@@ -132,7 +208,11 @@ fn one(metrics: &Metrics, heading: &str, keys: &[(&str, &str)], colour: usize, o
 
 /// The mean of the last tenth of the finite values.
 fn end_of(points: &[(f64, f64)]) -> f64 {
-    let finite: Vec<f64> = points.iter().map(|p| p.1).filter(|v| v.is_finite()).collect();
+    let finite: Vec<f64> = points
+        .iter()
+        .map(|p| p.1)
+        .filter(|v| v.is_finite())
+        .collect();
     let tail = &finite[finite.len() - finite.len().div_ceil(10)..];
     tail.iter().sum::<f64>() / tail.len() as f64
 }
@@ -143,7 +223,10 @@ mod tests {
 
     #[test]
     fn the_last_tenth() {
-        let points: Vec<(f64, f64)> = (0..20).map(|i| (f64::from(i), f64::from(i))).chain([(20.0, f64::NAN)]).collect();
+        let points: Vec<(f64, f64)> = (0..20)
+            .map(|i| (f64::from(i), f64::from(i)))
+            .chain([(20.0, f64::NAN)])
+            .collect();
         assert_eq!(end_of(&points), 18.5);
         assert_eq!(end_of(&points[..1]), 0.0);
         assert!(end_of(&[]).is_nan());

@@ -7,7 +7,12 @@ use rlhf::results::{Answer, Check, Evaluation, ModelRow, RunSummary, Sample, Sta
 const EVIL: &str = "<script>alert(1)</script>\u{1b}[31m\u{202e}\" onload='x' </textarea>&amp;";
 
 fn interval(value: f64) -> Interval {
-    Interval { value, low: value - 0.1, high: value + 0.1, n: 100 }
+    Interval {
+        value,
+        low: value - 0.1,
+        high: value + 0.1,
+        n: 100,
+    }
 }
 
 fn summary(stages: &[(&str, &str)]) -> RunSummary {
@@ -41,18 +46,52 @@ fn evaluation() -> Evaluation {
             ("gold".into(), interval(gold)),
             ("kl".into(), interval(gold * 3.0)),
             ("win_rate".into(), interval(gold)),
-            ("a new <measure>".into(), Interval { value: f64::NAN, low: f64::NAN, high: f64::INFINITY, n: 0 }),
+            (
+                "a new <measure>".into(),
+                Interval {
+                    value: f64::NAN,
+                    low: f64::NAN,
+                    high: f64::INFINITY,
+                    n: 0,
+                },
+            ),
         ]),
     };
-    let token = |logprob: f64| Token { text: EVIL.into(), logprob, baseline: -3.0 };
-    let answer = |model: &str| Answer { model: model.into(), tokens: vec![token(-1.0), token(-3.1)], gold: Some(0.5), reward: None };
+    let token = |logprob: f64| Token {
+        text: EVIL.into(),
+        logprob,
+        baseline: -3.0,
+    };
+    let answer = |model: &str| Answer {
+        model: model.into(),
+        tokens: vec![token(-1.0), token(-3.1)],
+        gold: Some(0.5),
+        reward: None,
+    };
     Evaluation {
         baseline: "sft".into(),
         models: vec![row("sft", 0.5), row("grpo", 0.8)],
         reward_model_accuracy: Some(interval(0.7)),
         reward_margins: (0..100).map(|i| f64::from(i) - 20.0).collect(),
-        checks: vec![Check { what: "better".into(), found: EVIL.into(), ok: true }, Check { what: "near".into(), found: "no".into(), ok: false }],
-        samples: vec![Sample { prompt: EVIL.into(), answers: vec![answer("grpo"), answer("sft")] }; 5],
+        checks: vec![
+            Check {
+                what: "better".into(),
+                found: EVIL.into(),
+                ok: true,
+            },
+            Check {
+                what: "near".into(),
+                found: "no".into(),
+                ok: false,
+            },
+        ],
+        samples: vec![
+            Sample {
+                prompt: EVIL.into(),
+                answers: vec![answer("grpo"), answer("sft")]
+            };
+            5
+        ],
     }
 }
 
@@ -63,14 +102,29 @@ fn json<T: serde::Serialize>(path: &Path, value: &T) {
 
 /// A run with everything in it.
 fn whole(dir: &Path) {
-    json(&dir.join("run.json"), &summary(&[("sft", "sft"), ("rm", "reward"), ("grpo", "grpo"), ("eval", "eval")]));
+    json(
+        &dir.join("run.json"),
+        &summary(&[
+            ("sft", "sft"),
+            ("rm", "reward"),
+            ("grpo", "grpo"),
+            ("eval", "eval"),
+        ]),
+    );
     json(&dir.join("eval/eval.json"), &evaluation());
     for stage in ["sft", "rm", "grpo"] {
         let line = |i: u32| {
-            format!("{{\"stage\":\"{stage}\",\"step\":{i},\"{stage}/loss\":null,\"{stage}/reward\":{i},\"{stage}/kl\":{},\"{stage}/<odd>\":1}}\n", i * 2)
+            format!(
+                "{{\"stage\":\"{stage}\",\"step\":{i},\"{stage}/loss\":null,\"{stage}/reward\":{i},\"{stage}/kl\":{},\"{stage}/<odd>\":1}}\n",
+                i * 2
+            )
         };
         std::fs::create_dir_all(dir.join(stage)).unwrap();
-        std::fs::write(dir.join(stage).join("metrics.jsonl"), (0..50).map(line).collect::<String>() + "{\"stage\":").unwrap();
+        std::fs::write(
+            dir.join(stage).join("metrics.jsonl"),
+            (0..50).map(line).collect::<String>() + "{\"stage\":",
+        )
+        .unwrap();
     }
     std::fs::write(dir.join("recipe.toml"), format!("title = '{EVIL}'")).unwrap();
     let file = serde_json::json!({"path": EVIL, "rows": 12, "kept": 11, "tokens": 123, "sha256": "00ff".repeat(16)});
@@ -95,10 +149,22 @@ fn well_formed(html: &str) {
         assert!(!tag.contains('<'), "a tag in a tag: {tag}");
         assert_eq!(tag.matches('"').count() % 2, 0, "{tag}");
         rest = &rest[end + 1..];
-        let name = tag.trim_start_matches('/').split([' ', '/', '\n']).next().unwrap();
-        ids.extend(tag.split_once(" id=\"").map(|x| x.1.split('"').next().unwrap()));
+        let name = tag
+            .trim_start_matches('/')
+            .split([' ', '/', '\n'])
+            .next()
+            .unwrap();
+        ids.extend(
+            tag.split_once(" id=\"")
+                .map(|x| x.1.split('"').next().unwrap()),
+        );
         if tag.starts_with('/') {
-            assert_eq!(open.pop(), Some(name), "before {}", &rest[..rest.len().min(80)]);
+            assert_eq!(
+                open.pop(),
+                Some(name),
+                "before {}",
+                &rest[..rest.len().min(80)]
+            );
         } else if !tag.ends_with('/') && !["br", "meta", "!doctype"].contains(&name) {
             open.push(name);
         }
@@ -115,24 +181,52 @@ fn a_report_stands_alone_and_escapes_what_models_wrote() {
     let dir = tempfile::tempdir().unwrap();
     whole(dir.path());
     let html = build(dir.path());
-    assert!(html.contains("A &lt;run&gt;") && html.contains("&lt;script&gt;alert(1)&lt;/script&gt;\\u{1b}[31m\\u{202e}&quot; onload=&#39;x&#39;"));
-    assert!(!html.contains("<script") && !html.contains('\u{1b}') && !html.contains('\u{202e}') && !html.contains("onload='"));
-    for outside in ["http:", "https:", "url(", "@import", "src=", "<link", "<iframe", "<object"] {
+    assert!(
+        html.contains("A &lt;run&gt;")
+            && html.contains(
+                "&lt;script&gt;alert(1)&lt;/script&gt;\\u{1b}[31m\\u{202e}&quot; onload=&#39;x&#39;"
+            )
+    );
+    assert!(
+        !html.contains("<script")
+            && !html.contains('\u{1b}')
+            && !html.contains('\u{202e}')
+            && !html.contains("onload='")
+    );
+    for outside in [
+        "http:", "https:", "url(", "@import", "src=", "<link", "<iframe", "<object",
+    ] {
         assert!(!html.contains(outside), "{outside}");
     }
     for (at, _) in html.match_indices("href=\"") {
         assert!(html[at..].starts_with("href=\"#"), "{}", &html[at..at + 40]);
     }
     let needed = [
-        "prefers-color-scheme", "viewport", "grpo is better than sft", "1 of 2 checks fails", "Reward against KL", "Calibration",
-        "0.800", "a new &lt;measure&gt;", "00ff", "ff00", "no value is finite", "could not be read: 1", "&lt;odd&gt;", "title=\"log p −1.00, before −3.00, difference 2.00\"",
+        "prefers-color-scheme",
+        "viewport",
+        "grpo is better than sft",
+        "1 of 2 checks fails",
+        "Reward against KL",
+        "Calibration",
+        "0.800",
+        "a new &lt;measure&gt;",
+        "00ff",
+        "ff00",
+        "no value is finite",
+        "could not be read: 1",
+        "&lt;odd&gt;",
+        "title=\"log p −1.00, before −3.00, difference 2.00\"",
     ];
     for needed in needed {
         assert!(html.contains(needed), "{needed}");
     }
     // The baseline's reply stands first, whatever the order in the file.
     let samples = &html[html.find("id=\"samples\"").unwrap()..];
-    let who = |name: &str| samples.find(&format!("</i>{name}</span><small>2 tokens")).unwrap();
+    let who = |name: &str| {
+        samples
+            .find(&format!("</i>{name}</span><small>2 tokens"))
+            .unwrap()
+    };
     assert!(who("sft") < who("grpo"));
     assert!(html.len() < 300_000, "{}", html.len());
 }
@@ -147,7 +241,12 @@ fn a_poor_run_says_what_is_missing() {
     json(&dir.path().join("run.json"), &run);
     let html = build(dir.path());
     for note in [
-        "whether they got better is not known", "There are no metrics of sft", "Recipe, as given: not in", "Plan, as resolved: not in", "kept no hashes", "an unknown revision",
+        "whether they got better is not known",
+        "There are no metrics of sft",
+        "Recipe, as given: not in",
+        "Plan, as resolved: not in",
+        "kept no hashes",
+        "an unknown revision",
     ] {
         assert!(html.contains(note), "{note}");
     }
@@ -176,23 +275,42 @@ fn files_of_an_earlier_version_are_read() {
 fn two_evaluations_stand_one_below_the_other() {
     let dir = tempfile::tempdir().unwrap();
     whole(dir.path());
-    json(&dir.path().join("run.json"), &summary(&[("grpo", "grpo"), ("eval", "eval"), ("again", "eval")]));
+    json(
+        &dir.path().join("run.json"),
+        &summary(&[("grpo", "grpo"), ("eval", "eval"), ("again", "eval")]),
+    );
     json(&dir.path().join("again/eval.json"), &evaluation());
     let html = build(dir.path());
-    assert!(html.contains("Results of eval") && html.contains("Results of again") && html.contains("2 of 4 checks fail"));
+    assert!(
+        html.contains("Results of eval")
+            && html.contains("Results of again")
+            && html.contains("2 of 4 checks fail")
+    );
 }
 
 #[test]
 fn an_unfinished_or_damaged_run_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let e = rlhf::report::build(dir.path()).unwrap_err();
-    assert!(e.to_string().contains("no finished run") && e.is::<rlhf::Usage>(), "{e}");
+    assert!(
+        e.to_string().contains("no finished run") && e.is::<rlhf::Usage>(),
+        "{e}"
+    );
     whole(dir.path());
     rlhf::report::build(dir.path()).unwrap();
     let before = std::fs::read(dir.path().join("report.html")).unwrap();
     std::fs::write(dir.path().join("eval/eval.json"), "{").unwrap();
-    assert!(rlhf::report::build(dir.path()).unwrap_err().to_string().contains("eval.json is damaged"));
-    assert_eq!(std::fs::read(dir.path().join("report.html")).unwrap(), before, "the old report stays");
+    assert!(
+        rlhf::report::build(dir.path())
+            .unwrap_err()
+            .to_string()
+            .contains("eval.json is damaged")
+    );
+    assert_eq!(
+        std::fs::read(dir.path().join("report.html")).unwrap(),
+        before,
+        "the old report stays"
+    );
 }
 
 #[test]
@@ -200,8 +318,18 @@ fn a_run_of_a_hundred_thousand_steps_makes_no_large_report() {
     let dir = tempfile::tempdir().unwrap();
     json(&dir.path().join("run.json"), &summary(&[("grpo", "grpo")]));
     std::fs::create_dir_all(dir.path().join("grpo")).unwrap();
-    let line = |i: u32| format!("{{\"step\":{i},\"grpo/reward\":{},\"grpo/kl\":{}}}\n", f64::from(i % 977).sqrt(), i % 31);
-    std::fs::write(dir.path().join("grpo/metrics.jsonl"), (0..100_000).map(line).collect::<String>()).unwrap();
+    let line = |i: u32| {
+        format!(
+            "{{\"step\":{i},\"grpo/reward\":{},\"grpo/kl\":{}}}\n",
+            f64::from(i % 977).sqrt(),
+            i % 31
+        )
+    };
+    std::fs::write(
+        dir.path().join("grpo/metrics.jsonl"),
+        (0..100_000).map(line).collect::<String>(),
+    )
+    .unwrap();
     let html = build(dir.path());
     assert!(html.len() < 200_000, "{}", html.len());
 }

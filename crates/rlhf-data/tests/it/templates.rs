@@ -1,0 +1,159 @@
+//! Templates and tokens against transformers: the cases of the shared golden files, and the shipped
+//! tokenizer.
+
+use std::path::{Path, PathBuf};
+
+use rlhf_data::conversation::{Message, Text};
+use rlhf_data::record::SftRecord;
+use rlhf_data::tokenize::{ChatTokenizer, DropReason, Limits, Outcome};
+use serde_json::Value;
+
+const LIMITS: Limits = Limits {
+    max_prompt: 1000,
+    max_completion: 1000,
+};
+
+fn shared() -> Option<PathBuf> {
+    let dir = std::env::var_os("RLHF_SHARED").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared"),
+        PathBuf::from,
+    );
+    dir.join("golden").is_dir().then_some(dir)
+}
+
+#[test]
+fn rendered_conversations_have_the_peers_text_and_ids() {
+    let Some(dir) = shared() else {
+        println!("skipped: no shared folder");
+        return;
+    };
+    let (mut ran, mut wrong) = (0, Vec::new());
+    for (file, folder) in [
+        ("g_tokenization.json", "tokenizer"),
+        ("g_tokenization_bos.json", "tokenizer_bos"),
+    ] {
+        let golden: Value =
+            serde_json::from_str(&std::fs::read_to_string(dir.join("golden").join(file)).unwrap())
+                .unwrap();
+        let t = ChatTokenizer::load(&dir.join("golden").join(folder)).unwrap();
+        for case in golden["chat_rendered"].as_array().unwrap() {
+            let messages: Vec<Message> = serde_json::from_value(case["messages"].clone()).unwrap();
+            let add = case["add_generation_prompt"].as_bool().unwrap();
+            let rendered = t.template().unwrap().render(&messages, add).unwrap();
+            let ids: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
+            let own = if add {
+                t.prompt_ids(&Text::Messages(messages.clone())).unwrap()
+            } else {
+                ids.clone()
+            };
+            if rendered.text != case["text"].as_str().unwrap() || own != ids {
+                wrong.push(format!("{file}: {:?}", case["text"]));
+            }
+            ran += 1;
+        }
+    }
+    println!("{ran} conversations");
+    assert!(wrong.is_empty() && ran > 0, "{}", wrong.join("\n"));
+}
+
+fn shipped() -> ChatTokenizer {
+    ChatTokenizer::load(
+        &Path::new(env!("CARGO_MANIFEST_DIR")).join("../../datasets/help/tokenizer"),
+    )
+    .unwrap()
+}
+
+fn talk(turns: &[(&str, &str)]) -> SftRecord {
+    let messages: Vec<Value> = turns
+        .iter()
+        .map(|(role, content)| serde_json::json!({"role": role, "content": content}))
+        .collect();
+    SftRecord {
+        prompt: None,
+        completion: Text::Messages(serde_json::from_value(Value::Array(messages)).unwrap()),
+    }
+}
+
+#[test]
+fn only_what_the_assistant_says_is_trained() {
+    let t = shipped();
+    let record = talk(&[
+        ("user", "Hello"),
+        ("assistant", "Good day."),
+        ("user", "And?"),
+        ("assistant", "Bye."),
+    ]);
+    let Outcome::Kept(g) = t.sft_group(0, &record, &LIMITS).unwrap() else {
+        panic!("dropped")
+    };
+    let c = &g.completions[0];
+    let trained: Vec<String> = c
+        .trained
+        .iter()
+        .map(|r| t.decode(&c.ids[r.clone()], false).unwrap())
+        .collect();
+    assert_eq!(trained.len(), 2);
+    assert!(
+        trained[0].contains("Good day.")
+            && trained[0].ends_with("<|end|>")
+            && trained[1].contains("Bye.")
+    );
+    assert!(!trained.concat().contains("And?"));
+}
+
+#[test]
+fn a_marker_in_the_users_text_stays_text() {
+    let t = shipped();
+    let (end, plain) = (t.eos_ids()[0], "say <|end|> now");
+    let honest = t
+        .prompt_ids(&Text::Messages(vec![]))
+        .map_or(0, |ids| ids.iter().filter(|i| **i == end).count());
+    let record = talk(&[
+        ("user", plain),
+        ("assistant", "I said <|assistant|> and <|end|> here"),
+    ]);
+    let Outcome::Kept(g) = t.sft_group(0, &record, &LIMITS).unwrap() else {
+        panic!("dropped")
+    };
+    let c = &g.completions[0];
+    assert_eq!(
+        c.ids.iter().filter(|i| **i == end).count(),
+        1,
+        "only the real end"
+    );
+    assert_eq!(*c.ids.last().unwrap(), end);
+    assert!(g.prompt.iter().filter(|i| **i == end).count() <= honest + 1);
+    assert!(t.decode(&g.prompt, false).unwrap().contains(plain));
+}
+
+#[test]
+fn limits_drop_and_cut_and_never_invent_an_end() {
+    let t = shipped();
+    let record = talk(&[
+        ("user", "Hello there my friend"),
+        ("assistant", "A long answer to cut somewhere."),
+    ]);
+    let long = Limits {
+        max_prompt: 1,
+        max_completion: 100,
+    };
+    assert_eq!(
+        t.sft_group(0, &record, &long).unwrap(),
+        Outcome::Dropped(DropReason::PromptTooLong)
+    );
+    let short = Limits {
+        max_prompt: 100,
+        max_completion: 3,
+    };
+    let Outcome::Truncated(g) = t.sft_group(0, &record, &short).unwrap() else {
+        panic!("not cut")
+    };
+    assert_eq!(g.completions[0].ids.len(), 3);
+    assert!(!t.eos_ids().contains(g.completions[0].ids.last().unwrap()));
+    assert_eq!(g.completions[0].finish, rlhf_data::group::Finish::Cut);
+    let none = talk(&[("user", "Hello")]);
+    assert_eq!(
+        t.sft_group(0, &none, &LIMITS).unwrap(),
+        Outcome::Dropped(DropReason::NothingTrained)
+    );
+}

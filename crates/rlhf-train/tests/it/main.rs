@@ -1,0 +1,19 @@
+//! Integration tests: golden schedules, split invariance, exact resume, kills, full disks, signals.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "tests"
+)]
+
+mod disk;
+mod exact;
+mod golden;
+#[allow(dead_code, reason = "shared by several crates; each uses a part")]
+#[path = "../../../rlhf-policy/tests/it/golden_io.rs"]
+mod golden_io;
+mod kill;
+mod props;
+mod signal;
+mod trainer;
