@@ -124,15 +124,14 @@ pub fn draw(
         .collect()
 }
 
+/// Scored rollouts, and the mean of each part of the reward by name.
+pub type Scored = (Vec<ScoredRollout>, Vec<(String, f64)>);
+
 /// Scores rollouts; also gives the mean of each part of the reward by name.
 ///
 /// # Errors
 /// When a reward source fails.
-pub fn score(
-    rollouts: Vec<Rollout>,
-    prompts: &[Prompt],
-    rewards: &RewardMix,
-) -> Result<(Vec<ScoredRollout>, Vec<(String, f64)>)> {
+pub fn score(rollouts: Vec<Rollout>, prompts: &[Prompt], rewards: &RewardMix) -> Result<Scored> {
     let items: Vec<Judged<'_>> = rollouts
         .iter()
         .map(|r| Judged {

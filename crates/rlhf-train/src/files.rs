@@ -1,6 +1,6 @@
-//! Files: synced writes, hashes.
+//! Files: synced writes, hashes, memory.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{Read as _, Write as _};
 use std::path::Path;
 
@@ -15,7 +15,16 @@ pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
     file.sync_all().map_err(Error::write(path))
 }
 
-/// Makes a rename in `dir` durable.
+/// Makes what was written to a file durable.
+pub(crate) fn sync_file(path: &Path) -> Result<()> {
+    OpenOptions::new()
+        .write(true)
+        .open(path)
+        .and_then(|f| f.sync_all())
+        .map_err(Error::write(path))
+}
+
+/// Makes the names in `dir` durable.
 pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
     File::open(dir)
         .and_then(|d| d.sync_all())
@@ -50,4 +59,31 @@ pub fn peak_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
     Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hash_known_answer() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        write_synced(&path, b"abc").unwrap();
+        // FIPS 180-2, appendix B.1.
+        assert_eq!(
+            hash_file(&path).unwrap(),
+            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        );
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn peak_memory_counts_what_was_freed() {
+        let before = peak_memory().unwrap();
+        let block = vec![1u8; (before + (64 << 20)) as usize];
+        assert!(block.iter().step_by(4096).all(|&b| b == 1));
+        drop(block);
+        assert!(peak_memory().unwrap() >= before + (60 << 20));
+    }
 }

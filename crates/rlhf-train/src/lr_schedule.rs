@@ -16,6 +16,14 @@ pub enum LrSchedule {
         #[serde(default)]
         min_ratio: f64,
     },
+    /// Half a cosine from 1 to `min_ratio` after a warm-up that begins at `warmup_ratio`, not at 0, and
+    /// reaches 1 one step earlier: at the last step of the warm-up.
+    CosineFromFloor {
+        /// The factor at the end.
+        min_ratio: f64,
+        /// The factor at step 0.
+        warmup_ratio: f64,
+    },
     /// `cycles` half cosines from 1 to 0, each beginning anew.
     CosineRestarts {
         /// How many.
@@ -67,13 +75,22 @@ impl LrSchedule {
         let (s, w, t) = (step as f64, warmup as f64, total as f64);
         let progress = (s - w) / (t - w).max(1.0);
         if step < warmup {
-            return s / w.max(1.0);
+            return match *self {
+                Self::CosineFromFloor { warmup_ratio, .. } => {
+                    warmup_ratio + (1.0 - warmup_ratio) * s / (w - 1.0).max(1.0)
+                }
+                _ => s / w.max(1.0),
+            };
         }
         let half_cosine = |x: f64| 0.5 * (1.0 + (std::f64::consts::PI * x).cos());
         match *self {
             Self::Constant {} => 1.0,
             Self::Linear {} => ((t - s) / (t - w).max(1.0)).max(0.0),
             Self::Cosine { min_ratio } => {
+                (min_ratio + (1.0 - min_ratio) * half_cosine(progress)).max(0.0)
+            }
+            Self::CosineFromFloor { min_ratio, .. } => {
+                let progress = (s - w + 1.0) / (t - w).max(1.0);
                 (min_ratio + (1.0 - min_ratio) * half_cosine(progress)).max(0.0)
             }
             Self::CosineRestarts { cycles } => {
@@ -133,6 +150,14 @@ mod tests {
         assert_eq!(linear.factor(13, 4, 12), 0.0);
         let cosine = LrSchedule::Cosine { min_ratio: 0.1 };
         assert!((cosine.factor(8, 4, 12) - 0.55).abs() < 1e-12);
+        // Warm-up 0.2, 0.6, 1 at steps 0, 1, 2; one of eight steps of cosine is gone at step 3.
+        let floor = LrSchedule::CosineFromFloor {
+            min_ratio: 0.1,
+            warmup_ratio: 0.2,
+        };
+        assert!((floor.factor(1, 3, 11) - 0.6).abs() < 1e-12);
+        assert_eq!(floor.factor(2, 3, 11), 1.0);
+        assert!((floor.factor(6, 3, 11) - 0.55).abs() < 1e-12);
         let wsd = LrSchedule::Wsd {
             decay_steps: 4,
             stable_steps: None,

@@ -90,21 +90,25 @@ impl MetricsLog {
 
 /// The length of the lines whose step lies below `next_step`; a torn last line is not counted.
 fn kept_bytes(path: &Path, next_step: u64) -> Result<u64> {
-    let Ok(file) = File::open(path) else {
-        return Ok(0);
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(0),
+        Err(e) => return Err(Error::read(path)(e)),
     };
-    let mut kept = 0;
-    for line in BufReader::new(file).split(b'\n') {
-        let line = line.map_err(Error::read(path))?;
+    let (mut kept, mut line, mut reader) = (0, Vec::new(), BufReader::new(file));
+    loop {
+        line.clear();
+        let length = reader
+            .read_until(b'\n', &mut line)
+            .map_err(Error::read(path))?;
         let step = serde_json::from_slice::<Value>(&line)
             .ok()
             .and_then(|v| v.get("step").and_then(Value::as_u64));
         match step {
-            Some(s) if s < next_step => kept += line.len() as u64 + 1,
-            _ => break,
+            Some(s) if s < next_step && line.ends_with(b"\n") => kept += length as u64,
+            _ => return Ok(kept),
         }
     }
-    Ok(kept)
 }
 
 #[cfg(test)]
@@ -139,5 +143,25 @@ mod tests {
             r#"{"stage":"sft","step":1,"tokens":10,"seconds":0.5,"sft/loss":0.5,"sft/bad":null}"#
         );
         assert!(lines[2].contains("9.0"));
+    }
+
+    #[test]
+    fn a_line_without_its_end_is_torn() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        std::fs::write(&path, "{\"step\":0}\n{\"step\":1}").unwrap();
+        assert_eq!(kept_bytes(&path, 5).unwrap(), 11);
+        drop(MetricsLog::open(dir.path(), "sft", 5).unwrap());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "{\"step\":0}\n");
+    }
+
+    #[test]
+    fn a_log_that_cannot_be_read_is_not_begun_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("metrics.jsonl")).unwrap();
+        let e = MetricsLog::open(dir.path(), "sft", 5)
+            .unwrap_err()
+            .to_string();
+        assert!(e.contains("metrics.jsonl"), "{e}");
     }
 }

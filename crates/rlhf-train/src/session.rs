@@ -1,12 +1,11 @@
 //! What every training loop needs around its steps: resume, log, checkpoint, stop.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::collections::{BTreeMap, VecDeque};
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::json;
+use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::CheckpointStore;
 use crate::error::{Error, Result};
@@ -74,7 +73,21 @@ pub struct Session {
     seconds_before: f64,
     tokens: u64,
     steps: u64,
-    recent: std::collections::VecDeque<Vec<(String, f64)>>,
+    recent: VecDeque<Vec<(String, f64)>>,
+}
+
+/// `state.json` of a checkpoint.
+#[derive(Serialize, Deserialize)]
+struct Saved<E> {
+    tokens: u64,
+    seconds: f64,
+    recent: VecDeque<Vec<(String, f64)>>,
+    extra: E,
+}
+
+/// An error without its mend.
+fn first_line(e: &Error) -> String {
+    e.to_string().lines().next().unwrap_or_default().to_owned()
 }
 
 /// Steps that a [`Summary`] averages over.
@@ -97,42 +110,36 @@ impl Session {
             seconds_before: 0.0,
             tokens: 0,
             steps: 0,
-            recent: std::collections::VecDeque::new(),
+            recent: VecDeque::new(),
         })
     }
 
-    /// Loads the latest checkpoint into the steppers, each under its own name, and opens the log where
-    /// it left off. Call it once, before the first step.
+    /// Loads the latest whole checkpoint into the steppers, each under its own name, and opens the log
+    /// where it left off. Call it once, before the first step. A damaged checkpoint is passed over and
+    /// said on stderr.
     ///
     /// # Errors
-    /// When a checkpoint is not one of this training, or a file cannot be written.
+    /// When a checkpoint is not one of this training, when there are checkpoints but none is whole
+    /// (beginning anew would cut off the log), or a file cannot be written.
     pub fn resume<E: DeserializeOwned>(
         &mut self,
         steppers: &mut [(&str, &mut Stepper)],
     ) -> Result<Option<Restored<E>>> {
-        let restored = match self.store.latest()? {
+        let found = self.store.find()?;
+        if let (None, Some((path, _))) = (&found.newest, found.damaged.first()) {
+            let whats: Vec<String> = found.damaged.iter().map(|(_, e)| first_line(e)).collect();
+            return Err(Error::Checkpoint {
+                path: path.parent().unwrap_or(path).to_owned(),
+                what: format!("none is whole: {}", whats.join("; ")),
+                mend: "put back a copy, or remove the stage's folder to start over",
+            });
+        }
+        let restored = match &found.newest {
             None => None,
-            Some((dir, manifest)) => {
-                for (name, stepper) in steppers {
-                    stepper
-                        .load_state(&tensors::load(&dir.join(format!("{name}.safetensors")))?)?;
-                }
-                let path = dir.join("state.json");
-                let text = std::fs::read_to_string(&path).map_err(Error::read(&path))?;
-                let bad = |e: serde_json::Error| Error::Checkpoint {
-                    path: path.clone(),
-                    what: e.to_string(),
-                };
-                let saved: serde_json::Value = serde_json::from_str(&text).map_err(bad)?;
-                self.tokens = saved["tokens"].as_u64().unwrap_or(0);
-                self.seconds_before = saved["seconds"].as_f64().unwrap_or(0.0);
-                self.recent = serde_json::from_value(saved["recent"].clone()).map_err(bad)?;
-                let extra = serde_json::from_value(saved["extra"].clone()).map_err(bad)?;
-                Some(Restored {
-                    step: manifest.step,
-                    extra,
-                })
-            }
+            Some((dir, manifest)) => Some(Restored {
+                step: manifest.step,
+                extra: self.load(dir, steppers)?,
+            }),
         };
         let step = restored.as_ref().map_or(0, |r| r.step);
         self.steps = step;
@@ -141,25 +148,50 @@ impl Session {
             &self.config.stage,
             step,
         )?);
-        self.progress = Some(Progress::new(
-            &self.config.stage,
-            step,
-            self.config.total_steps,
-        ));
+        let progress = Progress::new(&self.config.stage, step, self.config.total_steps);
+        for (_, e) in &found.damaged {
+            progress.note(&format!("passed over: {}", first_line(e)));
+        }
+        self.progress = Some(progress);
         self.began = Instant::now();
         Ok(restored)
+    }
+
+    /// Takes over what [`Session::save`] saved in `dir`.
+    fn load<E: DeserializeOwned>(
+        &mut self,
+        dir: &Path,
+        steppers: &mut [(&str, &mut Stepper)],
+    ) -> Result<E> {
+        let other = |path: &Path, what: &dyn std::fmt::Display| Error::Checkpoint {
+            path: path.to_owned(),
+            what: what.to_string(),
+            mend: "go on with the recipe and the model that wrote it, or choose another folder",
+        };
+        let path = dir.join("state.json");
+        let text = std::fs::read_to_string(&path).map_err(Error::read(&path))?;
+        let saved: Saved<E> = serde_json::from_str(&text).map_err(|e| other(&path, &e))?;
+        for (name, stepper) in steppers {
+            let path = dir.join(format!("{name}.safetensors"));
+            stepper
+                .load_state(&tensors::load(&path)?)
+                .map_err(|e| other(&path, &e))?;
+        }
+        self.tokens = saved.tokens;
+        self.seconds_before = saved.seconds;
+        self.recent = saved.recent;
+        Ok(saved.extra)
     }
 
     /// Logs a step that learned from `tokens` tokens.
     ///
     /// # Errors
-    /// When the disk is full.
+    /// [`Error::NotResumed`] before [`Session::resume`], or when the disk is full.
     pub fn log(&mut self, step: u64, tokens: usize, values: &[(&str, f64)]) -> Result<()> {
         self.tokens += tokens as u64;
         let seconds = self.seconds_before + self.began.elapsed().as_secs_f64();
-        if let Some(m) = &mut self.metrics {
-            m.write(step, tokens as u64, seconds, values)?;
-        }
+        self.metrics()?
+            .write(step, tokens as u64, seconds, values)?;
         if let Some(p) = &mut self.progress {
             p.advance(step + 1, tokens as u64, values);
         }
@@ -176,11 +208,18 @@ impl Session {
         Ok(())
     }
 
+    fn metrics(&mut self) -> Result<&mut MetricsLog> {
+        self.metrics
+            .as_mut()
+            .ok_or_else(|| Error::NotResumed(self.config.stage.clone()))
+    }
+
     /// After a step: saves a checkpoint when one is due, or a signal came. `extra` is whatever else the
-    /// trainer needs to go on.
+    /// trainer needs to go on; it goes through JSON, bit by bit, so its numbers must be finite.
     ///
     /// # Errors
-    /// When the checkpoint cannot be written; earlier ones stay.
+    /// [`Error::NotResumed`] before [`Session::resume`], or when the checkpoint cannot be written;
+    /// earlier ones stay.
     pub fn after_step<E: Serialize>(
         &mut self,
         step: u64,
@@ -200,20 +239,19 @@ impl Session {
     }
 
     fn save<E: Serialize>(&mut self, steppers: &[(&str, &Stepper)], extra: &E) -> Result<()> {
-        if let Some(m) = &mut self.metrics {
-            m.sync()?;
-        }
-        let state = json!({
-            "tokens": self.tokens,
-            "seconds": self.seconds_before + self.began.elapsed().as_secs_f64(),
-            "recent": self.recent,
-            "extra": serde_json::to_value(extra).map_err(|e| Error::write(&self.config.dir)(e.into()))?,
-        });
+        self.metrics()?.sync()?;
+        let state = serde_json::to_string(&Saved {
+            tokens: self.tokens,
+            seconds: self.seconds_before + self.began.elapsed().as_secs_f64(),
+            recent: self.recent.clone(),
+            extra,
+        })
+        .map_err(|e| Error::write(&self.config.dir)(e.into()))?;
         self.store.save(self.steps, |dir| {
             for (name, stepper) in steppers {
                 tensors::save(&dir.join(format!("{name}.safetensors")), &stepper.state())?;
             }
-            write_synced(&dir.join("state.json"), state.to_string().as_bytes())
+            write_synced(&dir.join("state.json"), state.as_bytes())
         })?;
         Ok(())
     }
@@ -241,5 +279,88 @@ impl Session {
             tokens: self.tokens,
             last,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(dir: &Path) -> Session {
+        Session::open(SessionConfig {
+            dir: dir.to_owned(),
+            stage: "sft".into(),
+            total_steps: 100,
+            checkpoint_every: 1,
+            keep: 1,
+            stop: StopFlag::default(),
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn a_session_that_was_not_resumed_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut session = open(dir.path());
+        let e = session.log(0, 1, &[]).unwrap_err().to_string();
+        assert!(e.contains("`sft`") && e.contains("resume"), "{e}");
+        assert!(session.after_step(0, &[], &()).is_err());
+    }
+
+    #[test]
+    fn what_else_is_saved_comes_back_bit_by_bit() {
+        let dir = tempfile::tempdir().unwrap();
+        // Numbers whose shortest decimals a hasty parser gets wrong by a unit in the last place.
+        let mut bits = 0x3fe5_5555_5555_5555u64;
+        let extra: Vec<f64> = (0..2_000)
+            .map(|_| {
+                bits = bits
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
+                f64::from_bits(bits)
+            })
+            .filter(|x| x.is_finite())
+            .collect();
+        let mut session = open(dir.path());
+        assert!(session.resume::<Vec<f64>>(&mut []).unwrap().is_none());
+        for step in 0..12 {
+            session
+                .log(step, 3, &[("loss", step as f64), ("nan", f64::NAN)])
+                .unwrap();
+            assert_eq!(
+                session.after_step(step, &[], &extra).unwrap(),
+                Flow::Continue
+            );
+        }
+        drop(session);
+        let mut session = open(dir.path());
+        let restored = session.resume::<Vec<f64>>(&mut []).unwrap().unwrap();
+        assert_eq!(restored.step, 12);
+        assert_eq!(restored.extra.len(), extra.len());
+        assert!(
+            restored
+                .extra
+                .iter()
+                .zip(&extra)
+                .all(|(a, b)| a.to_bits() == b.to_bits())
+        );
+        // Of the steps 2…11 the mean is 6.5; what was not finite is in no mean.
+        let summary = session.finish().unwrap();
+        assert_eq!((summary.steps, summary.tokens), (12, 36));
+        assert_eq!(summary.last, BTreeMap::from([("loss".to_owned(), 6.5)]));
+    }
+
+    #[test]
+    fn another_kind_of_state_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut session = open(dir.path());
+        session.resume::<()>(&mut []).unwrap();
+        session.log(0, 1, &[]).unwrap();
+        session.after_step(0, &[], &"a word").unwrap();
+        let e = open(dir.path())
+            .resume::<f64>(&mut [])
+            .unwrap_err()
+            .to_string();
+        assert!(e.contains("state.json") && e.contains("do: "), "{e}");
     }
 }

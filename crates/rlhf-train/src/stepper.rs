@@ -25,7 +25,7 @@ pub struct StepperConfig {
     pub total_steps: u64,
     /// Gradients of a larger global norm are scaled down to it.
     pub max_grad_norm: Option<f64>,
-    /// After so many steps in a row that are not finite the run stops.
+    /// After so many steps in a row that are not finite the run stops; 0 and 1 both stop at the first.
     pub max_bad_steps: u32,
 }
 
@@ -46,15 +46,40 @@ pub struct StepReport {
     pub applied: bool,
 }
 
+/// A step that was not applied because it was not finite.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BadStep {
+    /// The step.
+    pub step: u64,
+    /// Its loss.
+    pub loss: f64,
+    /// Its gradient's norm.
+    pub grad_norm: f64,
+    /// The rows of data in it, as the trainer named them with [`Stepper::note_rows`].
+    pub rows: Vec<u64>,
+}
+
 /// Accumulates losses and steps AdamW.
 #[derive(Debug)]
 pub struct Stepper {
     optimizer: AdamW,
     config: StepperConfig,
     step: u64,
+    pending: Pending,
+    /// Steps in a row that were not finite.
+    bad: u32,
+    /// The same by name, but for those before a resume.
+    bad_steps: Vec<BadStep>,
+}
+
+/// What was accumulated for the step to come.
+#[derive(Debug, Default)]
+struct Pending {
+    /// Σ sum, in f64 on the loss's device.
     sum: Option<Tensor>,
     weight: f64,
-    bad: u32,
+    has_gradient: bool,
+    rows: Vec<u64>,
 }
 
 impl Stepper {
@@ -69,9 +94,9 @@ impl Stepper {
             optimizer: AdamW::new(parameters, adamw),
             config,
             step: 0,
-            sum: None,
-            weight: 0.0,
+            pending: Pending::default(),
             bad: 0,
+            bad_steps: Vec::new(),
         }
     }
 
@@ -81,6 +106,11 @@ impl Stepper {
         self.step
     }
 
+    /// Names the rows of data in the step to come, for the message should it not be finite.
+    pub fn note_rows(&mut self, rows: impl IntoIterator<Item = u64>) {
+        self.pending.rows.extend(rows);
+    }
+
     /// Adds a micro-batch: backward of its sum, and its weight.
     ///
     /// # Errors
@@ -88,27 +118,43 @@ impl Stepper {
     pub fn accumulate(&mut self, loss: LossSum) -> Result<()> {
         if loss.sum.requires_grad() {
             loss.sum.f_backward()?;
+            self.pending.has_gradient = true;
         }
         let sum = loss.sum.detach().to_kind(Kind::Double);
-        self.sum = Some(match self.sum.take() {
+        self.pending.sum = Some(match self.pending.sum.take() {
             Some(before) => before + sum,
             None => sum,
         });
-        self.weight += loss.weight;
+        self.pending.weight += loss.weight;
         Ok(())
     }
 
-    /// Divides by the weight, clips, steps, forgets the gradients.
+    /// Divides by the weight, clips, steps, forgets the gradients. A step whose loss, weight or
+    /// gradient is not finite (or whose weight is negative) is counted and reported, not applied.
     ///
     /// # Errors
-    /// [`Error::EmptyStep`] without a loss; [`Error::NotFinite`] after too many bad steps in a row.
+    /// [`Error::EmptyStep`] without a loss; [`Error::NoGradient`] when no loss had one;
+    /// [`Error::NotFinite`] after too many bad steps in a row. The gradients are forgotten all the same.
     pub fn apply(&mut self) -> Result<StepReport> {
+        let report = self.try_apply();
+        self.optimizer.zero_grad();
+        report
+    }
+
+    fn try_apply(&mut self) -> Result<StepReport> {
         let step = self.step;
-        let (sum, weight) = (self.sum.take(), std::mem::take(&mut self.weight));
-        let Some(sum) = sum.filter(|_| weight > 0.0) else {
+        let Pending {
+            sum,
+            weight,
+            has_gradient,
+            rows,
+        } = std::mem::take(&mut self.pending);
+        let Some(sum) = sum.filter(|_| weight != 0.0) else {
             return Err(Error::EmptyStep(step));
         };
-        let loss = sum.double_value(&[]) / weight;
+        if !has_gradient {
+            return Err(Error::NoGradient(step));
+        }
         let grads = self.optimizer.grads();
         let _guard = tch::no_grad_guard();
         scale(&grads, 1.0 / weight)?;
@@ -116,23 +162,32 @@ impl Stepper {
             Some(max) => clip_grad_norm(&grads, max)?,
             None => global_norm(&grads)?,
         };
+        // The norm has waited for the device: the loss is there by now.
+        let loss = sum.double_value(&[]) / weight;
         let lr = self.lr();
-        let applied = loss.is_finite() && grad_norm.is_finite();
+        let applied = loss.is_finite() && grad_norm.is_finite() && weight > 0.0;
+        self.step += 1;
         if applied {
             self.optimizer.step(lr)?;
             self.bad = 0;
+            self.bad_steps.clear();
         } else {
             self.bad += 1;
-        }
-        self.optimizer.zero_grad();
-        self.step += 1;
-        if self.bad > self.config.max_bad_steps {
-            return Err(Error::NotFinite {
-                count: self.bad,
+            self.bad_steps.push(BadStep {
                 step,
                 loss,
                 grad_norm,
+                rows,
             });
+            if self.bad >= self.config.max_bad_steps {
+                return Err(Error::NotFinite {
+                    count: self.bad,
+                    step,
+                    loss,
+                    grad_norm,
+                    bad: std::mem::take(&mut self.bad_steps),
+                });
+            }
         }
         Ok(StepReport {
             step,
@@ -152,7 +207,8 @@ impl Stepper {
         c.lr * c.schedule.factor(at, c.warmup_steps, c.total_steps)
     }
 
-    /// Parameters, moments and counters by name.
+    /// Parameters, moments and counters by name, between two steps. The tensors share storage with the
+    /// live ones.
     #[must_use]
     pub fn state(&self) -> Vec<(String, Tensor)> {
         let mut all: Vec<(String, Tensor)> = self
@@ -160,41 +216,73 @@ impl Stepper {
             .parameters()
             .map(|(n, p)| (format!("param.{n}"), p.detach()))
             .collect();
+        let touched: Vec<i64> = self
+            .optimizer
+            .parameters()
+            .map(|(_, p)| i64::from(p.grad().defined()))
+            .collect();
         all.extend(self.optimizer.state());
         all.push((
             "stepper".into(),
             Tensor::from_slice(&[self.step as i64, i64::from(self.bad)]),
         ));
+        all.push(("stepper.touched".into(), Tensor::from_slice(&touched)));
         all
     }
 
-    /// Takes over what [`Stepper::state`] gave; parameters are written in place.
+    /// Takes over what [`Stepper::state`] gave; parameters are written in place. What was accumulated is
+    /// forgotten.
     ///
     /// # Errors
-    /// When a tensor is missing or has another shape.
+    /// [`Error::State`] when a tensor is missing, or of another shape or type, or there are parameters
+    /// that this stepper does not have; nothing is changed then.
     pub fn load_state(&mut self, state: &HashMap<String, Tensor>) -> Result<()> {
-        let missing = |name: &str| Error::Checkpoint {
-            path: "(tensors)".into(),
-            what: format!("`{name}` is missing or has another shape"),
-        };
-        let counters = state
-            .get("stepper")
-            .filter(|t| t.size() == [2])
-            .ok_or_else(|| missing("stepper"))?;
-        let mut copies = Vec::new();
-        for (name, p) in self.optimizer.parameters() {
-            let key = format!("param.{name}");
+        let find = |key: &str, size: &[i64], kind: Kind| {
             let saved = state
-                .get(&key)
-                .filter(|t| t.size() == p.size())
-                .ok_or_else(|| missing(&key))?;
-            copies.push((p.shallow_clone(), saved));
+                .get(key)
+                .ok_or_else(|| Error::State(format!("`{key}` is missing")))?;
+            if saved.size() != size || saved.kind() != kind {
+                return Err(Error::State(format!(
+                    "`{key}` is {:?} {:?}, expected {kind:?} {size:?}",
+                    saved.kind(),
+                    saved.size()
+                )));
+            }
+            Ok(saved)
+        };
+        let parameters: Vec<(String, Tensor)> = self
+            .optimizer
+            .parameters()
+            .map(|(name, p)| (format!("param.{name}"), p.shallow_clone()))
+            .collect();
+        let mut copies = Vec::new();
+        for (key, p) in &parameters {
+            copies.push((p.shallow_clone(), find(key, &p.size(), p.kind())?));
         }
+        let own = |key: &&String| parameters.iter().any(|(k, _)| k == *key);
+        let mut others = state.keys().filter(|k| k.starts_with("param."));
+        if let Some(key) = others.find(|k| !own(k)) {
+            return Err(Error::State(format!("there is no parameter for `{key}`")));
+        }
+        let counters = find("stepper", &[2], Kind::Int64)?;
+        let touched = find("stepper.touched", &[parameters.len() as i64], Kind::Int64)?;
         self.optimizer.load_state(state)?;
-        let _guard = tch::no_grad_guard();
-        for (mut p, saved) in copies {
-            p.f_copy_(saved)?;
+        {
+            let _guard = tch::no_grad_guard();
+            for (mut p, saved) in copies {
+                p.f_copy_(saved)?;
+            }
         }
+        // AdamW leaves a parameter alone until its first gradient, and moves it at every step after: a
+        // parameter that had one must have a zero gradient again, not none.
+        for (i, (_, p)) in parameters.iter().enumerate() {
+            if touched.int64_value(&[i as i64]) != 0 && !p.grad().defined() {
+                (p * 0.0).sum(p.kind()).f_backward()?;
+            }
+        }
+        self.optimizer.zero_grad();
+        self.pending = Pending::default();
+        self.bad_steps.clear();
         self.step = counters.int64_value(&[0]) as u64;
         self.bad = counters.int64_value(&[1]) as u32;
         Ok(())
@@ -255,32 +343,157 @@ mod tests {
         }
     }
 
+    fn one(value: f64, max_bad_steps: u32) -> (Tensor, Stepper) {
+        let w = Tensor::from_slice(&[value]).set_requires_grad(true);
+        let stepper = Stepper::new(
+            vec![("w".into(), w.shallow_clone())],
+            AdamWConfig::default(),
+            StepperConfig {
+                max_bad_steps,
+                ..config()
+            },
+        );
+        (w, stepper)
+    }
+
+    fn loss(w: &Tensor, factor: f64, weight: f64) -> LossSum {
+        LossSum {
+            sum: (w * factor).sum(None),
+            weight,
+        }
+    }
+
     #[test]
     fn bad_steps_change_nothing_and_then_stop() {
-        let w = Tensor::from_slice(&[1f64]).set_requires_grad(true);
+        let (w, mut stepper) = one(1.0, 2);
+        assert!(matches!(stepper.apply(), Err(Error::EmptyStep(0))));
+        // One bad step, then a good one: the count begins anew.
+        stepper.accumulate(loss(&w, f64::NAN, 1.0)).unwrap();
+        assert!(!stepper.apply().unwrap().applied);
+        assert_eq!(w.double_value(&[0]), 1.0);
+        stepper.accumulate(loss(&w, 3.0, 2.0)).unwrap();
+        let report = stepper.apply().unwrap();
+        // AdamW's first step is lr · sign: 1 − 0.1.
+        assert!(report.applied && report.step == 1 && report.loss == 1.5);
+        assert_eq!((report.grad_norm, report.weight), (1.5, 2.0));
+        assert!((w.double_value(&[0]) - 0.9).abs() < 1e-7);
+        // Infinity in the loss alone, then in the weight alone: two in a row end the run by name.
+        let before = w.double_value(&[0]);
+        stepper.note_rows([4, 5]);
+        let sum = (&w * 1.0).sum(None) + f64::INFINITY;
+        stepper.accumulate(LossSum { sum, weight: 1.0 }).unwrap();
+        assert!(!stepper.apply().unwrap().applied);
+        stepper.note_rows(0..10);
+        stepper.accumulate(loss(&w, 1.0, f64::NAN)).unwrap();
+        let e = stepper.apply().unwrap_err();
+        assert!(matches!(
+            e,
+            Error::NotFinite {
+                count: 2,
+                step: 3,
+                ..
+            }
+        ));
+        let e = e.to_string();
+        assert!(e.contains("step 2: rows 4, 5\n"), "{e}");
+        assert!(
+            e.contains("step 3: rows 0, 1, 2, 3, 4, 5, 6, 7 and 2 more"),
+            "{e}"
+        );
+        assert_eq!(w.double_value(&[0]), before);
+        assert_eq!(w.grad().double_value(&[0]), 0.0);
+    }
+
+    #[test]
+    fn the_first_bad_step_may_be_the_last() {
+        let (w, mut stepper) = one(1.0, 1);
+        stepper.accumulate(loss(&w, f64::INFINITY, 1.0)).unwrap();
+        assert!(matches!(
+            stepper.apply(),
+            Err(Error::NotFinite { count: 1, .. })
+        ));
+    }
+
+    #[test]
+    fn a_step_without_weight_or_gradient_leaves_nothing_behind() {
+        let (w, mut stepper) = one(1.0, 2);
+        stepper.accumulate(loss(&w, 5.0, 0.0)).unwrap();
+        assert!(matches!(stepper.apply(), Err(Error::EmptyStep(0))));
+        stepper.accumulate(loss(&w.detach(), 5.0, 1.0)).unwrap();
+        assert!(matches!(stepper.apply(), Err(Error::NoGradient(0))));
+        stepper.accumulate(loss(&w, 1.0, 1.0)).unwrap();
+        let report = stepper.apply().unwrap();
+        assert_eq!((report.grad_norm, report.step), (1.0, 0));
+    }
+
+    #[test]
+    fn gradients_are_clipped_by_their_norm() {
+        // Gradient (3, 4) / 1 of norm 5, clipped to 1: the first moment is 0.1 · (0.6, 0.8).
+        let w = Tensor::from_slice(&[0f64, 0.0]).set_requires_grad(true);
         let mut stepper = Stepper::new(
             vec![("w".into(), w.shallow_clone())],
             AdamWConfig::default(),
             config(),
         );
-        assert!(matches!(stepper.apply(), Err(Error::EmptyStep(0))));
+        let g = Tensor::from_slice(&[3f64, 4.0]);
         stepper
             .accumulate(LossSum {
-                sum: (&w * f64::NAN).sum(None),
+                sum: (&w * g).sum(None),
                 weight: 1.0,
             })
             .unwrap();
-        assert!(!stepper.apply().unwrap().applied);
-        assert_eq!(w.double_value(&[0]), 1.0);
-        stepper
-            .accumulate(LossSum {
-                sum: (&w * f64::INFINITY).sum(None),
-                weight: 1.0,
-            })
-            .unwrap();
-        assert!(matches!(
-            stepper.apply(),
-            Err(Error::NotFinite { count: 2, .. })
-        ));
+        assert_eq!(stepper.apply().unwrap().grad_norm, 5.0);
+        let state: HashMap<_, _> = stepper.state().into_iter().collect();
+        let first = Vec::<f64>::try_from(&state["exp_avg.w"]).unwrap();
+        assert!((first[0] - 0.06).abs() < 1e-6 && (first[1] - 0.08).abs() < 1e-6);
+    }
+
+    #[test]
+    fn warm_up_begins_above_zero() {
+        // Four steps of warm-up: 1/4, 2/4, 3/4, 1 of 0.1, then constant.
+        let w = Tensor::from_slice(&[1f64]).set_requires_grad(true);
+        let config = StepperConfig {
+            warmup_steps: 4,
+            ..config()
+        };
+        let mut stepper = Stepper::new(
+            vec![("w".into(), w.shallow_clone())],
+            AdamWConfig::default(),
+            config,
+        );
+        for expected in [0.025, 0.05, 0.075, 0.1, 0.1, 0.1] {
+            stepper.accumulate(loss(&w, 1.0, 1.0)).unwrap();
+            assert!((stepper.apply().unwrap().lr - expected).abs() < 1e-12);
+        }
+    }
+
+    #[test]
+    fn states_of_another_training_change_nothing() {
+        let (w, mut stepper) = one(1.0, 1);
+        stepper.accumulate(loss(&w, 1.0, 1.0)).unwrap();
+        stepper.apply().unwrap();
+        let good = || {
+            let copies = stepper.state().into_iter().map(|(n, t)| (n, t.copy()));
+            copies.collect::<HashMap<String, Tensor>>()
+        };
+        let (mut missing, mut kind, mut more) = (good(), good(), good());
+        missing.remove("exp_avg_sq.w");
+        let single = kind["param.w"].to_kind(Kind::Float);
+        kind.insert("param.w".into(), single);
+        more.insert("param.v".into(), Tensor::from_slice(&[1f64]));
+        let good = good();
+        let (v, mut other) = one(7.0, 1);
+        for (state, word) in [
+            (missing, "exp_avg_sq.w"),
+            (kind, "Float"),
+            (more, "param.v"),
+        ] {
+            let e = other.load_state(&state).unwrap_err().to_string();
+            assert!(e.contains(word), "{e}");
+            assert_eq!((v.double_value(&[0]), other.step()), (7.0, 0));
+        }
+        other.load_state(&good).unwrap();
+        assert_eq!(v.double_value(&[0]), w.double_value(&[0]));
+        assert_eq!(other.step(), 1);
     }
 }

@@ -37,11 +37,12 @@ impl StopFlag {
     /// When the system refuses.
     pub fn install() -> std::io::Result<Self> {
         let flag = Self::default();
+        // One switch for both: Ctrl-C and then a kill is a second signal too.
+        let armed = Arc::new(std::sync::atomic::AtomicBool::new(false));
         for signal in [SIGINT, SIGTERM] {
-            let armed = Arc::new(std::sync::atomic::AtomicBool::new(false));
-            // In this order the second signal finds the switch on.
+            // In this order only the second signal finds the switch on.
             flag::register_conditional_shutdown(signal, 128 + signal, armed.clone())?;
-            flag::register(signal, armed)?;
+            flag::register(signal, armed.clone())?;
             flag::register_usize(signal, flag.0.clone(), signal as usize)?;
         }
         Ok(flag)

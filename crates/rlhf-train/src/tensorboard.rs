@@ -1,7 +1,8 @@
 //! TensorBoard event files: scalars only.
 //!
 //! A file is a sequence of TFRecords (length, masked CRC-32C of the length, data, masked CRC-32C of the
-//! data), each an `Event` protocol buffer.
+//! data), each an `Event` protocol buffer. A file that continues a run begins by telling TensorBoard to
+//! forget what earlier files hold from that step on: those steps were lost, and are done again.
 
 use std::fs::File;
 use std::io::{BufWriter, Write as _};
@@ -22,12 +23,15 @@ impl EventWriter {
     pub(crate) fn create(dir: &Path, first_step: u64) -> Result<Self> {
         std::fs::create_dir_all(dir).map_err(Error::write(dir))?;
         let path = dir.join(format!(
-            "events.out.tfevents.{:010}.{first_step}.rlhf",
+            "events.out.tfevents.{:010}.{first_step:010}.rlhf",
             now() as u64
         ));
         let file = BufWriter::new(File::create(&path).map_err(Error::write(&path))?);
         let mut writer = Self { path, file };
         writer.record(&event(0, Content::Version))?;
+        if first_step > 0 {
+            writer.record(&event(first_step, Content::Restart))?;
+        }
         Ok(writer)
     }
 
@@ -52,6 +56,7 @@ impl EventWriter {
 
 enum Content<'a> {
     Version,
+    Restart,
     Scalar(&'a str, f32),
 }
 
@@ -61,7 +66,7 @@ fn now() -> f64 {
         .map_or(0.0, |d| d.as_secs_f64())
 }
 
-/// `Event { wall_time = 1, step = 2, file_version = 3, summary = 5 }`.
+/// `Event { wall_time = 1, step = 2, file_version = 3, summary = 5, session_log = 7 }`.
 fn event(step: u64, content: Content<'_>) -> Vec<u8> {
     let mut out = vec![0x09];
     out.extend(now().to_le_bytes());
@@ -69,6 +74,8 @@ fn event(step: u64, content: Content<'_>) -> Vec<u8> {
     varint(step, &mut out);
     match content {
         Content::Version => bytes(0x1a, b"brain.Event:2", &mut out),
+        // SessionLog { status = 1: START = 1 }
+        Content::Restart => bytes(0x3a, &[0x08, 0x01], &mut out),
         Content::Scalar(tag, value) => {
             // Summary { value = 1: Value { tag = 1, simple_value = 2 } }
             let mut v = Vec::new();
@@ -124,15 +131,9 @@ mod tests {
         assert_eq!(crc32c(b"123456789"), 0xe306_9283);
     }
 
-    #[test]
-    fn events_can_be_read_back() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut w = EventWriter::create(dir.path(), 0).unwrap();
-        w.scalar(300, "sft/loss", 1.5).unwrap();
-        w.flush().unwrap();
-        let data = std::fs::read(&w.path).unwrap();
-        let mut rest = data.as_slice();
-        let mut records = Vec::new();
+    /// The records of a file, whose checksums must be right.
+    fn records(data: &[u8]) -> Vec<Vec<u8>> {
+        let (mut rest, mut records) = (data, Vec::new());
         while !rest.is_empty() {
             let n = u64::from_le_bytes(rest[..8].try_into().unwrap()) as usize;
             assert_eq!(masked_crc(&rest[..8]).to_le_bytes(), rest[8..12]);
@@ -140,13 +141,37 @@ mod tests {
                 masked_crc(&rest[12..12 + n]).to_le_bytes(),
                 rest[12 + n..16 + n]
             );
-            records.push(&rest[12..12 + n]);
+            records.push(rest[12..12 + n].to_vec());
             rest = &rest[16 + n..];
         }
+        records
+    }
+
+    #[test]
+    fn events_can_be_read_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut w = EventWriter::create(dir.path(), 0).unwrap();
+        w.scalar(300, "sft/loss", 1.5).unwrap();
+        w.flush().unwrap();
+        let records = records(&std::fs::read(&w.path).unwrap());
         assert_eq!(records.len(), 2);
-        // After the time: step 300 = 0xac 0x02; then the summary with tag and 1.5f32.
-        assert_eq!(records[1][9..12], [0x10, 0xac, 0x02]);
-        assert!(records[1].windows(8).any(|w| w == b"sft/loss"));
-        assert!(records[1].ends_with(&1.5f32.to_le_bytes()));
+        // After the time: step 0, then the version.
+        assert_eq!(&records[0][9..], b"\x10\x00\x1a\x0dbrain.Event:2");
+        // Step 300 = 0xac 0x02; summary of 17 bytes, value of 15, tag of 8 bytes, 1.5 as f32.
+        let expected = b"\x10\xac\x02\x2a\x11\x0a\x0f\x0a\x08sft/loss\x15\x00\x00\xc0\x3f";
+        assert_eq!(&records[1][9..], expected);
+    }
+
+    #[test]
+    fn a_resumed_run_takes_back_what_was_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut w = EventWriter::create(dir.path(), 5).unwrap();
+        w.flush().unwrap();
+        let records = records(&std::fs::read(&w.path).unwrap());
+        // Step 5, session_log { status: START }.
+        assert_eq!(&records[1][9..], b"\x10\x05\x3a\x02\x08\x01");
+        // Readers take the files by name: those of one second must be in the order of their steps.
+        let later = EventWriter::create(dir.path(), 40).unwrap();
+        assert!(w.path < later.path);
     }
 }

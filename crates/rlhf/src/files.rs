@@ -18,6 +18,13 @@ pub fn write(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     let place = || format!("cannot write {}", path.display());
     let mut file = tempfile::NamedTempFile::new_in(dir).with_context(place)?;
     file.write_all(bytes).with_context(place)?;
+    // A temporary file is for its owner alone; what we leave behind is for everybody.
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt as _;
+        let mode = std::fs::Permissions::from_mode(0o644);
+        file.as_file().set_permissions(mode).with_context(place)?;
+    }
     file.as_file().sync_all().with_context(place)?;
     file.persist(path)
         .map_err(|e| e.error)

@@ -15,5 +15,6 @@ mod golden;
 mod golden_io;
 mod kill;
 mod props;
+mod resume;
 mod signal;
 mod trainer;

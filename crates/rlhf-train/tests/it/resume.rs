@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 use rlhf_data::seed::{Purpose, Stream};
 use rlhf_kernels::LossSum;
 use rlhf_kernels::optim::AdamWConfig;
-use rlhf_train::{Flow, LrSchedule, Restored, Session, SessionConfig, Stepper, StepperConfig, StopFlag};
+use rlhf_train::{
+    Flow, LrSchedule, Restored, Session, SessionConfig, Stepper, StepperConfig, StopFlag,
+};
 use tch::{Device, Kind, Tensor};
 
 const STEPS: u64 = 60;
@@ -24,7 +26,11 @@ fn train(dir: &Path) {
         max_grad_norm: Some(1.0),
         max_bad_steps: 3,
     };
-    let mut stepper = Stepper::new(vec![("weights".into(), weights.shallow_clone())], AdamWConfig::default(), config);
+    let mut stepper = Stepper::new(
+        vec![("weights".into(), weights.shallow_clone())],
+        AdamWConfig::default(),
+        config,
+    );
     let mut session = Session::open(SessionConfig {
         dir: dir.to_owned(),
         stage: "fit".into(),
@@ -39,11 +45,23 @@ fn train(dir: &Path) {
     for step in start..STEPS {
         let noise: Vec<f64> = (0..4).map(|i| stream.uniform(step, i, 0)).collect();
         let error = (&weights * Tensor::from_slice(&noise)).sum(Kind::Double) - 1.0;
-        stepper.accumulate(LossSum { sum: &error * &error, weight: 1.0 }).unwrap();
+        stepper
+            .accumulate(LossSum {
+                sum: &error * &error,
+                weight: 1.0,
+            })
+            .unwrap();
         let report = stepper.apply().unwrap();
         sum += report.loss;
-        session.log(step, 1, &[("loss", report.loss), ("sum", sum)]).unwrap();
-        assert_eq!(session.after_step(step, &[("model", &stepper)], &sum).unwrap(), Flow::Continue);
+        session
+            .log(step, 1, &[("loss", report.loss), ("sum", sum)])
+            .unwrap();
+        assert_eq!(
+            session
+                .after_step(step, &[("model", &stepper)], &sum)
+                .unwrap(),
+            Flow::Continue
+        );
         std::thread::sleep(Duration::from_millis(3));
     }
     let summary = session.finish().unwrap();
@@ -91,10 +109,16 @@ fn ten_kills_change_nothing() {
             .unwrap();
         if kills < 10 {
             // Some steps after wherever it is now, at any instant of a step.
-            let lines = || std::fs::read_to_string(broken.path().join("metrics.jsonl")).map_or(0, |t| t.lines().count());
+            let lines = || {
+                std::fs::read_to_string(broken.path().join("metrics.jsonl"))
+                    .map_or(0, |t| t.lines().count())
+            };
             let (before, began) = (lines(), Instant::now());
             let further = 1 + stream.below(8, runs, 0, 0) as usize;
-            while lines() < before + further && child.try_wait().unwrap().is_none() && began.elapsed() < Duration::from_secs(30) {
+            while lines() < before + further
+                && child.try_wait().unwrap().is_none()
+                && began.elapsed() < Duration::from_secs(30)
+            {
                 std::thread::sleep(Duration::from_micros(200));
             }
             std::thread::sleep(Duration::from_micros(stream.below(3000, runs, 1, 0)));

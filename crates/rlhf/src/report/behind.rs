@@ -138,6 +138,11 @@ pub(crate) fn repeat(m: &Material) -> Result<Section, std::fmt::Error> {
     Ok(Section::new("repeat", "To repeat it", out))
 }
 
+/// A path that may break after each of its folders.
+fn breakable(path: &str) -> String {
+    escape(path).replace('/', "/<wbr>")
+}
+
 /// The data files: from the plan, which counts their rows, else from the hashes.
 fn data(m: &Material, plan: Option<&Value>, out: &mut String) -> std::fmt::Result {
     let files = plan
@@ -164,7 +169,7 @@ fn data(m: &Material, plan: Option<&Value>, out: &mut String) -> std::fmt::Resul
             .and_then(Value::as_f64)
             .map_or_else(|| "–".into(), terminal::count);
         rows.push(vec![
-            escape(text("path")),
+            breakable(text("path")),
             count("rows"),
             count("kept"),
             tokens,
@@ -174,7 +179,7 @@ fn data(m: &Material, plan: Option<&Value>, out: &mut String) -> std::fmt::Resul
     if rows.is_empty() {
         rows.extend(m.run.data.iter().map(|(path, hash)| {
             vec![
-                escape(path),
+                breakable(path),
                 "–".into(),
                 "–".into(),
                 "–".into(),

@@ -165,7 +165,7 @@ fn well_formed(html: &str) {
                 "before {}",
                 &rest[..rest.len().min(80)]
             );
-        } else if !tag.ends_with('/') && !["br", "meta", "!doctype"].contains(&name) {
+        } else if !tag.ends_with('/') && !["br", "wbr", "meta", "!doctype"].contains(&name) {
             open.push(name);
         }
     }
