@@ -83,7 +83,9 @@ pub fn share(hits: f64, n: usize) -> Interval {
     }
 }
 
-/// A statistic of `items` with the 2.5 % and 97.5 % quantiles of `rounds` resamples.
+/// A statistic of `items` with an interval from `rounds` resamples: their 2.5 % and 97.5 % quantiles,
+/// moved so that the resamples' mean lies on the estimate. Without the move a statistic that counts
+/// what is different (distinct-n) would lie outside its own interval: a resample repeats items.
 ///
 /// The same seed draws the same resamples.
 pub fn bootstrap<T>(
@@ -105,11 +107,11 @@ pub fn bootstrap<T>(
         })
         .collect();
     values.sort_by(f64::total_cmp);
+    let centre = values.iter().sum::<f64>() / values.len().max(1) as f64;
     let at = |q: f64| {
         values
             .get((q * (values.len().saturating_sub(1)) as f64).round() as usize)
-            .copied()
-            .unwrap_or(value)
+            .map_or(value, |v| value + v - centre)
     };
     Interval {
         value,
