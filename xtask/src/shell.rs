@@ -74,10 +74,16 @@ impl Run {
 }
 
 /// `cargo COMMAND ARGS`, the cargo that runs us.
+///
+/// Cargo's configuration has put LIBTORCH into our environment. Handed on it would look like a change
+/// to torch-sys, which would then be built anew whenever cargo is called directly in between.
 pub(crate) fn cargo(command: &str, args: &[&str]) -> Run {
-    Run::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-        .args([command])
-        .args(args)
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut run = Run::new(cargo).args([command]).args(args);
+    if std::env::var_os("LIBTORCH").is_some_and(|l| Path::new(&l) == crate::libtorch::link()) {
+        run.0.env_remove("LIBTORCH");
+    }
+    run
 }
 
 /// A release binary of the workspace. Its rpath finds `.libtorch` beside `target`; elsewhere the
