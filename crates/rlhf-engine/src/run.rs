@@ -41,6 +41,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         );
         return Ok(ExitCode::SUCCESS);
     }
+    let dir = folder(args, &source.name)?;
     let device = engine::device(args.device)?;
     let (plan, inputs) = plan::resolve(&source.name, &args.recipe, recipe.clone(), &shared)?;
     if !args.json {
@@ -52,7 +53,6 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let dir = folder(args, &source.name)?;
     prepare(&dir, &source, &plan, args)?;
     init(&dir, &plan, device)?;
     let began = Instant::now();

@@ -30,14 +30,14 @@ Tensor unit_stride(const Tensor &t) {
 }
 
 template <class T>
-rlhf::Attention<T> arguments(const Tensor &q, const Tensor &k, const Tensor &v, Tensor &out, Tensor &lse, double scale) {
+rlhf::Attention<T> arguments(const Tensor &q, const Tensor &k, const Tensor &v, Tensor &out, Tensor &norms, double scale) {
   rlhf::Attention<T> a{};
   a.q = q.const_data_ptr<T>(), a.k = k.const_data_ptr<T>(), a.v = v.const_data_ptr<T>();
   a.q_row = q.stride(0), a.q_head = q.stride(1);
   a.k_row = k.stride(0), a.k_head = k.stride(1);
   a.v_row = v.stride(0), a.v_head = v.stride(1);
   a.hq = q.size(1), a.hkv = k.size(1), a.d = q.size(2), a.scale = scale;
-  a.out = out.mutable_data_ptr<T>(), a.lse = lse.mutable_data_ptr<T>();
+  a.out = out.mutable_data_ptr<T>(), a.norms = norms.mutable_data_ptr<T>();
   return a;
 }
 
@@ -52,12 +52,12 @@ struct PrefixAttention : torch::autograd::Function<PrefixAttention> {
   static Tensor forward(AutogradContext *ctx, const Tensor &q, const Tensor &k, const Tensor &v, Ints flat,
                         double scale) {
     const auto qs = unit_stride(q), ks = unit_stride(k), vs = unit_stride(v);
-    auto out = at::empty(q.sizes(), q.options()), lse = at::empty({q.size(0), q.size(1)}, q.options());
+    auto out = at::empty(q.sizes(), q.options()), norms = at::empty({q.size(0), q.size(1), 2}, q.options());
     if (q.scalar_type() == at::kDouble)
-      run(arguments<double>(qs, ks, vs, out, lse, scale), flat, rlhf::cpu_kernels().attend_f64);
+      run(arguments<double>(qs, ks, vs, out, norms, scale), flat, rlhf::cpu_kernels().attend_f64);
     else
-      run(arguments<float>(qs, ks, vs, out, lse, scale), flat, rlhf::cpu_kernels().attend_f32);
-    ctx->save_for_backward({qs, ks, vs, out, lse});
+      run(arguments<float>(qs, ks, vs, out, norms, scale), flat, rlhf::cpu_kernels().attend_f32);
+    ctx->save_for_backward({qs, ks, vs, out, norms});
     ctx->saved_data["flat"] = std::move(flat);
     ctx->saved_data["scale"] = scale;
     return out;
@@ -67,7 +67,7 @@ struct PrefixAttention : torch::autograd::Function<PrefixAttention> {
     rlhf::once_differentiable("shared_prefix_attention");
     const auto saved = ctx->get_saved_variables();
     const auto &q = saved[0], &k = saved[1], &v = saved[2];
-    auto out = saved[3], lse = saved[4];
+    auto out = saved[3], norms = saved[4];
     const auto flat = ctx->saved_data["flat"].toIntVector();
     const double scale = ctx->saved_data["scale"].toDouble();
     const auto go = grads[0].contiguous();
@@ -79,9 +79,9 @@ struct PrefixAttention : torch::autograd::Function<PrefixAttention> {
       run(a, flat, kernel);
     };
     if (q.scalar_type() == at::kDouble)
-      backwards(arguments<double>(q, k, v, out, lse, scale), rlhf::cpu_kernels().attend_grad_f64);
+      backwards(arguments<double>(q, k, v, out, norms, scale), rlhf::cpu_kernels().attend_grad_f64);
     else
-      backwards(arguments<float>(q, k, v, out, lse, scale), rlhf::cpu_kernels().attend_grad_f32);
+      backwards(arguments<float>(q, k, v, out, norms, scale), rlhf::cpu_kernels().attend_grad_f32);
     return {gq, gk, gv, Tensor(), Tensor()};
   }
 };

@@ -78,8 +78,6 @@ INLINE Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < 8; ++i) y[i] = __builtin_exp(x[i]);
   return y;
 }
-INLINE float log(float x) { return __builtin_logf(x); }
-INLINE double log(double x) { return __builtin_log(x); }
 
 // Below it a probability is 0; stands for −∞ where that meets a factor 0.
 constexpr float kFloor = -1e4f;
@@ -116,14 +114,15 @@ void stats(const float *z, int64_t v, float inv_t, bool entropy, float *out) {
   const double log_sum = __builtin_log(total);
   out[1] = (float)log_sum;
   out[2] = entropy ? (float)(log_sum - dot / total) : 0.f;
+  out[3] = (float)(1.0 / total);
 }
 
 template <bool ENTROPY, bool CAP>
-INLINE F grad_of(F x, float m, float inv_t, float log_sum, float h, float inv_cap, float g, float ge) {
-  const F logp = (x - m) * inv_t - log_sum;
+INLINE F grad_of(F x, const float *s, float inv_t, float inv_cap, float g, float ge) {
+  const F d = (x - s[0]) * inv_t;
   F w = splat(-g * inv_t);
-  if (ENTROPY) w -= (floored<float>(logp, splat(kFloor)) + h) * (ge * inv_t);
-  F y = exp(logp) * w;
+  if (ENTROPY) w -= (floored<float>(d, splat(kFloor)) + (s[2] - s[1])) * (ge * inv_t);
+  F y = exp(d) * (w * s[3]);
   if (CAP) {
     const F c = x * inv_cap;
     y *= 1.f - c * c;
@@ -134,9 +133,9 @@ template <bool ENTROPY, bool CAP>
 void grad_row(const float *z, float *out, int64_t v, const float *s, float inv_t, float cap, float g, float ge) {
   const float inv_cap = CAP ? 1.f / cap : 0.f;
   int64_t i = 0;
-  for (; i + W <= v; i += W) store(out + i, grad_of<ENTROPY, CAP>(load(z + i), s[0], inv_t, s[1], s[2], inv_cap, g, ge));
+  for (; i + W <= v; i += W) store(out + i, grad_of<ENTROPY, CAP>(load(z + i), s, inv_t, inv_cap, g, ge));
   if (i < v)
-    store(out + i, grad_of<ENTROPY, CAP>(load(z + i, v - i, 0.f), s[0], inv_t, s[1], s[2], inv_cap, g, ge), v - i);
+    store(out + i, grad_of<ENTROPY, CAP>(load(z + i, v - i, 0.f), s, inv_t, inv_cap, g, ge), v - i);
 }
 void grad(const float *z, float *out, int64_t v, const float *s, float inv_t, float cap, float g, float ge) {
   if (ge != 0.f) (cap > 0 ? grad_row<true, true> : grad_row<true, false>)(z, out, v, s, inv_t, cap, g, ge);
@@ -325,7 +324,9 @@ template <class T> void attend(const rlhf::Attention<T> &a, const rlhf::Group &g
             }
             const T t = sum<T>(total);
             inverse[i] = T(1) / t;
-            a.lse[(b.r0 + i) * a.hq + h] = m * scale + log(t);
+            T *norm = a.norms + 2 * ((b.r0 + i) * a.hq + h);
+            norm[0] = m;
+            norm[1] = inverse[i];
           }
           if (b.lp > 0) gemm(b.n, d, b.lp, scores, b.ld, (int64_t)1, v + b.p0 * a.v_row, a.v_row, out, out_row, false);
           gemm(b.n, d, b.own, scores + b.lpp, b.ld, (int64_t)1, v + b.s0 * a.v_row, a.v_row, out, out_row, b.lp > 0);
@@ -369,9 +370,10 @@ template <class T> void attend_grad(const rlhf::Attention<T> &a, const rlhf::Gro
             T *p = probs + i * b.ld, *x = grads + i * b.ld, delta = 0;
             hide(p, b, i);
             for (int64_t j = 0; j < d; ++j) delta += go[i * out_row + j] * out[i * out_row + j];
-            const T lse = a.lse[(b.r0 + i) * a.hq + h];
+            const T *norm = a.norms + 2 * ((b.r0 + i) * a.hq + h);
+            const T m = norm[0], inverse = norm[1];
             for (int64_t j = 0; j < b.ld; j += w) {
-              const Vec<T> e = exp(load(p + j) * scale - lse);
+              const Vec<T> e = exp((load(p + j) - m) * scale) * inverse;
               store(p + j, e);
               store(x + j, e * (load(x + j) - delta) * scale);
             }

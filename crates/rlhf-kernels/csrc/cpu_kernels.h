@@ -17,18 +17,19 @@ template <class T> struct Attention {
   int64_t q_row, q_head, k_row, k_head, v_row, v_head;
   int64_t hq, hkv, d;
   double scale;
-  T *out, *lse;        // [N,Hq,D], [N,Hq]
+  T *out, *norms;      // [N,Hq,D], [N,Hq,2]: the largest score m and 1 / Σ exp(scale·(score − m))
   const T *grad;       // of out, contiguous
   T *gq, *gk, *gv;     // contiguous; gk and gv begin at zero
 };
 
-// Of one row of logits: its maximum m, log Σ exp((z − m)/T), and its entropy (0 unless asked for).
-constexpr int64_t kStats = 3;
+// Of one row of logits: its maximum m, log S with S = Σ exp((z − m)/T), its entropy (0 unless asked for),
+// and 1/S. Probabilities come from 1/S: log S in f32 would make all of a row's wrong by the same factor.
+constexpr int64_t kStats = 4;
 
 struct CpuKernels {
   void (*stats)(const float *z, int64_t v, float inv_t, bool entropy, float *out);
-  // out = d(g·logp + ge·H)/dz of one row but for the chosen id's own g; out may be z. With a soft cap
-  // z holds capped logits and out is the gradient of the uncapped.
+  // out = d(g·logp + ge·H)/dz of one row, without the chosen id's own part; out may be z. With a soft
+  // cap z holds capped logits and out is the gradient of the uncapped.
   void (*grad)(const float *z, float *out, int64_t v, const float *stats, float inv_t, float softcap, float g,
                float ge);
   // One group and one key head: its query heads and all its rows.

@@ -1,6 +1,6 @@
 // log p(id) = log_softmax(cap(h·Wᵀ) / T)[id] and the entropy of each row.
 //
-// From (hidden, weight) the [M,V] logits are never whole: forward keeps three numbers a row; backward
+// From (hidden, weight) the [M,V] logits are never whole: forward keeps four numbers a row; backward
 // computes each chunk of logits again and turns it into its own gradient in place. So memory is
 // O(chunk·V) both ways, in one buffer. Where only `hidden` wants a gradient, each row's is a fixed
 // vector times the incoming number: forward makes that vector and backward recomputes nothing.
@@ -29,7 +29,7 @@ bool fast(const Tensor &z) { return z.is_cpu() && z.scalar_type() == at::kFloat;
 // Rows a thread should take at least, so that starting it pays.
 int64_t grain(int64_t v) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(v, 1)); }
 
-// stats [n,3] and logp [n] of logits z [n,V]; `ids` may be undefined, then so is logp.
+// stats [n,4] and logp [n] of logits z [n,V]; `ids` may be undefined, then so is logp.
 void row_stats(const Tensor &z, const Tensor &ids, double inv_t, bool entropy, Tensor stats, Tensor logp) {
   const int64_t n = z.size(0), v = z.size(1);
   if (fast(z)) {
@@ -52,49 +52,57 @@ void row_stats(const Tensor &z, const Tensor &ids, double inv_t, bool entropy, T
   stats.select(1, 0).copy_(top.squeeze(1));
   stats.select(1, 1).copy_(total.log());
   if (entropy) stats.select(1, 2).copy_(total.log() - (e * d.clamp_min(kFloor)).sum(1) / total);
+  stats.select(1, 3).copy_(total.reciprocal());
   if (ids.defined()) logp.copy_(d.gather(1, ids.unsqueeze(1)).squeeze(1) - total.log());
 }
 
-// out = the gradient of Σ g·logp + ge·H with respect to the uncapped logits; g and ge [n] may be
-// undefined. `out` may be z itself.
-void row_grad(const Tensor &z, const Tensor &ids, const Tensor &stats, double inv_t, double cap, const Tensor &g,
-              const Tensor &ge, Tensor out) {
-  const int64_t n = z.size(0), v = z.size(1);
+// The gradient of Σ g·logp + ge·H with respect to the uncapped logits; g and ge [n] may be undefined.
+// It comes in two parts: `out` (may be z itself), and, where g is defined, own [n] that belongs to the
+// chosen ids. Apart, because a product that sums over the vocabulary would add thousands of small
+// terms to one large one.
+Tensor row_grad(const Tensor &z, const Tensor &ids, const Tensor &stats, double inv_t, double cap, const Tensor &g,
+                const Tensor &ge, Tensor out) {
+  Tensor own;
+  if (g.defined()) {
+    own = g * inv_t;
+    if (cap > 0) own.mul_((z.gather(1, ids.unsqueeze(1)).squeeze(1) / cap).square_().neg_().add_(1.0));
+  }
   if (fast(z)) {
+    const int64_t n = z.size(0), v = z.size(1);
     const float *x = z.const_data_ptr<float>(), *s = stats.const_data_ptr<float>();
     const float *gp = g.defined() ? g.const_data_ptr<float>() : nullptr;
     const float *gep = ge.defined() ? ge.const_data_ptr<float>() : nullptr;
-    const int64_t *id = gp ? ids.const_data_ptr<int64_t>() : nullptr;
     float *o = out.mutable_data_ptr<float>();
     const auto &kernels = rlhf::cpu_kernels();
     at::parallel_for(0, n, grain(v), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const float gi = gp ? gp[i] : 0.f;
-        float own = gi * (float)inv_t;
-        if (gp && cap > 0) {
-          const float c = x[i * v + id[i]] / (float)cap;
-          own *= 1.f - c * c;
-        }
-        kernels.grad(x + i * v, o + i * v, v, s + i * rlhf::kStats, (float)inv_t, (float)cap, gi, gep ? gep[i] : 0.f);
-        if (gp) o[i * v + id[i]] += own;
-      }
+      for (int64_t i = begin; i < end; ++i)
+        kernels.grad(x + i * v, o + i * v, v, s + i * rlhf::kStats, (float)inv_t, (float)cap, gp ? gp[i] : 0.f,
+                     gep ? gep[i] : 0.f);
     });
-    return;
+    return own;
   }
   // d logp/dz = 1[id] − p ;  d H/dz = −p (log p + H)
-  const auto logp = (z - stats.narrow(1, 0, 1)).mul_(inv_t).sub_(stats.narrow(1, 1, 1));
-  auto d = logp.exp().neg_();
+  const auto d = (z - stats.narrow(1, 0, 1)).mul_(inv_t);
+  auto y = d.exp().mul_(stats.narrow(1, 3, 1)).mul_(-inv_t);
   if (ge.defined()) {
-    auto w = (logp.clamp_min(kFloor) + stats.narrow(1, 2, 1)).mul_(ge.unsqueeze(1));
+    auto w = d.clamp_min(kFloor).add_(stats.narrow(1, 2, 1)).sub_(stats.narrow(1, 1, 1)).mul_(ge.unsqueeze(1));
     if (g.defined()) w.add_(g.unsqueeze(1));
-    d.mul_(w);
+    y.mul_(w);
   } else {
-    d.mul_(g.unsqueeze(1));
+    y.mul_(g.unsqueeze(1));
   }
-  if (g.defined()) d.scatter_add_(1, ids.unsqueeze(1), g.unsqueeze(1));
-  d.mul_(inv_t);
-  if (cap > 0) d.mul_((z / cap).square().neg_().add_(1.0));
-  out.copy_(d);
+  if (cap > 0) y.mul_((z / cap).square_().neg_().add_(1.0));
+  out.copy_(y);
+  return own;
+}
+// Joins the two parts.
+void join(Tensor grad, const Tensor &ids, const Tensor &own) {
+  if (own.defined()) grad.scatter_add_(1, ids.unsqueeze(1), own.unsqueeze(1));
+}
+// out = (gradient of the logits) · weight, from the two parts.
+void hidden_grad(Tensor out, const Tensor &grad, const Tensor &ids, const Tensor &own, const Tensor &w) {
+  at::mm_out(out, grad, w);
+  if (own.defined()) out.addcmul_(w.index_select(0, ids), own.unsqueeze(1));
 }
 
 // A chunk's buffer, kept by its thread between calls up to 64 MiB: fresh pages cost more than the
@@ -141,9 +149,8 @@ struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
       set.logits(z, all.narrow(0, r, n), wt);
       row_stats(z, i, set.inv_t, entropy, s, logp.narrow(0, r, n));
       if (ahead) {
-        row_grad(z, i, s, set.inv_t, set.cap, one.narrow(0, 0, n), Tensor(), z);
-        auto out = fixed.narrow(0, r, n);
-        at::mm_out(out, z, w);
+        const auto own = row_grad(z, i, s, set.inv_t, set.cap, one.narrow(0, 0, n), Tensor(), z);
+        hidden_grad(fixed.narrow(0, r, n), z, i, own, w);
       }
     }
     ctx->set_materialize_grads(false);
@@ -179,16 +186,16 @@ struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
     const auto whole = buffer(std::min(m, set.rows), v, w.options());
     for (int64_t r = 0; r < m; r += set.rows) {
       const int64_t n = std::min(set.rows, m - r);
-      const auto z = whole.narrow(0, 0, n), h = all.narrow(0, r, n);
+      const auto z = whole.narrow(0, 0, n), h = all.narrow(0, r, n), i = ids.narrow(0, r, n);
       auto part = [&](const Tensor &t) { return t.defined() ? t.narrow(0, r, n) : Tensor(); };
       set.logits(z, h, wt);
-      row_grad(z, ids.narrow(0, r, n), stats.narrow(0, r, n), set.inv_t, set.cap, part(g_logp), part(g_entropy), z);
-      if (need_h) {
-        auto out = gh.narrow(0, r, n);
-        at::mm_out(out, z, w);
-      }
-      if (need_w && r == 0) at::mm_out(gw, z.t(), h);
-      else if (need_w) at::addmm_out(gw, gw, z.t(), h);
+      const auto own =
+          row_grad(z, i, stats.narrow(0, r, n), set.inv_t, set.cap, part(g_logp), part(g_entropy), z);
+      if (need_h) hidden_grad(gh.narrow(0, r, n), z, i, own, w);
+      if (!need_w) continue;
+      join(z, i, own);
+      if (r == 0) at::mm_out(gw, z.t(), h);
+      else at::addmm_out(gw, gw, z.t(), h);
     }
     if (need_h) result[0] = gh.to(hidden.scalar_type());
     if (need_w) result[1] = gw.to(weight.scalar_type());
@@ -218,7 +225,7 @@ struct LogitLogprobs : torch::autograd::Function<LogitLogprobs> {
     const auto &logits = saved[0], &ids = saved[1], &stats = saved[2];
     const auto z = logits.detach().to(rlhf::accumulation(logits)).contiguous(), g = grads[0].contiguous();
     auto out = at::empty_like(z);
-    row_grad(z, ids, stats, 1.0, 0.0, ids.defined() ? g : Tensor(), ids.defined() ? Tensor() : g, out);
+    join(out, ids, row_grad(z, ids, stats, 1.0, 0.0, ids.defined() ? g : Tensor(), ids.defined() ? Tensor() : g, out));
     result[0] = out.to(logits.scalar_type());
     return result;
   }
