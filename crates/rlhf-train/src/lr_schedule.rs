@@ -75,13 +75,12 @@ impl LrSchedule {
         let (s, w, t) = (step as f64, warmup as f64, total as f64);
         let progress = (s - w) / (t - w).max(1.0);
         if step < warmup {
-            // As in transformers, a course with a floor also begins at it if it is WSD.
-            let floor = match self {
-                Self::Wsd { min_ratio, .. } => *min_ratio,
-                _ => 0.0,
-            };
-            return floor + (1.0 - floor) * s / w.max(1.0);
-        }
+            return match *self {
+                Self::CosineFromFloor { warmup_ratio, .. } => {
+                    warmup_ratio + (1.0 - warmup_ratio) * s / (w - 1.0).max(1.0)
+                }
+                // As in transformers, WSD with a floor begins at it.
+                Self::Wsd { min_ratio, .. } => min_ratio + (1.0 - min_ratio) * s / w.max(1.0),
                 _ => s / w.max(1.0),
             };
         }
