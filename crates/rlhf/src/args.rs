@@ -55,7 +55,7 @@ pub struct RunArgs {
     /// Go on with a run that was interrupted
     #[arg(long)]
     pub resume: bool,
-    /// Apply the recipe's [smoke] overlay: everything runs, briefly
+    /// Apply the recipe's smoke overlay: everything runs, briefly
     #[arg(long)]
     pub smoke: bool,
     /// Read all inputs, print the plan, train nothing
