@@ -4,7 +4,7 @@
 //! that were lost are cut off. A number that is not finite is written as null.
 
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead as _, BufReader, Seek as _, SeekFrom, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -95,7 +95,10 @@ fn kept_bytes(path: &Path, next_step: u64) -> Result<u64> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(0),
         Err(e) => return Err(Error::read(path)(e)),
     };
-    let (mut kept, mut line, mut reader) = (0, Vec::new(), BufReader::new(file));
+    // A device has no length, and some never end.
+    let length = file.metadata().map_err(Error::read(path))?.len();
+    let mut reader = BufReader::new(file).take(length);
+    let (mut kept, mut line) = (0, Vec::new());
     loop {
         line.clear();
         let length = reader
@@ -153,6 +156,13 @@ mod tests {
         assert_eq!(kept_bytes(&path, 5).unwrap(), 11);
         drop(MetricsLog::open(dir.path(), "sft", 5).unwrap());
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "{\"step\":0}\n");
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_device_is_not_read_without_end() {
+        assert_eq!(kept_bytes(Path::new("/dev/zero"), 5).unwrap(), 0);
+        assert_eq!(kept_bytes(Path::new("/dev/full"), 5).unwrap(), 0);
     }
 
     #[test]

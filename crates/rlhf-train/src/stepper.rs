@@ -405,6 +405,26 @@ mod tests {
     }
 
     #[test]
+    fn bad_steps_before_a_resume_count() {
+        let (w, mut stepper) = one(1.0, 2);
+        stepper.accumulate(loss(&w, f64::NAN, 1.0)).unwrap();
+        stepper.apply().unwrap();
+        let state = stepper.state().into_iter().collect();
+        let (v, mut resumed) = one(1.0, 2);
+        resumed.load_state(&state).unwrap();
+        resumed.accumulate(loss(&v, f64::NAN, 1.0)).unwrap();
+        let e = resumed.apply().unwrap_err();
+        assert!(matches!(
+            e,
+            Error::NotFinite {
+                count: 2,
+                step: 1,
+                ..
+            }
+        ));
+    }
+
+    #[test]
     fn the_first_bad_step_may_be_the_last() {
         let (w, mut stepper) = one(1.0, 1);
         stepper.accumulate(loss(&w, f64::INFINITY, 1.0)).unwrap();

@@ -165,6 +165,11 @@ fn tensors_are_written_whole_or_not_at_all() {
     }
     assert_eq!(std::fs::read(&path).unwrap(), before);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
+    // Nor does a rename that fails leave its half behind: here the name is a folder's.
+    std::fs::create_dir(dir.path().join("folder")).unwrap();
+    let e = tensors::save(&dir.path().join("folder"), &good).unwrap_err();
+    assert!(e.to_string().contains("folder"), "{e}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3);
     // A torn file is an error, not a tensor.
     std::fs::write(&path, &before[..before.len() - 3]).unwrap();
     assert!(tensors::load(&path).is_err());

@@ -173,10 +173,13 @@ pub(crate) fn weights(dir: &Path, step: u64) -> Vec<u8> {
     std::fs::read(dir.join(format!("checkpoints/step-{step:08}/model.safetensors"))).unwrap()
 }
 
-/// The names in the folder of checkpoints.
+/// The names in the folder of checkpoints; none before the first was begun.
 pub(crate) fn checkpoints(dir: &Path) -> Vec<String> {
-    let mut names: Vec<String> = std::fs::read_dir(dir.join("checkpoints"))
-        .unwrap()
+    let entries = match std::fs::read_dir(dir.join("checkpoints")) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Vec::new(),
+        entries => entries.unwrap(),
+    };
+    let mut names: Vec<String> = entries
         .map(|e| e.unwrap().file_name().into_string().unwrap())
         .collect();
     names.sort();
