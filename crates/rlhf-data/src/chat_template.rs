@@ -1,16 +1,20 @@
 //! Hugging Face chat templates: Jinja, as `transformers` renders it.
 //!
-//! Invariant: bounded time and output whatever the template says; the same input gives the same text
-//! on any day (the clock is an argument).
+//! Invariant: bounded time, memory and output whatever the template says; the same input gives the same
+//! text on any day (the clock is an argument).
+//!
+//! A special token's name in a message must not become that token. So a mark is put behind the name's
+//! first character before rendering; the rendered text is cut at the marks, and its parts are tokenised
+//! one by one. Added tokens that the tokenizer does not call special (`<think>`) are left alone.
 
 use std::ops::Range;
 use std::path::Path;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value};
+use minijinja::value::{Kwargs, Value, merge_maps};
 use minijinja::{Environment, Error as JinjaError, ErrorKind, context};
 
-use crate::conversation::{Message, Role};
+use crate::conversation::Message;
 use crate::error::{Error, Result};
 
 /// Instructions a template may execute for one conversation.
@@ -30,6 +34,8 @@ pub struct ChatTemplate {
     place: String,
     bos: String,
     eos: String,
+    /// Other named tokens of the configuration (`pad_token`, …), as variables.
+    named: Vec<(&'static str, String)>,
     marks_generation: bool,
     /// Special tokens, which must not come out of a message's text.
     special: Vec<String>,
@@ -79,6 +85,7 @@ impl ChatTemplate {
         );
         environment.add_function("strftime_now", move |format: String| {
             strftime(&format, date)
+                .map_err(|what| JinjaError::new(ErrorKind::InvalidOperation, what))
         });
         environment.add_filter("tojson", tojson);
         environment
@@ -89,6 +96,7 @@ impl ChatTemplate {
             place: place.into(),
             bos: bos.into(),
             eos: eos.into(),
+            named: Vec::new(),
             marks_generation,
             special,
         })
@@ -118,7 +126,13 @@ impl ChatTemplate {
                     "remove it",
                 ));
             }
-            list.push(context! { role => m.role.name(), content => self.defuse(&m.content) });
+            let content = self.defuse(&m.content).map_err(|token| {
+                bad(
+                    &format!("a message holds `{token}`, a special token of one character, which cannot be kept apart"),
+                    "remove it from the message",
+                )
+            })?;
+            list.push(context! { role => m.role.name(), content });
         }
         let template = self
             .environment
@@ -128,7 +142,13 @@ impl ChatTemplate {
         let variables = context! {
             messages => list, add_generation_prompt => add_generation_prompt,
             bos_token => &self.bos, eos_token => &self.eos,
+            tools => (), documents => (),
         };
+        let named = self
+            .named
+            .iter()
+            .map(|(name, token)| (*name, token.as_str()));
+        let variables = merge_maps([Value::from_iter(named), variables]);
         match template.render_captured_to(variables, &mut sink) {
             Ok(_) => {}
             Err(_) if sink.text.len() >= MAX_TEXT => {
@@ -150,22 +170,24 @@ impl ChatTemplate {
         Ok(unmark(&text))
     }
 
-    /// Puts a mark inside every special token's name, so that it is cut there before tokenising.
-    fn defuse(&self, content: &str) -> String {
+    /// Puts a mark inside every special token's name, so that it is cut there before tokenising; the
+    /// error is a token that has no inside.
+    fn defuse(&self, content: &str) -> std::result::Result<String, &str> {
         let mut out = content.to_owned();
         for token in &self.special {
-            if out.contains(token.as_str()) {
-                let mut chars = token.chars();
-                let broken: String = chars
-                    .next()
-                    .into_iter()
-                    .chain([SPLIT])
-                    .chain(chars)
-                    .collect();
-                out = out.replace(token.as_str(), &broken);
+            let Some(first) = token.chars().next() else {
+                continue;
+            };
+            let (head, tail) = token.split_at(first.len_utf8());
+            // A name may overlap itself ("aa" in "aaa"), so once is not always enough.
+            while out.contains(token.as_str()) {
+                if tail.is_empty() {
+                    return Err(token);
+                }
+                out = out.replace(token.as_str(), &format!("{head}{SPLIT}{tail}"));
             }
         }
-        out
+        Ok(out)
     }
 
     /// Reads the template of a model folder: `chat_template.jinja`, else `chat_template` in
@@ -214,7 +236,19 @@ impl ChatTemplate {
                 _ => return Ok(None),
             }
         };
-        Self::new(&source, &place, &bos, &eos, special, date).map(Some)
+        let mut template = Self::new(&source, &place, &bos, &eos, special, date)?;
+        template.named = [
+            "unk_token",
+            "pad_token",
+            "sep_token",
+            "cls_token",
+            "mask_token",
+        ]
+        .into_iter()
+        .map(|name| (name, token(name)))
+        .filter(|(_, token)| !token.is_empty())
+        .collect();
+        Ok(Some(template))
     }
 }
 
@@ -254,6 +288,15 @@ fn mark_generation(source: &str) -> (String, bool) {
     let mut rest = source;
     let mut found = false;
     while let Some(start) = rest.find("{%") {
+        // A tag in a comment is none.
+        if let Some(comment) = rest[..start].find("{#") {
+            let end = rest[comment..]
+                .find("#}")
+                .map_or(rest.len(), |n| comment + n + 2);
+            out.push_str(&rest[..end]);
+            rest = &rest[end..];
+            continue;
+        }
         let Some(len) = rest[start..].find("%}") else {
             break;
         };
@@ -300,58 +343,112 @@ fn unmark(marked: &str) -> Rendered {
     r
 }
 
-/// `json.dumps(value, ensure_ascii=False, indent=…)`, as transformers defines the filter.
+/// How [`dump`] writes.
+struct Layout {
+    indent: Option<usize>,
+    item: String,
+    key: String,
+    ascii: bool,
+    sorted: bool,
+}
+
+/// `json.dumps(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`, as
+/// `transformers` defines the filter.
 fn tojson(value: Value, kwargs: Kwargs) -> std::result::Result<String, JinjaError> {
     let indent: Option<usize> = kwargs.get("indent")?;
+    let separators: Option<Vec<String>> = kwargs.get("separators")?;
+    let ascii: Option<bool> = kwargs.get("ensure_ascii")?;
+    let sorted: Option<bool> = kwargs.get("sort_keys")?;
     kwargs.assert_all_used()?;
-    let json = serde_json::to_value(&value)
-        .map_err(|e| JinjaError::new(ErrorKind::InvalidOperation, e.to_string()))?;
+    let bad = |what: String| JinjaError::new(ErrorKind::InvalidOperation, what);
+    let (item, key) = match separators.as_deref() {
+        None => (
+            if indent.is_some() { "," } else { ", " }.to_owned(),
+            ": ".to_owned(),
+        ),
+        Some([item, key]) => (item.clone(), key.clone()),
+        Some(other) => {
+            return Err(bad(format!(
+                "tojson: {} separators, expected 2",
+                other.len()
+            )));
+        }
+    };
+    let layout = Layout {
+        indent,
+        item,
+        key,
+        ascii: ascii.unwrap_or(false),
+        sorted: sorted.unwrap_or(false),
+    };
+    let json = serde_json::to_value(&value).map_err(|e| bad(e.to_string()))?;
     let mut out = String::new();
-    dump(&json, indent, 0, &mut out);
+    dump(&json, &layout, 0, &mut out);
+    // Marks are no control characters, so JSON leaves them as they are.
     Ok(out)
 }
 
-fn dump(v: &serde_json::Value, indent: Option<usize>, depth: usize, out: &mut String) {
+fn dump(v: &serde_json::Value, layout: &Layout, depth: usize, out: &mut String) {
     let newline = |depth: usize, out: &mut String| {
-        if let Some(n) = indent {
+        if let Some(n) = layout.indent {
             out.push('\n');
             out.push_str(&" ".repeat(n * depth));
         }
     };
-    let separator = if indent.is_some() { "," } else { ", " };
     match v {
         serde_json::Value::Array(a) if !a.is_empty() => {
             out.push('[');
             for (i, x) in a.iter().enumerate() {
                 if i > 0 {
-                    out.push_str(separator);
+                    out.push_str(&layout.item);
                 }
                 newline(depth + 1, out);
-                dump(x, indent, depth + 1, out);
+                dump(x, layout, depth + 1, out);
             }
             newline(depth, out);
             out.push(']');
         }
         serde_json::Value::Object(o) if !o.is_empty() => {
+            let mut entries: Vec<(&String, &serde_json::Value)> = o.iter().collect();
+            if layout.sorted {
+                entries.sort_by_key(|(k, _)| *k);
+            }
             out.push('{');
-            for (i, (k, x)) in o.iter().enumerate() {
+            for (i, (k, x)) in entries.into_iter().enumerate() {
                 if i > 0 {
-                    out.push_str(separator);
+                    out.push_str(&layout.item);
                 }
                 newline(depth + 1, out);
-                out.push_str(&serde_json::Value::String(k.clone()).to_string());
-                out.push_str(": ");
-                dump(x, indent, depth + 1, out);
+                quote(k, layout.ascii, out);
+                out.push_str(&layout.key);
+                dump(x, layout, depth + 1, out);
             }
             newline(depth, out);
             out.push('}');
         }
+        serde_json::Value::String(s) => quote(s, layout.ascii, out),
         other => out.push_str(&other.to_string()),
     }
 }
 
-/// The directives that templates in the wild use: %Y %m %d %B %b %y.
-fn strftime(format: &str, (year, month, day): (i32, u32, u32)) -> String {
+fn quote(text: &str, ascii: bool, out: &mut String) {
+    let quoted = serde_json::Value::from(text).to_string();
+    for c in quoted.chars() {
+        if ascii && !c.is_ascii() && c != SPLIT {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                out.push_str(&format!("\\u{unit:04x}"));
+            }
+        } else {
+            out.push(c);
+        }
+    }
+}
+
+/// The directives of a date, in English; the clock stands at midnight.
+fn strftime(
+    format: &str,
+    (year, month, day): (i32, u32, u32),
+) -> std::result::Result<String, String> {
     const MONTHS: [&str; 12] = [
         "January",
         "February",
@@ -366,29 +463,67 @@ fn strftime(format: &str, (year, month, day): (i32, u32, u32)) -> String {
         "November",
         "December",
     ];
-    let name = MONTHS
-        .get(month.saturating_sub(1) as usize)
+    const DAYS: [&str; 7] = [
+        "Sunday",
+        "Monday",
+        "Tuesday",
+        "Wednesday",
+        "Thursday",
+        "Friday",
+        "Saturday",
+    ];
+    let month_name = MONTHS
+        .get((month as usize).wrapping_sub(1))
         .copied()
         .unwrap_or("");
-    format
-        .replace("%Y", &format!("{year:04}"))
-        .replace("%y", &format!("{:02}", year.rem_euclid(100)))
-        .replace("%m", &format!("{month:02}"))
-        .replace("%d", &format!("{day:02}"))
-        .replace("%B", name)
-        .replace("%b", name.get(..3).unwrap_or(""))
+    let weekday = DAYS[weekday(year, month, day)];
+    let mut out = String::new();
+    let mut chars = format.chars();
+    while let Some(c) = chars.next() {
+        if c != '%' {
+            out.push(c);
+            continue;
+        }
+        match chars.next() {
+            Some('Y') => out.push_str(&format!("{year:04}")),
+            Some('y') => out.push_str(&format!("{:02}", year.rem_euclid(100))),
+            Some('m') => out.push_str(&format!("{month:02}")),
+            Some('d') => out.push_str(&format!("{day:02}")),
+            Some('e') => out.push_str(&format!("{day:2}")),
+            Some('B') => out.push_str(month_name),
+            Some('b' | 'h') => out.push_str(month_name.get(..3).unwrap_or("")),
+            Some('A') => out.push_str(weekday),
+            Some('a') => out.push_str(&weekday[..3]),
+            Some('F') => out.push_str(&format!("{year:04}-{month:02}-{day:02}")),
+            Some('H' | 'M' | 'S') => out.push_str("00"),
+            Some('%') => out.push('%'),
+            other => {
+                return Err(format!(
+                    "strftime_now: the directive %{} is not supported",
+                    other.map_or_else(String::new, String::from)
+                ));
+            }
+        }
+    }
+    Ok(out)
 }
 
-/// Splits a conversation into what comes before its last assistant turn, and that turn.
-#[must_use]
-pub fn split_last_answer(messages: &[Message]) -> Option<(&[Message], &[Message])> {
-    let last = messages.iter().rposition(|m| m.role == Role::Assistant)?;
-    Some(messages.split_at(last))
+/// Days since Sunday (Sakamoto's method).
+fn weekday(year: i32, month: u32, day: u32) -> usize {
+    const SHIFT: [i32; 12] = [0, 3, 2, 5, 0, 3, 5, 1, 4, 6, 2, 4];
+    let y = year - i32::from(month < 3);
+    let shift = SHIFT
+        .get((month as usize).wrapping_sub(1))
+        .copied()
+        .unwrap_or(0);
+    (y + y.div_euclid(4) - y.div_euclid(100) + y.div_euclid(400) + shift + day as i32).rem_euclid(7)
+        as usize
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::conversation::Role;
 
     const DATE: (i32, u32, u32) = (2024, 7, 9);
 
@@ -448,6 +583,91 @@ mod tests {
             .render(&messages(), false)
             .unwrap_err();
         assert!(e.to_string().contains("no system turn"), "{e}");
+    }
+
+    #[test]
+    fn names_that_overlap_or_have_no_inside() {
+        let of = |special: &[&str]| {
+            let special = special.iter().map(|s| (*s).to_owned()).collect();
+            ChatTemplate::new("{{ messages[0].content }}", "test", "", "", special, DATE).unwrap()
+        };
+        let say = |t: &ChatTemplate, content: &str| {
+            t.render(
+                &[Message {
+                    role: Role::User,
+                    content: content.into(),
+                }],
+                false,
+            )
+        };
+        // No part between two cuts may hold "aa".
+        let r = say(&of(&["aa"]), "aaaa").unwrap();
+        assert_eq!(
+            (r.text.as_str(), r.cuts.as_slice()),
+            ("aaaa", [1, 2, 3].as_slice())
+        );
+        let r = say(&of(&["<|im_start|>", "<|im"]), "<|im_start|> <|im").unwrap();
+        assert_eq!(r.cuts, [1, 14]);
+        let e = say(&of(&["X"]), "aXb").unwrap_err().to_string();
+        assert!(e.contains("one character"), "{e}");
+        let e = say(&of(&[]), "a\u{f0a13}b").unwrap_err().to_string();
+        assert!(e.contains("reserved"), "{e}");
+    }
+
+    #[test]
+    fn json_as_python_writes_it() {
+        let of = |arguments: &str| {
+            let source = format!("{{{{ {{'b': [1, 'é\"'], 'a': {{}}}} | tojson({arguments}) }}}}");
+            template(&source).render(&messages(), false).unwrap().text
+        };
+        assert_eq!(of(""), r#"{"b": [1, "é\""], "a": {}}"#);
+        assert_eq!(
+            of("indent=2"),
+            "{\n  \"b\": [\n    1,\n    \"é\\\"\"\n  ],\n  \"a\": {}\n}"
+        );
+        assert_eq!(of("separators=[',', ':']"), r#"{"b":[1,"é\""],"a":{}}"#);
+        assert_eq!(
+            of("ensure_ascii=true, sort_keys=true"),
+            r#"{"a": {}, "b": [1, "\u00e9\""]}"#
+        );
+    }
+
+    #[test]
+    fn dates_by_hand() {
+        // 9 July 2024 was a Tuesday, 29 February 2000 too.
+        assert_eq!(
+            strftime("%A %a %e %B %Y, %F %%", DATE).unwrap(),
+            "Tuesday Tue  9 July 2024, 2024-07-09 %"
+        );
+        assert_eq!(strftime("%a %y", (2000, 2, 29)).unwrap(), "Tue 00");
+        assert!(strftime("%Q", DATE).unwrap_err().contains("%Q"));
+    }
+
+    #[test]
+    fn a_tag_in_a_comment_is_none() {
+        let t = template(
+            "{# {% generation %} and {% #}{% for m in messages %}{{ m.content }}{% endfor %}",
+        );
+        assert_eq!(t.render(&messages(), false).unwrap().text, "hiyo");
+        assert!(!t.marks_generation());
+    }
+
+    #[test]
+    fn tools_are_none_as_in_transformers() {
+        let t = template("{{ tools is none }} {{ documents is not none }} {{ custom is defined }}");
+        assert_eq!(
+            t.render(&messages(), false).unwrap().text,
+            "True False False"
+        );
+    }
+
+    #[test]
+    fn memory_is_bounded_too() {
+        let t = template(
+            "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s | length }}",
+        );
+        let e = t.render(&messages(), false).unwrap_err().to_string();
+        assert!(e.contains("too long"), "{e}");
     }
 
     #[test]

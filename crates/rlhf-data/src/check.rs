@@ -3,17 +3,19 @@
 //! Invariant: fail-closed. What cannot be read is an error; what would be dropped or mistrained is
 //! reported with its row.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fmt;
 use std::path::Path;
 
 use serde::Serialize;
+use sha2::{Digest as _, Sha256};
 
 use crate::conversation::{Message, Role, Text};
 use crate::error::Error;
 use crate::record::{Fault, PreferenceRecord, PromptRecord, Record, SftRecord};
 use crate::source;
-use crate::tokenize::{ChatTokenizer, Limits, Outcome};
+use crate::tokenize::{ChatTokenizer, DropReason, Limits, Outcome};
 
 /// What a file is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -46,6 +48,8 @@ pub struct Finding {
     pub level: Level,
     /// Where: `row 3` or `line 4`, or nothing for the file.
     pub place: String,
+    /// The column, or nothing.
+    pub column: String,
     /// What was found, control characters escaped.
     pub what: String,
 }
@@ -67,7 +71,21 @@ pub struct CheckReport {
 pub const MAX_FINDINGS: usize = 200;
 
 impl CheckReport {
-    fn add(&mut self, rule: &'static str, level: Level, place: &str, what: impl Into<String>) {
+    fn unreadable(&mut self, e: &Error) {
+        let (place, column) = match e {
+            Error::Row { place, column, .. } => (place.as_str(), column.as_str()),
+            _ => ("", ""),
+        };
+        self.add("unreadable", Level::Error, (place, column), one_line(e));
+    }
+
+    fn add(
+        &mut self,
+        rule: &'static str,
+        level: Level,
+        (place, column): (&str, &str),
+        what: impl Into<String>,
+    ) {
         *self.counts.entry(rule).or_default() += 1;
         self.failed |= level == Level::Error;
         if self.findings.len() < MAX_FINDINGS {
@@ -75,6 +93,7 @@ impl CheckReport {
                 rule,
                 level,
                 place: place.into(),
+                column: column.into(),
                 what: excerpt(&what.into()),
             });
         }
@@ -89,7 +108,11 @@ impl fmt::Display for CheckReport {
             } else {
                 "warning"
             };
-            writeln!(f, "{level:<8} {:<18} {:<10} {}", x.rule, x.place, x.what)?;
+            writeln!(
+                f,
+                "{level:<8} {:<18} {:<10} {:<10} {}",
+                x.rule, x.place, x.column, x.what
+            )?;
         }
         for (rule, n) in self.counts.iter().filter(|(_, n)| **n > 1) {
             writeln!(f, "{n} × {rule}")?;
@@ -107,12 +130,23 @@ impl fmt::Display for CheckReport {
     }
 }
 
+/// Names that templates in the wild give a meaning.
+const MARKERS: [&str; 6] = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "[INST]",
+    "<|eot_id|>",
+    "</s>",
+];
+
+fn invisible(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+}
+
 /// The first characters of a text, control characters escaped.
 fn excerpt(text: &str) -> String {
-    let invisible = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
-    };
     let mut out = String::new();
     for (i, c) in text.chars().enumerate() {
         if i == 160 {
@@ -139,30 +173,39 @@ pub fn check(
     let rows = match source::rows(path) {
         Ok(rows) => rows,
         Err(e) => {
-            report.add("unreadable", Level::Error, "", one_line(&e));
+            report.unreadable(&e);
             return report;
         }
     };
-    let mut seen: HashMap<String, String> = HashMap::new();
+    // A digest a row, so that memory does not grow with the texts.
+    let mut seen: HashMap<[u8; 16], u64> = HashMap::new();
     for (index, row) in rows.enumerate() {
         let row = match row {
             Ok(row) => row,
             Err(e) => {
-                report.add("unreadable", Level::Error, "", one_line(&e));
+                report.unreadable(&e);
                 break;
             }
         };
         report.rows += 1;
-        let key = serde_json::Value::Object(row.columns.clone()).to_string();
-        if let Some(first) = seen.get(&key) {
-            report.add(
+        match seen.entry(digest(&row.columns)) {
+            Entry::Occupied(first) => report.add(
                 "duplicate",
                 Level::Warning,
-                &row.place,
-                format!("the same as {first}"),
+                (&row.place, ""),
+                format!("the same as {}", place_of(&row.place, *first.get())),
+            ),
+            Entry::Vacant(v) => {
+                v.insert(number_of(&row.place));
+            }
+        }
+        if purpose == Purpose::Sft && row.columns.get("label") == Some(&false.into()) {
+            report.add(
+                "label_ignored",
+                Level::Warning,
+                (&row.place, "label"),
+                "a completion labelled as bad would be trained like a good one",
             );
-        } else {
-            seen.insert(key, row.place.clone());
         }
         let mut one = RowCheck {
             report: &mut report,
@@ -180,9 +223,37 @@ pub fn check(
         }
     }
     if report.rows == 0 && !report.failed {
-        report.add("no_rows", Level::Error, "", "the file has no rows");
+        report.add("no_rows", Level::Error, ("", ""), "the file has no rows");
     }
     report
+}
+
+fn digest(columns: &serde_json::Map<String, serde_json::Value>) -> [u8; 16] {
+    let mut hash = Sha256::new();
+    for (name, value) in columns {
+        hash.update(name.len().to_le_bytes());
+        hash.update(name);
+        let value = value.to_string();
+        hash.update(value.len().to_le_bytes());
+        hash.update(value);
+    }
+    let mut short = [0; 16];
+    short.copy_from_slice(&hash.finalize()[..16]);
+    short
+}
+
+/// The number in `row 3` or `line 4`.
+fn number_of(place: &str) -> u64 {
+    place
+        .rsplit(' ')
+        .next()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or_default()
+}
+
+/// The place of number `n`, named like `place`.
+fn place_of(place: &str, n: u64) -> String {
+    format!("{} {n}", place.split(' ').next().unwrap_or_default())
 }
 
 fn one_line(e: &Error) -> String {
@@ -198,19 +269,15 @@ struct RowCheck<'a> {
 
 impl RowCheck<'_> {
     fn add(&mut self, rule: &'static str, level: Level, what: impl Into<String>) {
-        self.report.add(rule, level, self.place, what);
+        self.report.add(rule, level, (self.place, ""), what);
     }
 
     fn judge<R>(&mut self, record: Result<R, Fault>, then: fn(&mut Self, &R)) {
         match record {
             Ok(r) => then(self, &r),
             Err(f) => {
-                let column = if f.column.is_empty() {
-                    String::new()
-                } else {
-                    format!("column `{}`: ", f.column)
-                };
-                self.add("wrong_row", Level::Error, format!("{column}{}", f.what));
+                self.report
+                    .add(f.rule, Level::Error, (self.place, &f.column), f.what);
             }
         }
     }
@@ -223,7 +290,11 @@ impl RowCheck<'_> {
             .flat_map(messages)
             .collect();
         self.order(&conversation);
-        self.text(r.prompt.iter().chain([&r.completion]));
+        match (&r.prompt, &r.completion) {
+            (Some(p), c) => self.text(&[("prompt", p), ("completion", c)]),
+            (None, c @ Text::Messages(_)) => self.text(&[("messages", c)]),
+            (None, c @ Text::Plain(_)) => self.text(&[("text", c)]),
+        }
         if let Some((t, limits)) = self.tokens {
             self.outcome(t.sft_group(self.row, r, &limits));
         }
@@ -235,8 +306,13 @@ impl RowCheck<'_> {
             .flat_map(messages)
             .collect();
         self.order(&conversation);
-        self.text([&r.prompt, &r.chosen, &r.rejected].into_iter());
-        if r.chosen == r.rejected {
+        self.text(&[
+            ("prompt", &r.prompt),
+            ("chosen", &r.chosen),
+            ("rejected", &r.rejected),
+        ]);
+        // With a tokenizer the ids are compared, which finds these pairs and more.
+        if self.tokens.is_none() && r.chosen == r.rejected {
             self.add(
                 "identical",
                 Level::Warning,
@@ -249,15 +325,15 @@ impl RowCheck<'_> {
     }
 
     fn prompt(&mut self, r: &PromptRecord) {
-        self.text([&r.prompt].into_iter());
+        self.text(&[("prompt", &r.prompt)]);
         if let Some((t, limits)) = self.tokens {
             match t.prompt_ids(&r.prompt) {
                 Ok(ids) if ids.len() > limits.max_prompt => {
                     self.add(
-                        "dropped",
+                        "prompt_too_long",
                         Level::Warning,
                         format!(
-                            "the prompt has {} tokens, the limit is {}",
+                            "dropped: the prompt has {} tokens, the limit is {}",
                             ids.len(),
                             limits.max_prompt
                         ),
@@ -277,7 +353,16 @@ impl RowCheck<'_> {
                 Level::Warning,
                 "a completion is cut at the limit and loses its end",
             ),
-            Ok(Outcome::Dropped(reason)) => self.add("dropped", Level::Warning, reason.to_string()),
+            Ok(Outcome::Dropped(reason)) => {
+                let rule = match reason {
+                    DropReason::PromptTooLong => "prompt_too_long",
+                    DropReason::EmptyCompletion => "empty",
+                    DropReason::NothingTrained => "nothing_trained",
+                    DropReason::Identical => "identical",
+                    DropReason::NoPrefix => "no_prefix",
+                };
+                self.add(rule, Level::Warning, format!("dropped: {reason}"));
+            }
             Err(e) => self.add("template", Level::Error, one_line(&e)),
         }
     }
@@ -305,33 +390,36 @@ impl RowCheck<'_> {
         }
     }
 
-    fn text<'t>(&mut self, texts: impl Iterator<Item = &'t Text>) {
-        const MARKERS: [&str; 6] = [
-            "<|im_start|>",
-            "<|im_end|>",
-            "<|endoftext|>",
-            "[INST]",
-            "<|eot_id|>",
-            "</s>",
-        ];
-        let mut found: HashSet<&'static str> = HashSet::new();
-        for t in texts {
-            let joined = t.joined();
-            if let Some(m) = MARKERS.iter().find(|m| joined.contains(**m))
-                && found.insert("marker")
-            {
-                self.add(
+    /// Special tokens' names and characters that do not show, once a row each.
+    fn text(&mut self, texts: &[(&str, &Text)]) {
+        let own = self.tokens.map_or(&[][..], |(t, _)| t.special_tokens());
+        let markers = || {
+            MARKERS
+                .iter()
+                .copied()
+                .chain(own.iter().map(String::as_str))
+        };
+        let (mut marker, mut control) = (false, false);
+        for (column, text) in texts {
+            let joined = text.joined();
+            if !marker && let Some(m) = markers().find(|m| joined.contains(m)) {
+                marker = true;
+                self.report.add(
                     "special_token",
                     Level::Warning,
+                    (self.place, column),
                     format!("{m} stands in the text; it is read as plain text"),
                 );
             }
-            if joined
-                .chars()
-                .any(|c| c.is_control() && !matches!(c, '\n' | '\t' | '\r'))
-                && found.insert("control")
-            {
-                self.add("control_character", Level::Warning, joined);
+            let shown = |c: char| !invisible(c) || matches!(c, '\n' | '\t' | '\r');
+            if !control && !joined.chars().all(shown) {
+                control = true;
+                self.report.add(
+                    "control_character",
+                    Level::Warning,
+                    (self.place, column),
+                    joined,
+                );
             }
         }
     }
@@ -341,5 +429,107 @@ fn messages(t: &Text) -> Vec<Message> {
     match t {
         Text::Messages(m) => m.clone(),
         Text::Plain(_) => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(lines: &str, purpose: Purpose) -> CheckReport {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.jsonl");
+        std::fs::write(&path, lines).unwrap();
+        check(&path, purpose, None)
+    }
+
+    fn seen(r: &CheckReport) -> Vec<(&str, &str, &str)> {
+        r.findings
+            .iter()
+            .map(|f| (f.rule, f.place.as_str(), f.column.as_str()))
+            .collect()
+    }
+
+    #[test]
+    fn findings_name_rule_line_and_column() {
+        let r = of(
+            "{\"prompt\":\"a\",\"chosen\":\"b\",\"rejected\":\"b\"}\n\
+             {\"prompt\":\"a\",\"chosen\":\"b\",\"rejected\":\" \"}\n\
+             {\"prompt\":\"a\",\"chosen\":\"b\",\"rejected\":\"b\"}\n\
+             {\"prompt\":\"a\",\"chosen\":3,\"rejected\":\"b\"}\n\
+             {\"prompt\":\"a\",\"chosen\":\"</s>\\u0007\",\"rejected\":\"b\"}\n",
+            Purpose::Preference,
+        );
+        assert_eq!(
+            seen(&r),
+            [
+                ("identical", "line 1", ""),
+                ("empty", "line 2", "rejected"),
+                ("duplicate", "line 3", ""),
+                ("identical", "line 3", ""),
+                ("wrong_type", "line 4", "chosen"),
+                ("special_token", "line 5", "chosen"),
+                ("control_character", "line 5", "chosen"),
+            ]
+        );
+        assert_eq!(r.findings[2].what, "the same as line 1");
+        assert!(r.findings[6].what.contains("\\u{7}"), "{:?}", r.findings[6]);
+        assert!(r.failed && r.rows == 5 && r.counts["identical"] == 2);
+        let text = r.to_string();
+        assert!(
+            text.contains("2 × identical") && text.ends_with("not fit for training"),
+            "{text}"
+        );
+        assert!(
+            serde_json::to_string(&r)
+                .unwrap()
+                .contains("\"rule\":\"empty\"")
+        );
+    }
+
+    #[test]
+    fn roles_and_labels() {
+        let turn = |role: &str| format!("{{\"role\":\"{role}\",\"content\":\"x\"}}");
+        let row = |roles: &[&str]| {
+            let turns: Vec<String> = roles.iter().map(|r| turn(r)).collect();
+            format!("{{\"messages\":[{}]}}\n", turns.join(","))
+        };
+        let r = of(
+            &[
+                row(&["system", "user", "assistant"]),
+                row(&["assistant", "user", "assistant"]),
+                row(&["user", "user", "assistant"]),
+                row(&["user", "system", "assistant"]),
+                row(&["user"]),
+                row(&["robot", "assistant"]),
+            ]
+            .concat(),
+            Purpose::Sft,
+        );
+        assert_eq!(
+            seen(&r),
+            [
+                ("role_order", "line 2", ""),
+                ("role_order", "line 3", ""),
+                ("role_order", "line 4", ""),
+                ("no_assistant_turn", "line 5", "messages"),
+                ("unknown_role", "line 6", "messages"),
+            ]
+        );
+        let r = of(
+            "{\"prompt\":\"a\",\"completion\":\"b\",\"label\":false}\n",
+            Purpose::Sft,
+        );
+        assert_eq!(seen(&r), [("label_ignored", "line 1", "label")]);
+        assert!(!r.failed);
+    }
+
+    #[test]
+    fn a_broken_line_is_named_and_ends_the_check() {
+        let r = of("{\"prompt\":\"a\"}\n{\"prompt\n", Purpose::Prompts);
+        assert_eq!(seen(&r), [("unreadable", "line 2", "")]);
+        assert!(r.failed && r.rows == 1);
+        let r = of("", Purpose::Prompts);
+        assert_eq!(seen(&r), [("no_rows", "", "")]);
     }
 }

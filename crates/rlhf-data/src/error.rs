@@ -85,6 +85,17 @@ impl Error {
         }
     }
 
+    /// Adds the row (from 0) to an error that knows none.
+    #[must_use]
+    pub(crate) fn at_row(mut self, row: u64) -> Self {
+        match &mut self {
+            Self::Template { place, .. } => place.push_str(&format!("; data row {row}")),
+            Self::Invalid { what, .. } => *what = format!("row {row}: {what}"),
+            Self::Io { .. } | Self::File { .. } | Self::Row { .. } => {}
+        }
+        self
+    }
+
     pub(crate) fn file(path: &Path, what: impl Into<String>, mend: impl Into<String>) -> Self {
         Self::File {
             path: path.to_owned(),

@@ -1,20 +1,23 @@
 //! The kinds of rows: demonstrations, preferences, prompts; from JSON values to Arrow and back.
 //!
 //! Columns follow TRL's conventions. Version 1 of the schemas is [`sft_schema`],
-//! [`preference_schema`] and [`prompt_schema`].
+//! [`preference_schema`] and [`prompt_schema`]; they hold messages, so that plain text is written as one
+//! message of its role. Reading keeps plain text plain.
 
 use std::sync::Arc;
 
 use arrow_array::builder::{Float64Builder, ListBuilder, StringBuilder, StructBuilder};
 use arrow_array::{ArrayRef, RecordBatch};
 use arrow_schema::{ArrowError, DataType, Field, Fields, Schema, SchemaRef};
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::ser::SerializeMap as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
 
 use crate::conversation::{Message, Role, Text};
 
-/// A demonstration.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// A demonstration. As JSON it has the columns that it is read from.
+#[derive(Clone, Debug, PartialEq)]
 pub struct SftRecord {
     /// What is not trained; `None` when `completion` holds the whole conversation or plain text.
     pub prompt: Option<Text>,
@@ -32,6 +35,7 @@ pub struct PreferenceRecord {
     /// The other one.
     pub rejected: Text,
     /// By how much it is preferred, where the data says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub margin: Option<f64>,
 }
 
@@ -41,12 +45,37 @@ pub struct PromptRecord {
     /// The prompt.
     pub prompt: Text,
     /// Every other column.
+    #[serde(flatten)]
     pub fields: Map<String, Value>,
+}
+
+impl Serialize for SftRecord {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        match (&self.prompt, &self.completion) {
+            (Some(prompt), completion) => {
+                map.serialize_entry("prompt", prompt)?;
+                map.serialize_entry("completion", completion)?;
+            }
+            (None, Text::Messages(messages)) => map.serialize_entry("messages", messages)?,
+            (None, Text::Plain(text)) => map.serialize_entry("text", text)?,
+        }
+        map.end()
+    }
+}
+
+impl<'de> Deserialize<'de> for SftRecord {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let row = Row::deserialize(deserializer)?;
+        Self::from_row(row).map_err(|f| D::Error::custom(format!("{}: {}", f.column, f.what)))
+    }
 }
 
 /// What is wrong with a row: the column, what was found, what to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
+    /// The rule that it breaks, a short name.
+    pub rule: &'static str,
     /// The column, or nothing.
     pub column: String,
     /// What was found and what was expected.
@@ -55,8 +84,14 @@ pub struct Fault {
     pub mend: String,
 }
 
-fn fault(column: &str, what: impl Into<String>, mend: impl Into<String>) -> Fault {
+fn fault(
+    rule: &'static str,
+    column: &str,
+    what: impl Into<String>,
+    mend: impl Into<String>,
+) -> Fault {
     Fault {
+        rule,
         column: column.into(),
         what: what.into(),
         mend: mend.into(),
@@ -80,6 +115,7 @@ impl Record for SftRecord {
             let messages = messages(&take(&mut row, "messages")?, "messages")?;
             if !messages.iter().any(|m| m.role == Role::Assistant) {
                 return Err(fault(
+                    "no_assistant_turn",
                     "messages",
                     "no assistant turn to train on",
                     "drop the row or add the answer",
@@ -152,9 +188,14 @@ impl Record for PromptRecord {
             return Err(missing("`prompt`", &row));
         }
         let prompt = not_blank(text(&take(&mut row, "prompt")?, "prompt")?, "prompt")?;
+        // The one column `fields` of prompt_schema holds the others as a JSON object.
+        let packed = match row.get("fields") {
+            Some(Value::String(json)) if row.len() == 1 => serde_json::from_str(json).ok(),
+            _ => None,
+        };
         Ok(Self {
             prompt,
-            fields: row,
+            fields: packed.unwrap_or(row),
         })
     }
 }
@@ -162,6 +203,7 @@ impl Record for PromptRecord {
 fn missing(wanted: &str, row: &Row) -> Fault {
     let have: Vec<&str> = row.keys().map(String::as_str).collect();
     fault(
+        "missing_column",
         "",
         format!("there is no column {wanted}; there are {}", have.join(", ")),
         "rename the columns, or name another purpose",
@@ -179,6 +221,7 @@ fn margin(row: &Row) -> Result<Option<f64>, Fault> {
         Some(v) => match v.as_f64() {
             Some(m) if m.is_finite() => Ok(Some(m)),
             _ => Err(fault(
+                "not_finite",
                 "margin",
                 format!("{v} is no finite number"),
                 "correct the margin or drop the column",
@@ -203,6 +246,7 @@ fn text(v: &Value, column: &str) -> Result<Text, Fault> {
         Value::String(s) => Ok(Text::Plain(s.clone())),
         Value::Array(_) => Ok(Text::Messages(messages(v, column)?)),
         other => Err(fault(
+            "wrong_type",
             column,
             format!("{}, expected text or a list of messages", kind_of(other)),
             "correct or drop the row",
@@ -213,35 +257,47 @@ fn text(v: &Value, column: &str) -> Result<Text, Fault> {
 fn messages(v: &Value, column: &str) -> Result<Vec<Message>, Fault> {
     let Value::Array(list) = v else {
         return Err(fault(
+            "wrong_type",
             column,
             format!("{}, expected a list of messages", kind_of(v)),
             "correct or drop the row",
         ));
     };
     if list.is_empty() {
-        return Err(fault(column, "an empty list of messages", "drop the row"));
+        return Err(fault(
+            "empty",
+            column,
+            "an empty list of messages",
+            "drop the row",
+        ));
     }
     list.iter()
         .enumerate()
-        .map(|(i, m)| message(m, i).map_err(|what| fault(column, what, "correct or drop the row")))
+        .map(|(i, m)| {
+            message(m, i)
+                .map_err(|(rule, what)| fault(rule, column, what, "correct or drop the row"))
+        })
         .collect()
 }
 
-fn message(v: &Value, i: usize) -> Result<Message, String> {
+fn message(v: &Value, i: usize) -> Result<Message, (&'static str, String)> {
     let field = |key: &str| match v.get(key) {
         Some(Value::String(s)) => Ok(s),
-        Some(other) => Err(format!(
-            "message {i} has {} as its {key}, expected text",
-            kind_of(other)
+        Some(other) => Err((
+            "wrong_type",
+            format!(
+                "message {i} has {} as its {key}, expected text",
+                kind_of(other)
+            ),
         )),
-        None => Err(format!("message {i} has no {key}")),
+        None => Err(("wrong_type", format!("message {i} has no {key}"))),
     };
-    let role = field("role")?;
-    let known = || Role::ALL.map(Role::name).join(", ");
-    let role = Role::parse(role).ok_or_else(|| {
-        format!(
-            "message {i} has the unknown role `{role}`; the roles are {}",
-            known()
+    let name = field("role")?;
+    let role = Role::parse(name).ok_or_else(|| {
+        let known = Role::ALL.map(Role::name).join(", ");
+        (
+            "unknown_role",
+            format!("message {i} has the unknown role `{name}`; the roles are {known}"),
         )
     })?;
     Ok(Message {
@@ -252,7 +308,12 @@ fn message(v: &Value, i: usize) -> Result<Message, String> {
 
 fn not_blank(t: Text, column: &str) -> Result<Text, Fault> {
     if t.is_blank() {
-        Err(fault(column, "empty text", "drop the row, or fill it"))
+        Err(fault(
+            "empty",
+            column,
+            "empty text",
+            "drop the row, or fill it",
+        ))
     } else {
         Ok(t)
     }
@@ -262,6 +323,7 @@ fn same_form(prompt: &Text, completion: &Text, column: &str) -> Result<(), Fault
     match (prompt, completion) {
         (Text::Plain(_), Text::Plain(_)) | (Text::Messages(_), Text::Messages(_)) => Ok(()),
         _ => Err(fault(
+            "mixed_forms",
             column,
             "the prompt and this column differ in form: one is plain text, the other messages",
             "use one form in all columns",
@@ -273,6 +335,7 @@ fn same_form(prompt: &Text, completion: &Text, column: &str) -> Result<(), Fault
 fn implicit_prompt(chosen: Text, rejected: Text) -> Result<(Text, Text, Text), Fault> {
     let (Text::Messages(mut c), Text::Messages(mut r)) = (chosen, rejected) else {
         return Err(fault(
+            "missing_column",
             "chosen",
             "plain text without a `prompt` column",
             "add the prompt, or use messages",
@@ -283,6 +346,7 @@ fn implicit_prompt(chosen: Text, rejected: Text) -> Result<(Text, Text, Text), F
         (Some(cl), Some(rl)) if cl.role == Role::Assistant && rl.role == Role::Assistant => {
             if c != r {
                 return Err(fault(
+                    "prompt_not_shared",
                     "rejected",
                     "the prompt in it is not the prompt in `chosen`",
                     mend,
@@ -290,6 +354,7 @@ fn implicit_prompt(chosen: Text, rejected: Text) -> Result<(Text, Text, Text), F
             }
             if c.is_empty() {
                 return Err(fault(
+                    "prompt_not_shared",
                     "chosen",
                     "no turn before the answer: there is no prompt",
                     mend,
@@ -302,6 +367,7 @@ fn implicit_prompt(chosen: Text, rejected: Text) -> Result<(Text, Text, Text), F
             ))
         }
         _ => Err(fault(
+            "no_assistant_turn",
             "chosen",
             "chosen and rejected must both end with an assistant turn",
             mend,
@@ -389,7 +455,8 @@ fn message_column<'a>(rows: impl Iterator<Item = Vec<Message>> + 'a) -> ArrayRef
     Arc::new(list.finish())
 }
 
-/// Demonstrations as one batch of [`sft_schema`].
+/// Demonstrations as one batch of [`sft_schema`]: the prompt's messages and then the completion's; plain
+/// text becomes a message of the user or the assistant.
 ///
 /// # Errors
 /// When Arrow refuses.
@@ -406,7 +473,8 @@ pub fn sft_batch(records: &[SftRecord]) -> Result<RecordBatch, ArrowError> {
     RecordBatch::try_new(sft_schema(), vec![message_column(rows)])
 }
 
-/// Preferences as one batch of [`preference_schema`].
+/// Preferences as one batch of [`preference_schema`]; plain text becomes a message of the user or the
+/// assistant.
 ///
 /// # Errors
 /// When Arrow refuses.
@@ -432,7 +500,7 @@ pub fn preference_batch(records: &[PreferenceRecord]) -> Result<RecordBatch, Arr
     )
 }
 
-/// Prompts as one batch of [`prompt_schema`].
+/// Prompts as one batch of [`prompt_schema`]; plain text becomes a message of the user.
 ///
 /// # Errors
 /// When Arrow refuses.

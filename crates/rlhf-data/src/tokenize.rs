@@ -3,6 +3,14 @@
 //! Invariants: a prompt's ids are a prefix of its conversation's ids; the name of a special token inside
 //! a message never becomes that token; truncation never invents an end-of-sequence token and never
 //! leaves a completion empty; every row that is dropped or truncated is counted.
+//!
+//! Where a template is used, a prompt that is no prefix drops its row. Plain text has no such seam: a
+//! token that spans prompt and completion (`"? "` and `"The"`) belongs to the completion, as in TRL, and
+//! such rows are counted.
+//!
+//! A special token's name in a message is cut in two before tokenising ([`crate::chat_template`]), and
+//! plain text is read by a copy of the tokenizer that knows no special tokens. Without such a name the
+//! ids are those of `apply_chat_template`.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -13,8 +21,8 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use tokenizers::Tokenizer;
 
-use crate::chat_template::{ChatTemplate, Rendered, split_last_answer};
-use crate::conversation::{Message, Text};
+use crate::chat_template::{ChatTemplate, Rendered};
+use crate::conversation::{Message, Role, Text};
 use crate::error::{Error, Result};
 use crate::group::{Completion, Finish, PromptGroup};
 use crate::record::{PreferenceRecord, SftRecord};
@@ -28,12 +36,25 @@ pub struct Limits {
     pub max_completion: usize,
 }
 
+/// Which assistant turns of a demonstration are trained when the template does not say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Turns {
+    /// The last one.
+    #[default]
+    Last,
+    /// Every one.
+    All,
+}
+
 /// Why a row is not used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DropReason {
     /// The prompt is longer than the limit.
     PromptTooLong,
+    /// A completion is blank.
+    EmptyCompletion,
     /// A completion has no trained token.
     NothingTrained,
     /// Chosen and rejected have the same ids (perhaps after truncation).
@@ -46,6 +67,7 @@ impl fmt::Display for DropReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::PromptTooLong => "prompt too long",
+            Self::EmptyCompletion => "empty completion",
             Self::NothingTrained => "nothing to train",
             Self::Identical => "chosen equals rejected",
             Self::NoPrefix => "the prompt is no token prefix",
@@ -69,6 +91,8 @@ pub enum Outcome<T> {
 pub struct TokenizeReport {
     /// Rows with a truncated completion.
     pub truncated: usize,
+    /// Rows of plain text in which a token spans prompt and completion.
+    pub shared_boundary: usize,
     /// Dropped rows by reason: how many, and the first few.
     pub dropped: BTreeMap<DropReason, Dropped>,
 }
@@ -99,6 +123,12 @@ impl fmt::Display for TokenizeReport {
         if self.truncated > 0 {
             parts.push(format!("{} truncated", self.truncated));
         }
+        if self.shared_boundary > 0 {
+            parts.push(format!(
+                "{} with a token across the end of the prompt",
+                self.shared_boundary
+            ));
+        }
         for (reason, d) in &self.dropped {
             parts.push(format!(
                 "{} dropped ({reason}; first rows {:?})",
@@ -121,9 +151,27 @@ pub struct ChatTokenizer {
     literal: Tokenizer,
     template: Option<ChatTemplate>,
     place: String,
+    special: Vec<String>,
     eos_ids: Vec<u32>,
     vocab_size: usize,
+    turns: Turns,
 }
+
+/// A prompt and what follows it, for each completion.
+struct Split {
+    prompt: Vec<u32>,
+    completions: Vec<Answer>,
+    /// Whether a token spans prompt and completion.
+    shared_boundary: bool,
+}
+
+/// A completion's ids and which of them are trained.
+struct Answer {
+    ids: Vec<u32>,
+    trained: Vec<Range<usize>>,
+}
+
+type Parted<T> = std::result::Result<T, DropReason>;
 
 impl ChatTokenizer {
     /// Loads `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja` and
@@ -166,7 +214,7 @@ impl ChatTokenizer {
             .map(|t| t.content.clone())
             .collect();
         special.sort_by_key(|t| std::cmp::Reverse(t.len()));
-        let template = ChatTemplate::of_folder(dir, &config, special, date)?;
+        let template = ChatTemplate::of_folder(dir, &config, special.clone(), date)?;
         let vocab_size = tokenizer
             .get_vocab(true)
             .values()
@@ -180,9 +228,24 @@ impl ChatTokenizer {
             literal,
             template,
             place: dir.display().to_string(),
+            special,
             eos_ids,
             vocab_size,
+            turns: Turns::default(),
         })
+    }
+
+    /// Chooses the trained turns of `messages` for templates without `{% generation %}`.
+    #[must_use]
+    pub fn with_turns(mut self, turns: Turns) -> Self {
+        self.turns = turns;
+        self
+    }
+
+    /// Names of the special tokens, longest first.
+    #[must_use]
+    pub fn special_tokens(&self) -> &[String] {
+        &self.special
     }
 
     /// The largest id plus one.
@@ -278,7 +341,8 @@ impl ChatTokenizer {
     /// A demonstration as a group with one completion.
     ///
     /// With a template that marks what the model generates, those parts are trained; otherwise the last
-    /// assistant turn is. What follows the last end-of-sequence token is left out.
+    /// assistant turn is, or all ([`ChatTokenizer::with_turns`]). What follows the last trained
+    /// end-of-sequence token is left out.
     ///
     /// # Errors
     /// When the template or the tokenizer fails.
@@ -288,44 +352,7 @@ impl ChatTokenizer {
         record: &SftRecord,
         limits: &Limits,
     ) -> Result<Outcome<PromptGroup>> {
-        let split = match (&record.prompt, &record.completion) {
-            (Some(prompt), completion) => self.prompt_and_completion(prompt, completion)?,
-            (None, Text::Plain(text)) => {
-                let mut ids = self.encode(text)?;
-                self.close(&mut ids);
-                Some((Vec::new(), ids))
-            }
-            (None, Text::Messages(messages)) => {
-                if self.template()?.marks_generation() {
-                    return self.marked_group(row, messages, limits);
-                }
-                match split_last_answer(messages) {
-                    Some((before, from)) => self.conversation(before, &from[..1])?,
-                    None => return Ok(Outcome::Dropped(DropReason::NothingTrained)),
-                }
-            }
-        };
-        let Some((prompt, ids)) = split else {
-            return Ok(Outcome::Dropped(DropReason::NoPrefix));
-        };
-        if prompt.len() > limits.max_prompt {
-            return Ok(Outcome::Dropped(DropReason::PromptTooLong));
-        }
-        let (completion, cut) = self.completion(ids, limits);
-        // Without a prompt nothing predicts the first token.
-        if completion.ids.len() < 1 + usize::from(prompt.is_empty()) {
-            return Ok(Outcome::Dropped(DropReason::NothingTrained));
-        }
-        let group = PromptGroup {
-            row,
-            prompt,
-            completions: vec![completion],
-        };
-        Ok(if cut {
-            Outcome::Truncated(group)
-        } else {
-            Outcome::Kept(group)
-        })
+        Ok(outcome(row, self.sft(record, limits)?).0)
     }
 
     /// A preference pair as a group: completion 0 chosen, 1 rejected.
@@ -338,37 +365,7 @@ impl ChatTokenizer {
         record: &PreferenceRecord,
         limits: &Limits,
     ) -> Result<Outcome<PromptGroup>> {
-        let chosen = self.prompt_and_completion(&record.prompt, &record.chosen)?;
-        let rejected = self.prompt_and_completion(&record.prompt, &record.rejected)?;
-        let (Some((prompt, chosen)), Some((other, rejected))) = (chosen, rejected) else {
-            return Ok(Outcome::Dropped(DropReason::NoPrefix));
-        };
-        if prompt != other {
-            return Ok(Outcome::Dropped(DropReason::NoPrefix));
-        }
-        if prompt.len() > limits.max_prompt {
-            return Ok(Outcome::Dropped(DropReason::PromptTooLong));
-        }
-        let ((chosen, cut_c), (rejected, cut_r)) = (
-            self.completion(chosen, limits),
-            self.completion(rejected, limits),
-        );
-        if chosen.ids.is_empty() || rejected.ids.is_empty() {
-            return Ok(Outcome::Dropped(DropReason::NothingTrained));
-        }
-        if chosen.ids == rejected.ids {
-            return Ok(Outcome::Dropped(DropReason::Identical));
-        }
-        let group = PromptGroup {
-            row,
-            prompt,
-            completions: vec![chosen, rejected],
-        };
-        Ok(if cut_c || cut_r {
-            Outcome::Truncated(group)
-        } else {
-            Outcome::Kept(group)
-        })
+        Ok(outcome(row, self.preference(record, limits)?).0)
     }
 
     /// All demonstrations, in order, in parallel.
@@ -380,7 +377,7 @@ impl ChatTokenizer {
         records: &[SftRecord],
         limits: &Limits,
     ) -> Result<(Vec<PromptGroup>, TokenizeReport)> {
-        collect(records, |row, r| self.sft_group(row, r, limits))
+        collect(records, |r| self.sft(r, limits))
     }
 
     /// All preference pairs, in order, in parallel.
@@ -392,92 +389,265 @@ impl ChatTokenizer {
         records: &[PreferenceRecord],
         limits: &Limits,
     ) -> Result<(Vec<PromptGroup>, TokenizeReport)> {
-        collect(records, |row, r| self.preference_group(row, r, limits))
+        collect(records, |r| self.preference(r, limits))
     }
 
-    /// Ids of a prompt and of its completion, or `None` when the prompt is no prefix of both together.
-    fn prompt_and_completion(
-        &self,
-        prompt: &Text,
-        completion: &Text,
-    ) -> Result<Option<(Vec<u32>, Vec<u32>)>> {
-        match (prompt, completion) {
-            (Text::Messages(p), Text::Messages(c)) => self.conversation(p, c),
-            (p, c) => {
-                let (p, c) = (p.joined(), c.joined());
-                let prompt = self.encode(&p)?;
-                let whole = self.encode(&(p + &c))?;
-                Ok(whole
-                    .strip_prefix(prompt.as_slice())
-                    .map(<[u32]>::to_vec)
-                    .map(|mut completion| {
-                        self.close(&mut completion);
-                        (prompt, completion)
-                    }))
-            }
+    fn sft(&self, record: &SftRecord, limits: &Limits) -> Result<Parted<Made>> {
+        if record.completion.is_blank() {
+            return Ok(Err(DropReason::EmptyCompletion));
         }
+        let split = match (&record.prompt, &record.completion) {
+            (Some(prompt), completion) => self.split(prompt, &[completion])?,
+            (None, Text::Plain(text)) => {
+                let mut ids = self.encode(text)?;
+                self.close(&mut ids);
+                Ok(Split {
+                    prompt: Vec::new(),
+                    completions: vec![Answer::whole(ids)],
+                    shared_boundary: false,
+                })
+            }
+            (None, Text::Messages(messages)) => self.demonstration(messages)?,
+        };
+        Ok(split.and_then(|s| self.limited(s, limits)))
     }
 
-    fn conversation(
-        &self,
-        before: &[Message],
-        answer: &[Message],
-    ) -> Result<Option<(Vec<u32>, Vec<u32>)>> {
-        let template = self.template()?;
-        let prompt = self.encode_rendered(&template.render(before, true)?)?.0;
-        let all: Vec<Message> = before.iter().chain(answer).cloned().collect();
-        let whole = self.encode_rendered(&template.render(&all, false)?)?.0;
-        Ok(whole.strip_prefix(prompt.as_slice()).map(|rest| {
-            let end = rest
-                .iter()
-                .rposition(|id| self.eos_ids.contains(id))
-                .map_or(rest.len(), |i| i + 1);
-            (prompt.clone(), rest[..end].to_vec())
+    fn preference(&self, record: &PreferenceRecord, limits: &Limits) -> Result<Parted<Made>> {
+        if record.chosen.is_blank() || record.rejected.is_blank() {
+            return Ok(Err(DropReason::EmptyCompletion));
+        }
+        let split = self.split(&record.prompt, &[&record.chosen, &record.rejected])?;
+        Ok(split.and_then(|s| {
+            let made = self.limited(s, limits)?;
+            match made.completions.as_slice() {
+                [chosen, rejected] if chosen.ids == rejected.ids => Err(DropReason::Identical),
+                _ => Ok(made),
+            }
         }))
     }
 
-    fn marked_group(
+    /// A whole conversation, parted where the training begins.
+    fn demonstration(&self, messages: &[Message]) -> Result<Parted<Split>> {
+        if self.template()?.marks_generation() {
+            return self.marked(messages);
+        }
+        let is_answer = |m: &Message| m.role == Role::Assistant;
+        let (Some(first), Some(last)) = (
+            messages.iter().position(is_answer),
+            messages.iter().rposition(is_answer),
+        ) else {
+            return Ok(Err(DropReason::NothingTrained));
+        };
+        let first = match self.turns {
+            Turns::Last => last,
+            Turns::All => first,
+        };
+        let prompt = self.before(&messages[..first])?;
+        Ok(self
+            .conversation(&messages[..first], &messages[first..=last], &prompt)?
+            .map(|answer| Split {
+                prompt,
+                completions: vec![answer],
+                shared_boundary: false,
+            }))
+    }
+
+    /// A prompt and its completions, the prompt's ids a prefix of each conversation's ids.
+    fn split(&self, prompt: &Text, completions: &[&Text]) -> Result<Parted<Split>> {
+        let before = match prompt {
+            Text::Messages(before) => before,
+            Text::Plain(text) => return self.plain(text, completions),
+        };
+        let ids = self.before(before)?;
+        let mut answers = Vec::with_capacity(completions.len());
+        for completion in completions {
+            let Text::Messages(turns) = completion else {
+                return Err(mixed_forms());
+            };
+            match self.conversation(before, turns, &ids)? {
+                Ok(answer) => answers.push(answer),
+                Err(reason) => return Ok(Err(reason)),
+            }
+        }
+        Ok(Ok(Split {
+            prompt: ids,
+            completions: answers,
+            shared_boundary: false,
+        }))
+    }
+
+    /// Plain text: the prompt is what its ids and those of every whole text have in common.
+    fn plain(&self, prompt: &str, completions: &[&Text]) -> Result<Parted<Split>> {
+        let alone = self.encode(prompt)?;
+        let mut wholes = Vec::with_capacity(completions.len());
+        let mut common = alone.len();
+        for completion in completions {
+            let Text::Plain(text) = completion else {
+                return Err(mixed_forms());
+            };
+            let mut whole = self.encode(&format!("{prompt}{text}"))?;
+            common = common.min(alone.iter().zip(&whole).take_while(|(a, b)| a == b).count());
+            self.close(&mut whole);
+            wholes.push(whole);
+        }
+        if common == 0 && !alone.is_empty() {
+            return Ok(Err(DropReason::NoPrefix));
+        }
+        Ok(Ok(Split {
+            completions: wholes
+                .into_iter()
+                .map(|w| Answer::whole(w[common..].to_vec()))
+                .collect(),
+            shared_boundary: common < alone.len(),
+            prompt: alone[..common].to_vec(),
+        }))
+    }
+
+    fn before(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        Ok(self
+            .encode_rendered(&self.template()?.render(messages, true)?)?
+            .0)
+    }
+
+    /// What follows `prompt`, the ids of `before`, in the conversation that `turns` continue.
+    fn conversation(
         &self,
-        row: u64,
-        messages: &[Message],
-        limits: &Limits,
-    ) -> Result<Outcome<PromptGroup>> {
+        before: &[Message],
+        turns: &[Message],
+        prompt: &[u32],
+    ) -> Result<Parted<Answer>> {
+        if !turns.iter().any(|m| m.role == Role::Assistant) {
+            return Ok(Err(DropReason::NothingTrained));
+        }
+        let template = self.template()?;
+        let all: Vec<Message> = before.iter().chain(turns).cloned().collect();
+        let rendered = template.render(&all, false)?;
+        let (ids, starts) = self.encode_rendered(&rendered)?;
+        let Some(rest) = ids.strip_prefix(prompt) else {
+            return Ok(Err(DropReason::NoPrefix));
+        };
+        let trained = match turns {
+            [only] if only.role == Role::Assistant => vec![self.up_to_end(rest, 0)],
+            _ if template.marks_generation() => {
+                let marked: Vec<bool> = starts[prompt.len()..]
+                    .iter()
+                    .map(|s| rendered.generated.iter().any(|r| r.contains(s)))
+                    .collect();
+                ranges(&marked)
+            }
+            _ => match self.answers(&all, before.len(), prompt.len(), &ids)? {
+                Ok(trained) => trained,
+                Err(reason) => return Ok(Err(reason)),
+            },
+        };
+        let Some(end) = trained.last().map(|r| r.end) else {
+            return Ok(Err(DropReason::NothingTrained));
+        };
+        Ok(Ok(Answer {
+            ids: rest[..end].to_vec(),
+            trained,
+        }))
+    }
+
+    /// Ranges, counted from `skip`, of the assistant's turns from message `first` on: each lies between
+    /// the conversation up to it, with a generation prompt, and the conversation with it.
+    fn answers(
+        &self,
+        all: &[Message],
+        first: usize,
+        skip: usize,
+        ids: &[u32],
+    ) -> Result<Parted<Vec<Range<usize>>>> {
+        let template = self.template()?;
+        let mut trained = Vec::new();
+        for (i, _) in all
+            .iter()
+            .enumerate()
+            .skip(first)
+            .filter(|(_, m)| m.role == Role::Assistant)
+        {
+            let begin = self.before(&all[..i])?;
+            let end = self
+                .encode_rendered(&template.render(&all[..=i], false)?)?
+                .0;
+            if !ids.starts_with(&begin) || !ids.starts_with(&end) || begin.len() < skip {
+                return Ok(Err(DropReason::NoPrefix));
+            }
+            let turn = self.up_to_end(&end, begin.len());
+            if !turn.is_empty() {
+                trained.push(turn.start - skip..turn.end - skip);
+            }
+        }
+        Ok(Ok(trained))
+    }
+
+    /// From `start` to after the last end-of-sequence token, or to the end where there is none.
+    fn up_to_end(&self, ids: &[u32], start: usize) -> Range<usize> {
+        let end = ids
+            .iter()
+            .skip(start)
+            .rposition(|id| self.eos_ids.contains(id))
+            .map_or(ids.len().max(start), |i| start + i + 1);
+        start..end
+    }
+
+    /// A conversation parted before the first token inside `{% generation %}`.
+    fn marked(&self, messages: &[Message]) -> Result<Parted<Split>> {
         let rendered = self.template()?.render(messages, false)?;
         let (ids, starts) = self.encode_rendered(&rendered)?;
-        let inside = |at: usize| rendered.generated.iter().any(|r| r.contains(&at));
-        let trained: Vec<bool> = starts.iter().map(|&s| inside(s)).collect();
+        let inside = |at: &usize| rendered.generated.iter().any(|r| r.contains(at));
+        let trained: Vec<bool> = starts.iter().map(inside).collect();
         let (Some(first), Some(last)) = (
             trained.iter().position(|&t| t),
             trained.iter().rposition(|&t| t),
         ) else {
-            return Ok(Outcome::Dropped(DropReason::NothingTrained));
+            return Ok(Err(DropReason::NothingTrained));
         };
-        if first > limits.max_prompt {
-            return Ok(Outcome::Dropped(DropReason::PromptTooLong));
-        }
-        let (mut completion, cut) = self.completion(ids[first..=last].to_vec(), limits);
-        completion.trained = ranges(&trained[first..first + completion.ids.len()]);
-        let group = PromptGroup {
-            row,
+        Ok(Ok(Split {
             prompt: ids[..first].to_vec(),
-            completions: vec![completion],
-        };
-        Ok(if cut {
-            Outcome::Truncated(group)
-        } else {
-            Outcome::Kept(group)
-        })
+            completions: vec![Answer {
+                ids: ids[first..=last].to_vec(),
+                trained: ranges(&trained[first..=last]),
+            }],
+            shared_boundary: false,
+        }))
     }
 
-    /// Cuts to the limit; never adds an end-of-sequence token.
-    fn completion(&self, mut ids: Vec<u32>, limits: &Limits) -> (Completion, bool) {
-        let cut = ids.len() > limits.max_completion.max(1);
-        ids.truncate(limits.max_completion.max(1));
-        let ends = ids.last().is_some_and(|id| self.eos_ids.contains(id));
-        (
-            Completion::whole(ids, if ends { Finish::Stop } else { Finish::Cut }),
-            cut,
-        )
+    /// Applies the limits: a long prompt drops the row; a long completion is cut, and no
+    /// end-of-sequence token is added.
+    fn limited(&self, split: Split, limits: &Limits) -> Parted<Made> {
+        if split.prompt.len() > limits.max_prompt {
+            return Err(DropReason::PromptTooLong);
+        }
+        let longest = limits.max_completion.max(1);
+        // Without a prompt nothing predicts the first token.
+        let unpredicted = usize::from(split.prompt.is_empty());
+        let mut made = Made {
+            prompt: split.prompt,
+            completions: Vec::with_capacity(split.completions.len()),
+            cut: false,
+            shared_boundary: split.shared_boundary,
+        };
+        for Answer { mut ids, trained } in split.completions {
+            made.cut |= ids.len() > longest;
+            ids.truncate(longest);
+            let trained: Vec<Range<usize>> = trained
+                .into_iter()
+                .map(|r| r.start.min(ids.len())..r.end.min(ids.len()))
+                .filter(|r| !r.is_empty())
+                .collect();
+            if trained.last().is_none_or(|r| r.end <= unpredicted) {
+                return Err(DropReason::NothingTrained);
+            }
+            let ends = ids.last().is_some_and(|id| self.eos_ids.contains(id));
+            made.completions.push(Completion {
+                ids,
+                trained,
+                finish: if ends { Finish::Stop } else { Finish::Cut },
+                sampler: None,
+            });
+        }
+        Ok(made)
     }
 
     /// Ends plain text with the first end-of-sequence token, where it has none.
@@ -502,7 +672,13 @@ impl ChatTokenizer {
                 .encode(part, false)
                 .map_err(|e| self.failed(&e))?;
             ids.extend_from_slice(encoding.get_ids());
-            starts.extend(encoding.get_offsets().iter().map(|o| w[0] + o.0));
+            // Offsets may leave out a token's white space; where the token before ends is where this
+            // one begins, unless both are parts of one character.
+            let mut before = w[0];
+            for &(start, end) in encoding.get_offsets() {
+                starts.push(before.min(w[0] + start));
+                before = before.max(w[0] + end);
+            }
         }
         Ok((ids, starts))
     }
@@ -527,25 +703,71 @@ fn ranges(trained: &[bool]) -> Vec<Range<usize>> {
     all
 }
 
+impl Answer {
+    #[allow(
+        clippy::single_range_in_vec_init,
+        reason = "a list of one range is meant"
+    )]
+    fn whole(ids: Vec<u32>) -> Self {
+        Self {
+            trained: vec![0..ids.len()],
+            ids,
+        }
+    }
+}
+
+fn mixed_forms() -> Error {
+    Error::Invalid {
+        what: "a prompt and a completion differ in form: one is plain text, the other messages"
+            .into(),
+        mend: "use one form for both".into(),
+    }
+}
+
+/// A row within the limits.
+struct Made {
+    prompt: Vec<u32>,
+    completions: Vec<Completion>,
+    cut: bool,
+    shared_boundary: bool,
+}
+
+/// The group, and whether a token spans its prompt and a completion.
+fn outcome(row: u64, made: Parted<Made>) -> (Outcome<PromptGroup>, bool) {
+    match made {
+        Err(reason) => (Outcome::Dropped(reason), false),
+        Ok(m) => {
+            let group = PromptGroup {
+                row,
+                prompt: m.prompt,
+                completions: m.completions,
+            };
+            if m.cut {
+                (Outcome::Truncated(group), m.shared_boundary)
+            } else {
+                (Outcome::Kept(group), m.shared_boundary)
+            }
+        }
+    }
+}
+
 fn collect<R: Sync>(
     records: &[R],
-    one: impl Fn(u64, &R) -> Result<Outcome<PromptGroup>> + Sync,
+    one: impl Fn(&R) -> Result<Parted<Made>> + Sync + Send,
 ) -> Result<(Vec<PromptGroup>, TokenizeReport)> {
-    let outcomes: Vec<Outcome<PromptGroup>> = records
-        .par_iter()
-        .enumerate()
-        .map(|(row, r)| one(row as u64, r))
-        .collect::<Result<_>>()?;
+    let rows: Vec<Result<Parted<Made>>> = records.par_iter().map(one).collect();
     let mut report = TokenizeReport::default();
-    let mut kept = Vec::with_capacity(outcomes.len());
-    for (row, outcome) in outcomes.into_iter().enumerate() {
+    let mut kept = Vec::with_capacity(rows.len());
+    for (row, made) in (0u64..).zip(rows) {
+        let (outcome, shared) = outcome(row, made.map_err(|e| e.at_row(row))?);
+        report.shared_boundary += usize::from(shared);
         match outcome {
             Outcome::Kept(g) => kept.push(g),
             Outcome::Truncated(g) => {
                 report.truncated += 1;
                 kept.push(g);
             }
-            Outcome::Dropped(reason) => report.drop(row as u64, reason),
+            Outcome::Dropped(reason) => report.drop(row, reason),
         }
     }
     Ok((kept, report))

@@ -13,18 +13,34 @@ use tempfile::NamedTempFile;
 
 use crate::error::{Error, Result};
 
+/// Bytes held before a row group is written, so that memory stays bounded.
+const MAX_ROW_GROUP: usize = 64 << 20;
+
 fn temporary(path: &Path) -> Result<NamedTempFile> {
-    let dir = path
-        .parent()
-        .filter(|d| !d.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    NamedTempFile::new_in(dir).map_err(Error::io(dir))
+    let dir = folder(path);
+    let mut builder = tempfile::Builder::new();
+    // A temporary file is its owner's alone; what is published has the usual permissions.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    builder.tempfile_in(dir).map_err(Error::io(dir))
 }
 
 fn publish(file: NamedTempFile, path: &Path) -> Result<()> {
     file.as_file().sync_all().map_err(Error::io(path))?;
-    file.persist(path).map_err(|e| Error::io(path)(e.error))?;
+    let file = file.persist(path).map_err(|e| Error::io(path)(e.error))?;
+    drop(file);
+    // The name is durable once the folder is synced too.
+    #[cfg(unix)]
+    std::fs::File::open(folder(path))
+        .and_then(|d| d.sync_all())
+        .map_err(Error::io(path))?;
     Ok(())
+}
+
+fn folder(path: &Path) -> &Path {
+    path.parent()
+        .filter(|d| !d.as_os_str().is_empty())
+        .unwrap_or(Path::new("."))
 }
 
 fn arrow(path: &Path) -> impl FnOnce(parquet::errors::ParquetError) -> Error {
@@ -65,7 +81,11 @@ impl ParquetOut {
     /// # Errors
     /// When the disk is full or the batch has another schema; the file then never appears.
     pub fn write(&mut self, batch: &RecordBatch) -> Result<()> {
-        self.writer.write(batch).map_err(arrow(&self.path))
+        self.writer.write(batch).map_err(arrow(&self.path))?;
+        if self.writer.in_progress_size() > MAX_ROW_GROUP {
+            self.writer.flush().map_err(arrow(&self.path))?;
+        }
+        Ok(())
     }
 
     /// Syncs and renames the file into place.

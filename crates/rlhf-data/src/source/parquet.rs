@@ -1,7 +1,12 @@
 //! Parquet, row group by row group.
+//!
+//! Invariant: a damaged file is an error, never a panic. The Parquet crate asserts in places that only a
+//! damaged file reaches: what can be checked beforehand is, and the rest is caught. Page checksums are
+//! compared where a file has them; without them, a changed letter in a page cannot be noticed.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use arrow_array::cast::AsArray;
@@ -43,16 +48,50 @@ pub(super) fn rows(path: &Path) -> Result<Rows> {
         return Err(damaged("it does not begin with PAR1".into()));
     }
     file.seek(SeekFrom::Start(0)).map_err(Error::io(path))?;
-    let reader = ParquetRecordBatchReaderBuilder::try_new(file)
-        .and_then(|b| b.with_batch_size(BATCH_ROWS).build())
-        .map_err(|e| damaged(e.to_string()))?;
+    let reader = guarded(|| open(file, size.len())).and_then(|r| r);
     Ok(Rows {
         path: path.to_owned(),
-        reader,
+        reader: reader.map_err(damaged)?,
         batch: None,
         at: 0,
         row: 0,
         done: false,
+    })
+}
+
+/// Reads the footer, and checks that it speaks of pages inside the file.
+fn open(file: File, size: u64) -> std::result::Result<ParquetRecordBatchReader, String> {
+    let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| e.to_string())?;
+    for (i, group) in builder.metadata().row_groups().iter().enumerate() {
+        let inside = group.num_rows() >= 0
+            && group.columns().iter().all(|c| {
+                let start = c.dictionary_page_offset().unwrap_or(c.data_page_offset());
+                let end = start.checked_add(c.compressed_size());
+                start >= 0
+                    && c.data_page_offset() >= 0
+                    && c.compressed_size() >= 0
+                    && c.num_values() >= 0
+                    && end.is_some_and(|e| e as u64 <= size)
+            });
+        if !inside {
+            return Err(format!("row group {i} lies outside the file"));
+        }
+    }
+    builder
+        .with_batch_size(BATCH_ROWS)
+        .build()
+        .map_err(|e| e.to_string())
+}
+
+/// Turns a panic of the Parquet crate into an error.
+fn guarded<T>(f: impl FnOnce() -> T) -> std::result::Result<T, String> {
+    catch_unwind(AssertUnwindSafe(f)).map_err(|panic| {
+        let said = panic
+            .downcast_ref::<String>()
+            .map(String::as_str)
+            .or_else(|| panic.downcast_ref::<&str>().copied())
+            .unwrap_or_default();
+        format!("the reader gave up: {said}")
     })
 }
 
@@ -97,8 +136,14 @@ impl Iterator for Rows {
                         }),
                 );
             }
-            match self.reader.next()? {
-                Ok(b) => (self.batch, self.at) = (Some(b), 0),
+            let reader = &mut self.reader;
+            let next = guarded(|| reader.next().transpose().map_err(|e| e.to_string()));
+            match next.and_then(|batch| batch) {
+                Ok(None) => {
+                    self.done = true;
+                    return None;
+                }
+                Ok(batch) => (self.batch, self.at) = (batch, 0),
                 Err(e) => {
                     self.done = true;
                     let what = format!("the data after row {} cannot be read: {e}", self.row);

@@ -1,0 +1,463 @@
+//! Tokens, trained ranges and truncation against TRL's own, read from a folder of golden files.
+//!
+//! What differs on purpose, and is checked to differ in this way only:
+//! - a blank completion drops its row (TRL trains a lone end-of-sequence token);
+//! - what follows the last trained end-of-sequence token (ChatML's line end) is no part of a completion;
+//! - names of special tokens in plain text stay text;
+//! - a pair that is equal after truncation drops its row.
+//!
+//! Not offered, so counted as unknown: truncation from the start (`keep_end`), training on prompts.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use rlhf_data::conversation::{Message, Text};
+use rlhf_data::group::{Finish, PromptGroup};
+use rlhf_data::record::{PreferenceRecord, Record, SftRecord};
+use rlhf_data::tokenize::{ChatTokenizer, DropReason, Limits, Outcome};
+use serde_json::{Value, json};
+
+const NO_LIMITS: Limits = Limits {
+    max_prompt: usize::MAX,
+    max_completion: usize::MAX,
+};
+
+fn folder() -> PathBuf {
+    std::env::var_os("RLHF_GOLDEN").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden"),
+        PathBuf::from,
+    )
+}
+
+struct Golden {
+    file: &'static str,
+    data: Value,
+    tokenizer: ChatTokenizer,
+}
+
+fn files() -> Vec<Golden> {
+    let dir = folder();
+    assert!(
+        dir.join("manifest.json").is_file(),
+        "{} has no manifest.json",
+        dir.display()
+    );
+    [
+        ("g_tokenization.json", "tokenizer"),
+        ("g_tokenization_bos.json", "tokenizer_bos"),
+    ]
+    .into_iter()
+    .filter(|(file, _)| dir.join(file).is_file())
+    .map(|(file, tokenizer)| Golden {
+        file,
+        data: serde_json::from_str(&std::fs::read_to_string(dir.join(file)).unwrap()).unwrap(),
+        tokenizer: ChatTokenizer::load(&dir.join(tokenizer)).unwrap(),
+    })
+    .collect()
+}
+
+fn ids(v: &Value) -> Vec<u32> {
+    serde_json::from_value(v.clone()).unwrap()
+}
+
+/// A data row as the reader sees it, except that blank completions are let through.
+fn pair(row: &Value) -> PreferenceRecord {
+    let filled = |key: &str| match &row[key] {
+        Value::String(s) if s.is_empty() => json!("BLANK"),
+        Value::Array(a) => {
+            let mut a = a.clone();
+            let last = a.last_mut().unwrap();
+            if last["content"] == "" {
+                last["content"] = json!("BLANK");
+            }
+            Value::Array(a)
+        }
+        other => other.clone(),
+    };
+    let mut map = row.as_object().unwrap().clone();
+    for key in ["chosen", "rejected"] {
+        map.insert(key.into(), filled(key));
+    }
+    let mut record = PreferenceRecord::from_row(map).unwrap();
+    for text in [&mut record.chosen, &mut record.rejected] {
+        match text {
+            Text::Plain(s) if s == "BLANK" => s.clear(),
+            Text::Messages(m) => {
+                for m in m.iter_mut().filter(|m| m.content == "BLANK") {
+                    m.content.clear();
+                }
+            }
+            Text::Plain(_) => {}
+        }
+    }
+    record
+}
+
+fn names_special(t: &ChatTokenizer, text: &Text) -> bool {
+    let text = text.joined();
+    t.special_tokens().iter().any(|s| text.contains(s.as_str()))
+}
+
+/// Each completion of plain text has one end-of-sequence token, at its end.
+fn assert_only_the_end(t: &ChatTokenizer, group: &PromptGroup) {
+    for c in &group.completions {
+        let ends: Vec<usize> = (0..c.ids.len())
+            .filter(|i| t.eos_ids().contains(&c.ids[*i]))
+            .collect();
+        assert_eq!(ends, [c.ids.len() - 1], "row {}", group.row);
+    }
+}
+
+/// Up to the last end-of-sequence token.
+fn ended<'a>(t: &ChatTokenizer, ids: &'a [u32]) -> &'a [u32] {
+    let end = ids.iter().rposition(|i| t.eos_ids().contains(i));
+    &ids[..end.map_or(ids.len(), |e| e + 1)]
+}
+
+fn row_of(case: &Value, row: usize) -> Option<&Value> {
+    case["rows"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|r| r["row"].as_u64() == Some(row as u64))
+}
+
+fn dropped(case: &Value, row: usize) -> bool {
+    case["dropped_rows"]
+        .as_array()
+        .unwrap()
+        .contains(&json!(row))
+}
+
+/// DPO and reward rows; `false` when the case asks for something not offered.
+fn preference(t: &ChatTokenizer, case: &Value, data: &Value) -> bool {
+    if case["max_length"].is_number() && case["truncation_mode"] == "keep_end" {
+        return false;
+    }
+    let limit = case["max_length"].as_u64().map(|n| n as usize);
+    for (i, row) in data.as_array().unwrap().iter().enumerate() {
+        let record = pair(row);
+        if record.chosen.is_blank() || record.rejected.is_blank() {
+            let outcome = t.preference_group(i as u64, &record, &NO_LIMITS).unwrap();
+            assert_eq!(outcome, Outcome::Dropped(DropReason::EmptyCompletion));
+            continue;
+        }
+        let Outcome::Kept(whole) = t.preference_group(i as u64, &record, &NO_LIMITS).unwrap()
+        else {
+            panic!("row {i} is not kept")
+        };
+        if [&record.prompt, &record.chosen, &record.rejected]
+            .iter()
+            .any(|x| names_special(t, x))
+        {
+            assert_only_the_end(t, &whole);
+            continue;
+        }
+        let limits = limit.map_or(NO_LIMITS, |l| Limits {
+            max_prompt: l - 1,
+            max_completion: l.saturating_sub(whole.prompt.len()).max(1),
+        });
+        let got = t.preference_group(i as u64, &record, &limits).unwrap();
+        if dropped(case, i) {
+            // TRL's reward trainer drops what is too long; here it is cut, unless it is the prompt.
+            let fine = match case["trainer"].as_str() {
+                Some("reward") => !matches!(got, Outcome::Kept(_)),
+                _ => got == Outcome::Dropped(DropReason::PromptTooLong),
+            };
+            assert!(fine, "row {i}: {got:?}");
+            continue;
+        }
+        let want = row_of(case, i).unwrap();
+        if case["trainer"] == "reward" {
+            for (c, key) in whole.completions.iter().zip(["chosen_ids", "rejected_ids"]) {
+                let full = [whole.prompt.clone(), c.ids.clone()].concat();
+                assert_eq!(full, ended(t, &ids(&want[key])), "row {i} {key}");
+            }
+            continue;
+        }
+        assert_eq!(whole.prompt, ids(&want["prompt_ids"]), "row {i} prompt");
+        let completions: Vec<Vec<u32>> = ["chosen_ids", "rejected_ids"]
+            .iter()
+            .map(|key| {
+                let mut c = ended(t, &ids(&want[*key])).to_vec();
+                c.truncate(limits.max_completion);
+                c
+            })
+            .collect();
+        if completions[0] == completions[1] {
+            assert_eq!(got, Outcome::Dropped(DropReason::Identical));
+            continue;
+        }
+        let (Outcome::Kept(group) | Outcome::Truncated(group)) = got else {
+            panic!("row {i}: {got:?}")
+        };
+        for (c, want) in group.completions.iter().zip(&completions) {
+            assert_eq!(&c.ids, want, "row {i}");
+            let ends = t.eos_ids().contains(want.last().unwrap());
+            assert_eq!(c.finish == Finish::Stop, ends);
+        }
+    }
+    true
+}
+
+/// A group as TRL's `input_ids` and `labels`.
+fn labelled(group: &PromptGroup) -> (Vec<u32>, Vec<i64>) {
+    let c = &group.completions[0];
+    let mut labels = vec![-100; group.prompt.len() + c.ids.len()];
+    for at in c.trained.iter().cloned().flatten() {
+        labels[group.prompt.len() + at] = i64::from(c.ids[at]);
+    }
+    ([group.prompt.clone(), c.ids.clone()].concat(), labels)
+}
+
+/// SFT rows; `false` when the case asks for something not offered.
+fn sft(t: &ChatTokenizer, case: &Value, data: &Value) -> bool {
+    let flag = |key: &str| case[key].as_bool().unwrap();
+    let (completion_only, assistant_only) =
+        (flag("completion_only_loss"), flag("assistant_only_loss"));
+    let variant = case["variant"].as_str().unwrap();
+    let chat = matches!(variant, "prompt_completion_chat" | "messages");
+    let limit = case["max_length"].as_u64().map(|n| n as usize);
+    let trains_prompts = chat && !completion_only && !assistant_only;
+    if trains_prompts || (limit.is_some() && case["truncation_mode"] == "keep_end") {
+        return false;
+    }
+    let source = if chat {
+        &data["conversational_explicit"]
+    } else {
+        &data["plain"]
+    };
+    for (i, row) in source.as_array().unwrap().iter().enumerate() {
+        let pair = pair(row);
+        let whole = match (&pair.prompt, &pair.chosen) {
+            (Text::Messages(p), Text::Messages(c)) => {
+                Text::Messages([p.clone(), c.clone()].concat())
+            }
+            (Text::Plain(p), Text::Plain(c)) => Text::Plain(format!("{p}{c}")),
+            _ => panic!("forms differ"),
+        };
+        let record = if completion_only {
+            SftRecord {
+                prompt: Some(pair.prompt),
+                completion: pair.chosen,
+            }
+        } else {
+            SftRecord {
+                prompt: None,
+                completion: whole,
+            }
+        };
+        let Outcome::Kept(whole) = t.sft_group(i as u64, &record, &NO_LIMITS).unwrap() else {
+            panic!("row {i} is not kept")
+        };
+        if record
+            .prompt
+            .iter()
+            .chain([&record.completion])
+            .any(|x| names_special(t, x))
+        {
+            assert_only_the_end(t, &whole);
+            continue;
+        }
+        let limits = limit.map_or(NO_LIMITS, |l| Limits {
+            max_prompt: l - 1,
+            max_completion: l.saturating_sub(whole.prompt.len()).max(1),
+        });
+        let got = t.sft_group(i as u64, &record, &limits).unwrap();
+        if dropped(case, i) {
+            assert_eq!(got, Outcome::Dropped(DropReason::PromptTooLong), "row {i}");
+            continue;
+        }
+        let (Outcome::Kept(group) | Outcome::Truncated(group)) = got else {
+            panic!("row {i}: {got:?}")
+        };
+        let want = row_of(case, i).unwrap();
+        let (want_ids, want_labels) = (ids(&want["input_ids"]), &want["labels"]);
+        let want_labels: Vec<i64> = serde_json::from_value(want_labels.clone()).unwrap();
+        let (got_ids, got_labels) = labelled(&group);
+        let n = got_ids.len();
+        assert_eq!(got_ids, want_ids[..n], "row {i} ids");
+        assert_eq!(got_labels, want_labels[..n], "row {i} labels");
+        let beyond = &want_ids[n..];
+        assert!(
+            beyond.len() <= 1 && beyond.iter().all(|b| !t.eos_ids().contains(b)),
+            "row {i}: {beyond:?} is missing"
+        );
+    }
+    true
+}
+
+#[test]
+fn g_tokenization_cases() {
+    let (mut ran, mut unknown) = (0, BTreeMap::<String, usize>::new());
+    for g in files() {
+        for case in g.data["cases"].as_array().unwrap() {
+            let name = [
+                "trainer",
+                "strategy",
+                "data",
+                "variant",
+                "truncation_mode",
+                "max_length",
+            ]
+            .iter()
+            .filter_map(|k| case.get(*k).filter(|v| !v.is_null()).map(Value::to_string))
+            .chain(
+                ["completion_only_loss", "assistant_only_loss"]
+                    .iter()
+                    .filter(|k| case[**k] == true)
+                    .map(|k| (*k).to_owned()),
+            )
+            .collect::<Vec<_>>()
+            .join(" ");
+            let known = match case["trainer"].as_str().unwrap() {
+                "dpo" | "reward" => {
+                    let data = &g.data["data"][case["data"].as_str().unwrap()];
+                    preference(&g.tokenizer, case, data)
+                }
+                "sft" => sft(&g.tokenizer, case, &g.data["data"]),
+                _ => false,
+            };
+            if known {
+                ran += 1;
+            } else {
+                *unknown.entry(format!("{}: {name}", g.file)).or_default() += 1;
+            }
+        }
+    }
+    println!(
+        "{ran} cases ran; {} unknown:",
+        unknown.values().sum::<usize>()
+    );
+    unknown
+        .iter()
+        .for_each(|(name, n)| println!("  {n} × {name}"));
+    assert!(ran > 0);
+}
+
+#[test]
+fn g_tokenization_texts() {
+    let mut ran = 0;
+    for g in files() {
+        let t = &g.tokenizer;
+        for case in g.data["raw_tokenization"].as_array().unwrap() {
+            let text = case["text"].as_str().unwrap();
+            let got = t.encode(text).unwrap();
+            if t.special_tokens().iter().any(|s| text.contains(s.as_str())) {
+                let begin = t.encode("").unwrap().len();
+                let special = g.data["special"].as_object().unwrap();
+                assert!(
+                    special
+                        .values()
+                        .all(|id| !got[begin..].contains(&(id.as_u64().unwrap() as u32))),
+                    "{text:?} is plain text"
+                );
+            } else {
+                assert_eq!(got, ids(&case["ids"]), "{text:?}");
+                assert_eq!(t.decode(&got, false).unwrap(), case["decoded"], "{text:?}");
+            }
+            ran += 1;
+        }
+        for case in g.data["chat_rendered"].as_array().unwrap() {
+            let messages: Vec<Message> = serde_json::from_value(case["messages"].clone()).unwrap();
+            let add = case["add_generation_prompt"].as_bool().unwrap();
+            let rendered = t.template().unwrap().render(&messages, add).unwrap();
+            assert_eq!(rendered.text, case["text"].as_str().unwrap());
+            if add {
+                assert_eq!(
+                    t.prompt_ids(&Text::Messages(messages)).unwrap(),
+                    ids(&case["ids"])
+                );
+            }
+            ran += 1;
+        }
+    }
+    println!("{ran} texts");
+    assert!(ran > 0);
+}
+
+/// An i64 or i32 tensor of a safetensors file, flat, with its last dimension.
+fn tensor(file: &[u8], name: &str) -> Option<(Vec<i64>, usize)> {
+    let n = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&file[8..8 + n]).unwrap();
+    let entry = header.get(name)?;
+    assert_eq!(entry["dtype"], "I64");
+    let at = |i: usize| 8 + n + entry["data_offsets"][i].as_u64().unwrap() as usize;
+    let values = file[at(0)..at(1)]
+        .chunks_exact(8)
+        .map(|b| i64::from_le_bytes(b.try_into().unwrap()))
+        .collect();
+    let width = entry["shape"].as_array().unwrap().last().unwrap();
+    Some((values, width.as_u64().unwrap() as usize))
+}
+
+#[test]
+fn model_folders_have_the_peers_ids() {
+    let dir = std::env::var_os("RLHF_MODELS")
+        .map_or_else(|| crate::shared().join("models"), PathBuf::from);
+    let Ok(list) = std::fs::read_dir(&dir) else {
+        println!("skipped: no {}", dir.display());
+        return;
+    };
+    let (mut chats, mut texts) = (0, 0);
+    for model in list.map(|e| e.unwrap().path()) {
+        let (text, tensors) = (
+            model.join("golden_text.json"),
+            model.join("golden.safetensors"),
+        );
+        if !text.is_file() || !tensors.is_file() {
+            continue;
+        }
+        let golden: Value = serde_json::from_str(&std::fs::read_to_string(text).unwrap()).unwrap();
+        let file = std::fs::read(tensors).unwrap();
+        let t = ChatTokenizer::load(&model).unwrap();
+        let name = model.display();
+        let (input, width) = tensor(&file, "right.input_ids").unwrap();
+        let (mask, _) = tensor(&file, "right.attention_mask").unwrap();
+        for (i, text) in golden["texts"].as_array().unwrap().iter().enumerate() {
+            let row = i * width..(i + 1) * width;
+            let want: Vec<u32> = input[row.clone()]
+                .iter()
+                .zip(&mask[row])
+                .filter(|(_, m)| **m == 1)
+                .map(|(id, _)| *id as u32)
+                .collect();
+            assert_eq!(
+                t.encode(text.as_str().unwrap()).unwrap(),
+                want,
+                "{name}: {text}"
+            );
+            texts += 1;
+        }
+        let Some((prompt, _)) = tensor(&file, "chat.prompt_ids") else {
+            continue;
+        };
+        let unsigned = |v: Vec<i64>| v.into_iter().map(|i| i as u32).collect::<Vec<_>>();
+        let messages: Vec<Message> = serde_json::from_value(golden["messages"].clone()).unwrap();
+        let template = t.template().unwrap();
+        let rendered = template.render(&messages, true).unwrap().text;
+        assert_eq!(rendered, golden["with_generation_prompt"], "{name}");
+        let rendered = template.render(&messages[..2], false).unwrap().text;
+        assert_eq!(rendered, golden["first_two_without"], "{name}");
+        let got = t.prompt_ids(&Text::Messages(messages.clone())).unwrap();
+        assert_eq!(got, unsigned(prompt), "{name}");
+        let full = unsigned(tensor(&file, "chat.full_ids").unwrap().0);
+        let record = SftRecord {
+            prompt: None,
+            completion: Text::Messages(messages[..2].to_vec()),
+        };
+        let Outcome::Kept(g) = t.sft_group(0, &record, &NO_LIMITS).unwrap() else {
+            panic!("{name}: not kept")
+        };
+        let got = [g.prompt, g.completions[0].ids.clone()].concat();
+        assert_eq!(got, full[..got.len()], "{name}");
+        let beyond = &full[got.len()..];
+        assert!(
+            beyond.iter().all(|i| !t.eos_ids().contains(i)),
+            "{name}: {beyond:?}"
+        );
+        chats += 1;
+    }
+    println!("{chats} conversations, {texts} texts");
+    assert!(texts > 0, "{} holds no model", dir.display());
+}
