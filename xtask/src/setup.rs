@@ -113,7 +113,10 @@ fn install() -> Result<Place> {
         .with_context(|| format!("cannot make {}", parent.display()))?;
     let lock = File::create(parent.join("setup.lock"))
         .with_context(|| format!("cannot write in {}", parent.display()))?;
-    lock.lock().context("waiting for another setup")?;
+    if lock.try_lock().is_err() {
+        eprintln!("another setup is at work; waiting for it …");
+        lock.lock().context("waiting for another setup")?;
+    }
     if usable(&target) {
         return Ok(Place {
             dir: target,

@@ -1,4 +1,4 @@
-use super::run;
+use super::{root, run};
 
 #[test]
 fn wrong_usage_exits_with_2_and_three_lines() {
@@ -38,4 +38,84 @@ fn wrong_usage_exits_with_2_and_three_lines() {
         );
     }
     assert_eq!(run(&["frobnicate"]).0, 2);
+}
+
+/// Runs a recipe of one stage; gives its message, which must be a clear one.
+fn refused(init: &str, sft: &str) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = dir.path().join("mine.toml");
+    let text = format!(
+        r#"
+[run]
+title = "t"
+seed = 1
+checkpoint_every = 50
+[init]
+{init}
+[[stages]]
+name = "sft"
+kind = "sft"
+model = "init"
+data = {{ path = "{sft}", max_prompt = 64, max_completion = 64 }}
+steps = 1
+batch_size = 1
+micro_tokens = 512
+optim = {{ lr = 1e-3, schedule = {{ kind = "constant" }}, warmup_steps = 0, weight_decay = 0.0, max_grad_norm = 1.0 }}
+"#
+    );
+    std::fs::write(&recipe, text).unwrap();
+    let out = dir.path().join("run");
+    let args = [recipe.to_str().unwrap(), "--out", out.to_str().unwrap()];
+    let (code, _, err) = run(&["run", args[0], args[1], args[2]]);
+    assert_eq!(code, 2, "{err}");
+    assert!(
+        err.starts_with("error: ") && err.lines().count() <= 6,
+        "{err}"
+    );
+    assert!(!out.join("sft").exists(), "nothing was begun");
+    err
+}
+
+#[test]
+fn a_tokenizer_of_another_model_is_refused() {
+    let llama = root().join("crates/rlhf-model/tests/models/llama");
+    let init = format!(
+        "from = \"{}\"\ntokenizer = \"datasets/help/tokenizer\"",
+        llama.display()
+    );
+    let err = refused(&init, "datasets/help/sft/test.parquet");
+    assert!(
+        err.contains("vocabulary of 384") && err.contains("1023") && err.contains("do: "),
+        "{err}"
+    );
+}
+
+#[test]
+fn unreadable_and_empty_tables_are_refused() {
+    let init = r#"tokenizer = "datasets/help/tokenizer"
+scratch = { hidden_size = 16, layers = 1, heads = 2, kv_heads = 2, intermediate_size = 32, max_positions = 256, initializer_range = 0.05 }"#;
+    let dir = tempfile::tempdir().unwrap();
+    let whole = std::fs::read(root().join("datasets/help/sft/test.parquet")).unwrap();
+    let table = |name: &str, bytes: &[u8]| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        path.display().to_string()
+    };
+    let torn = table("torn.parquet", &whole[..whole.len() / 2]);
+    let err = refused(init, &torn);
+    assert!(err.contains("torn.parquet"), "{err}");
+    let empty = table("empty.jsonl", b"");
+    let err = refused(init, &empty);
+    assert!(err.contains("empty.jsonl"), "{err}");
+    let line = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#;
+    let bad = table("bad.jsonl", format!("{line}\n{{\"mess").as_bytes());
+    let err = refused(init, &bad);
+    assert!(err.contains("bad.jsonl") && err.contains('2'), "{err}");
+    // Every row has a prompt that is too long.
+    let long = "word ".repeat(500);
+    let line = format!(
+        r#"{{"messages": [{{"role": "user", "content": "{long}"}}, {{"role": "assistant", "content": "b"}}]}}"#
+    );
+    let err = refused(init, &table("long.jsonl", line.as_bytes()));
+    assert!(err.contains("long.jsonl"), "{err}");
 }
