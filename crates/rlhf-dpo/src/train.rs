@@ -29,7 +29,6 @@ pub struct DpoConfig {
 pub type PairSums = Vec<(f64, f64)>;
 
 /// Sums of the log-probs of chosen and rejected for every pair of `data`, without gradients.
-/// Computed once for the reference: it never changes.
 ///
 /// # Errors
 /// When a pair exceeds `micro_tokens` or the model fails.
@@ -46,6 +45,34 @@ pub fn pair_sums(
         let per_completion = target_logprobs(model, &batch, 1.0, false)?.logprobs.sum();
         let host = Vec::<f64>::try_from(&per_completion.to_kind(Kind::Double))?;
         sums.extend(host.chunks_exact(2).map(|c| (c[0], c[1])));
+    }
+    Ok(sums)
+}
+
+/// The sums under the reference `model` of the pairs that a training of `cfg` meets, in the order of
+/// `data`; those of pairs that it never meets are NaN. Computed once: the reference never changes.
+///
+/// # Errors
+/// When a pair exceeds `micro_tokens` or the model fails.
+pub fn reference_sums(
+    model: &Transformer,
+    data: &[PromptGroup],
+    cfg: &DpoConfig,
+) -> Result<PairSums> {
+    let positions = cfg.steps.saturating_mul(cfg.batch_size as u64);
+    if positions >= data.len() as u64 {
+        return pair_sums(model, data, cfg.micro_tokens);
+    }
+    let rows: Vec<usize> = (0..positions)
+        .map(|i| endless(cfg.seed, data.len(), i))
+        .collect();
+    let met: Vec<PromptGroup> = rows.iter().map(|&i| data[i].clone()).collect();
+    let mut sums = vec![(f64::NAN, f64::NAN); data.len()];
+    for (row, sum) in rows
+        .into_iter()
+        .zip(pair_sums(model, &met, cfg.micro_tokens)?)
+    {
+        sums[row] = sum;
     }
     Ok(sums)
 }

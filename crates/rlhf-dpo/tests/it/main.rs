@@ -16,3 +16,4 @@ mod golden;
 mod golden_io;
 mod gradcheck;
 mod props;
+mod sums;

@@ -3,8 +3,7 @@
 use std::collections::BTreeMap;
 
 use rlhf_data::text_stats::distinct_n;
-use rlhf_dpo::train::{evaluate, pair_sums};
-use rlhf_model::Transformer;
+use rlhf_dpo::train::{PairSums, evaluate, pair_sums};
 use rlhf_reward::source::RewardSource;
 use rlhf_reward::train::pair_scores;
 
@@ -32,6 +31,13 @@ pub(super) fn run(ctx: &Context<'_>, name: &str, s: &Eval) -> anyhow::Result<End
         .map(|r| ctx.reward_source(r, s.micro_tokens))
         .transpose()?;
 
+    let base_sums = match &s.pairs {
+        Some(data) => {
+            let pairs = ctx.inputs.preference(data)?;
+            Some((pair_sums(&baseline, &pairs.rows, s.micro_tokens)?, pairs))
+        }
+        None => None,
+    };
     let mut written: Vec<(String, Written)> = Vec::new();
     for model_name in &s.models {
         let model = ctx.policy(model_name)?;
@@ -48,22 +54,23 @@ pub(super) fn run(ctx: &Context<'_>, name: &str, s: &Eval) -> anyhow::Result<End
                 micro_tokens: s.micro_tokens,
             };
             let w = write(&model, &prompts.rows, &cfg, judges)?;
-            measure(
-                &w,
-                written.iter().find(|x| x.0 == s.baseline).map(|x| &x.1),
-                ctx.recipe.run.seed,
-                &mut measures,
-            );
+            measure(&w, ctx.recipe.run.seed, &mut measures);
             written.push((model_name.clone(), w));
         }
-        if s.pairs.is_some() {
-            pairs(ctx, s, model_name, &model, &baseline, &mut measures)?;
+        if let Some((base, pairs)) = &base_sums {
+            if model_name == &s.baseline {
+                compare_pairs(base, None, &mut measures);
+            } else {
+                let own = pair_sums(&model, &pairs.rows, s.micro_tokens)?;
+                compare_pairs(&own, Some(base), &mut measures);
+            }
         }
         found.models.push(ModelRow {
             name: model_name.clone(),
             measures,
         });
     }
+    win_rates(&s.baseline, &written, &mut found.models);
     if let (Some(name), Some(data)) = (&s.reward_model, &s.pairs) {
         let pairs = ctx.inputs.preference(data)?;
         let scores = pair_scores(&ctx.scalar(name)?, &pairs.rows, s.micro_tokens)?;
@@ -82,7 +89,7 @@ pub(super) fn run(ctx: &Context<'_>, name: &str, s: &Eval) -> anyhow::Result<End
     ctx.say(&terminal::evaluation(&found));
     let mut last = BTreeMap::new();
     for row in &found.models {
-        for key in ["gold", "win_rate", "kl", "pair_accuracy"] {
+        for key in ["gold", "win_rate", "kl", "likelier", "pair_accuracy"] {
             if let Some(i) = row.measures.get(key) {
                 last.insert(format!("{}_{key}", row.name), i.value);
             }
@@ -110,12 +117,7 @@ fn prefers(a: f64, b: f64) -> f64 {
     }
 }
 
-fn measure(
-    w: &Written,
-    baseline: Option<&Written>,
-    seed: u64,
-    into: &mut BTreeMap<String, Interval>,
-) {
+fn measure(w: &Written, seed: u64, into: &mut BTreeMap<String, Interval>) {
     let mut put = |key: &str, i: Interval| {
         into.insert(key.into(), i);
     };
@@ -134,50 +136,43 @@ fn measure(
     }
     if let Some(gold) = &w.gold {
         put("gold", mean(gold));
-        if let Some(base) = baseline.and_then(|b| b.gold.as_ref()) {
-            let wins: f64 = gold.iter().zip(base).map(|(a, b)| prefers(*a, *b)).sum();
-            put("win_rate", share(wins, gold.len()));
+    }
+}
+
+/// How often the gold judge prefers each model's reply to the baseline's.
+fn win_rates(baseline: &str, written: &[(String, Written)], rows: &mut [ModelRow]) {
+    let gold = |name: &str| {
+        let of = written.iter().find(|w| w.0 == name)?;
+        of.1.gold.as_deref()
+    };
+    let Some(base) = gold(baseline) else { return };
+    for row in rows.iter_mut().filter(|r| r.name != baseline) {
+        if let Some(own) = gold(&row.name) {
+            let wins: f64 = own.iter().zip(base).map(|(a, b)| prefers(*a, *b)).sum();
+            row.measures
+                .insert("win_rate".into(), share(wins, own.len()));
         }
     }
 }
 
-fn pairs(
-    ctx: &Context<'_>,
-    s: &Eval,
-    name: &str,
-    model: &Transformer,
-    baseline: &Transformer,
+/// What the sums of pairs say: of a model alone, and against its baseline.
+fn compare_pairs(
+    own: &PairSums,
+    baseline: Option<&PairSums>,
     into: &mut BTreeMap<String, Interval>,
-) -> anyhow::Result<()> {
-    let Some(data) = &s.pairs else { return Ok(()) };
-    let pairs = ctx.inputs.preference(data)?;
-    let own = pair_sums(model, &pairs.rows, s.micro_tokens)?;
-    let base = pair_sums(baseline, &pairs.rows, s.micro_tokens)?;
-    // Against itself a model has no implicit reward: its log-probs alone decide.
-    let is_baseline = name == s.baseline;
-    let e = evaluate(&own, &base, 1.0);
-    let accuracy = if is_baseline {
-        e.logprob_accuracy
-    } else {
-        e.accuracy
-    };
-    into.insert(
-        "pair_accuracy".into(),
-        share(accuracy * own.len() as f64, own.len()),
-    );
+) {
+    let e = evaluate(own, baseline.unwrap_or(own), 1.0);
+    let of_all = |share_of: f64| share(share_of * own.len() as f64, own.len());
+    into.insert("likelier".into(), of_all(e.logprob_accuracy));
+    // Against itself a model has no implicit reward.
+    let Some(base) = baseline else { return };
+    into.insert("pair_accuracy".into(), of_all(e.accuracy));
     let margins: Vec<f64> = own
         .iter()
-        .zip(&base)
-        .map(|((pc, pr), (rc, rr))| {
-            if is_baseline {
-                pc - pr
-            } else {
-                (pc - rc) - (pr - rr)
-            }
-        })
+        .zip(base)
+        .map(|((pc, pr), (rc, rr))| (pc - rc) - (pr - rr))
         .collect();
     into.insert("margin".into(), mean(&margins));
-    Ok(())
 }
 
 /// What the recipe promises, with the numbers.

@@ -78,7 +78,7 @@ pub(super) fn dpo(ctx: &Context<'_>, name: &str, s: &Dpo) -> anyhow::Result<Ende
         micro_tokens: s.micro_tokens,
     };
     // Before the first step the model is the reference; on resume the checkpoint is loaded later.
-    let reference = dpo_train::pair_sums(&model, &data.rows, s.micro_tokens)?;
+    let reference = dpo_train::reference_sums(&model, &data.rows, &cfg)?;
     let test = s
         .test
         .as_ref()

@@ -23,7 +23,14 @@ struct Column<'a> {
 const TABLES: [(&str, &[&str]); 2] = [
     (
         "How good",
-        &["gold", "win_rate", "reward", "pair_accuracy", "margin"],
+        &[
+            "gold",
+            "win_rate",
+            "reward",
+            "likelier",
+            "pair_accuracy",
+            "margin",
+        ],
     ),
     (
         "What it costs, and how the text changed",
@@ -32,7 +39,7 @@ const TABLES: [(&str, &[&str]); 2] = [
 ];
 
 /// What the keys mean.
-const MEANING: [(&str, &str); 10] = [
+const MEANING: [(&str, &str); 11] = [
     (
         "gold",
         "score of the gold judge, which no model was trained on",
@@ -60,13 +67,14 @@ const MEANING: [(&str, &str); 10] = [
         "different pairs of neighbouring words as a share of all",
     ),
     (
-        "pair_accuracy",
-        "share of held-out pairs where the chosen completion gains more log-probability over the baseline than the rejected one; for the baseline itself: where it is the likelier one",
+        "likelier",
+        "share of held-out pairs whose chosen completion has the higher log-probability; a longer one has less of it",
     ),
     (
-        "margin",
-        "by how many nats, on average; the baseline's is not comparable with the others'",
+        "pair_accuracy",
+        "share of held-out pairs where the chosen completion gains more log-probability over the baseline than the rejected one",
     ),
+    ("margin", "by how many nats, on average"),
 ];
 
 /// A section for each evaluation.
@@ -94,7 +102,14 @@ pub(crate) fn sections(m: &Material) -> Result<Vec<Section>, std::fmt::Error> {
 }
 
 fn column(key: &str) -> Column<'_> {
-    let up = ["gold", "win_rate", "reward", "stopped", "pair_accuracy"];
+    let up = [
+        "gold",
+        "win_rate",
+        "reward",
+        "stopped",
+        "likelier",
+        "pair_accuracy",
+    ];
     let wanted = up.contains(&key).then_some(Change::Above);
     match MEASURES.iter().find(|x| x.key == key) {
         Some(x) => Column {
@@ -199,14 +214,12 @@ fn cell(
     let show = if c.percent { percent } else { number };
     let against = match c.key {
         // Even odds.
-        "win_rate" => Some(Interval {
+        "win_rate" | "pair_accuracy" => Some(Interval {
             value: 0.5,
             low: 0.5,
             high: 0.5,
             n: own.n,
         }),
-        // The baseline's margin is one of log-probs, the others' is one of their change: see MEANING.
-        "margin" => None,
         key => base.and_then(|b| b.measures.get(key)).copied(),
     };
     let class = match (c.wanted, against.map(|a| change(own, &a))) {

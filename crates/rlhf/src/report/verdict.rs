@@ -9,7 +9,7 @@ use crate::results::{Check, Evaluation, MEASURES, ModelRow};
 use crate::terminal;
 
 /// The measures that decide, the most telling first.
-const DECIDING: [&str; 3] = ["gold", "pair_accuracy", "reward"];
+const DECIDING: [&str; 3] = ["gold", "likelier", "reward"];
 
 /// How a model compares with the baseline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -175,7 +175,7 @@ fn lead(
         out,
         "<p class=\"lead\">Measured by {heading} on {} held-out {}. Highest: {} with <b>{}</b> (95 % interval {} to {}), against <b>{}</b> ({} to {}) for {}",
         own.n,
-        if key == "pair_accuracy" {
+        if key == "likelier" {
             "pairs"
         } else {
             "prompts"
