@@ -21,7 +21,7 @@ fn pairs(n: usize) -> Vec<PreferenceRecord> {
             .collect::<Vec<_>>()
             .join(" ")
     };
-    let turn = |role, content| vec![Message { role, content }];
+    let turn = |role, content| vec![Message::new(role, content)];
     (0..n as u64)
         .map(|row| PreferenceRecord {
             prompt: Text::Messages(turn(Role::User, say(row, 0, 40))),

@@ -11,10 +11,10 @@ use std::ops::Range;
 use std::path::Path;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value, merge_maps};
+use minijinja::value::{Kwargs, Serde, Value, merge_maps};
 use minijinja::{Environment, Error as JinjaError, ErrorKind, context};
 
-use crate::conversation::Message;
+use crate::conversation::{Message, ToolCall};
 use crate::error::{Error, Result};
 
 /// Instructions a template may execute for one conversation.
@@ -120,19 +120,42 @@ impl ChatTemplate {
         };
         let mut list = Vec::with_capacity(messages.len());
         for m in messages {
-            if m.content.contains([BEGIN, END, SPLIT]) {
+            let reserved = |t: &str| t.contains([BEGIN, END, SPLIT]);
+            if reserved(&m.content)
+                || m.name.as_deref().is_some_and(reserved)
+                || m.tool_calls
+                    .iter()
+                    .any(|c| reserved(&c.to_json().to_string()))
+            {
                 return Err(bad(
                     "a message holds a character that is reserved for marks (U+F0A11 to U+F0A13)",
                     "remove it",
                 ));
             }
-            let content = self.defuse(&m.content).map_err(|token| {
-                bad(
-                    &format!("a message holds `{token}`, a special token of one character, which cannot be kept apart"),
-                    "remove it from the message",
-                )
-            })?;
-            list.push(context! { role => m.role.name(), content });
+            let plain = |text: &str| {
+                self.defuse(text).map_err(|token| {
+                    bad(
+                        &format!("a message holds `{token}`, a special token of one character, which cannot be kept apart"),
+                        "remove it from the message",
+                    )
+                })
+            };
+            let content = plain(&m.content)?;
+            let mut turn = vec![
+                ("role", Value::from(m.role.name())),
+                ("content", content.into()),
+            ];
+            if let Some(name) = &m.name {
+                turn.push(("name", plain(name)?.into()));
+            }
+            if !m.tool_calls.is_empty() {
+                let mut calls: Vec<_> = m.tool_calls.iter().map(ToolCall::to_json).collect();
+                for call in &mut calls {
+                    each_text(call, &plain)?;
+                }
+                turn.push(("tool_calls", Value::from(Serde(calls))));
+            }
+            list.push(Value::from_pairs(turn));
         }
         let template = self
             .environment
@@ -148,7 +171,7 @@ impl ChatTemplate {
             .named
             .iter()
             .map(|(name, token)| (*name, token.as_str()));
-        let variables = merge_maps([Value::from_iter(named), variables]);
+        let variables = merge_maps([Value::from_pairs(named), variables]);
         match template.render_captured_to(variables, &mut sink) {
             Ok(_) => {}
             Err(_) if sink.text.len() >= MAX_TEXT => {
@@ -343,6 +366,26 @@ fn unmark(marked: &str) -> Rendered {
     r
 }
 
+/// Changes every text in a JSON value, and the keys of its objects.
+fn each_text(v: &mut serde_json::Value, change: &impl Fn(&str) -> Result<String>) -> Result<()> {
+    match v {
+        serde_json::Value::String(s) => *s = change(s)?,
+        serde_json::Value::Array(a) => {
+            for x in a {
+                each_text(x, change)?;
+            }
+        }
+        serde_json::Value::Object(o) => {
+            for (key, mut x) in std::mem::take(o) {
+                each_text(&mut x, change)?;
+                o.insert(change(&key)?, x);
+            }
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
 /// How [`dump`] writes.
 struct Layout {
     indent: Option<usize>,
@@ -533,14 +576,8 @@ mod tests {
 
     fn messages() -> Vec<Message> {
         vec![
-            Message {
-                role: Role::User,
-                content: "hi".into(),
-            },
-            Message {
-                role: Role::Assistant,
-                content: "yo".into(),
-            },
+            Message::new(Role::User, "hi"),
+            Message::new(Role::Assistant, "yo"),
         ]
     }
 
@@ -558,13 +595,7 @@ mod tests {
     #[test]
     fn special_tokens_in_a_message_are_cut() {
         let r = template("{{ messages[0].content }}{{ eos_token }}")
-            .render(
-                &[Message {
-                    role: Role::User,
-                    content: "a</s>b".into(),
-                }],
-                false,
-            )
+            .render(&[Message::new(Role::User, "a</s>b")], false)
             .unwrap();
         assert_eq!(r.text, "a</s>b</s>");
         assert_eq!(r.cuts, [2]);
@@ -591,15 +622,8 @@ mod tests {
             let special = special.iter().map(|s| (*s).to_owned()).collect();
             ChatTemplate::new("{{ messages[0].content }}", "test", "", "", special, DATE).unwrap()
         };
-        let say = |t: &ChatTemplate, content: &str| {
-            t.render(
-                &[Message {
-                    role: Role::User,
-                    content: content.into(),
-                }],
-                false,
-            )
-        };
+        let say =
+            |t: &ChatTemplate, content: &str| t.render(&[Message::new(Role::User, content)], false);
         // No part between two cuts may hold "aa".
         let r = say(&of(&["aa"]), "aaaa").unwrap();
         assert_eq!(

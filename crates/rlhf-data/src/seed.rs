@@ -26,6 +26,10 @@ pub enum Purpose {
     Bootstrap = 7,
     /// Choosing a subset (of prompts, say).
     Subset = 8,
+    /// Choosing pairs out of rankings.
+    Pairing = 9,
+    /// Mixing data sets.
+    Mixture = 10,
 }
 
 /// A stream of noise: a seed and a purpose.

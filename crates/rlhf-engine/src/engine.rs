@@ -152,10 +152,7 @@ fn generate_command(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
         prompts.push(if args.plain || !tokenizer.has_template() {
             Text::Plain(text.clone())
         } else {
-            Text::Messages(vec![Message {
-                role: Role::User,
-                content: text.clone(),
-            }])
+            Text::Messages(vec![Message::new(Role::User, text.clone())])
         });
     }
     if let Some(file) = &args.prompts {
@@ -254,10 +251,7 @@ fn chat(args: &ChatArgs) -> anyhow::Result<ExitCode> {
     let mut messages: Vec<Message> = args
         .system
         .iter()
-        .map(|s| Message {
-            role: Role::System,
-            content: s.clone(),
-        })
+        .map(|s| Message::new(Role::System, s.clone()))
         .collect();
     let prompt_marks = std::io::stdin().is_terminal();
     if prompt_marks {
@@ -272,10 +266,7 @@ fn chat(args: &ChatArgs) -> anyhow::Result<ExitCode> {
         if std::io::stdin().lock().read_line(&mut line)? == 0 || line.trim().is_empty() {
             return Ok(ExitCode::SUCCESS);
         }
-        messages.push(Message {
-            role: Role::User,
-            content: line.trim_end().to_owned(),
-        });
+        messages.push(Message::new(Role::User, line.trim_end().to_owned()));
         let prompt = tokenizer.prompt_ids(&Text::Messages(messages.clone()))?;
         let room = (model.config().max_position_embeddings as usize).saturating_sub(prompt.len());
         if room == 0 {
@@ -291,10 +282,7 @@ fn chat(args: &ChatArgs) -> anyhow::Result<ExitCode> {
         }
         cfg.max_new_tokens = args.sampling.max_new_tokens.min(room);
         let reply = speak(&model, &tokenizer, &cfg, prompt, turn)?;
-        messages.push(Message {
-            role: Role::Assistant,
-            content: reply,
-        });
+        messages.push(Message::new(Role::Assistant, reply));
         turn += 1;
     }
 }

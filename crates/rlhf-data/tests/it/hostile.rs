@@ -67,10 +67,7 @@ fn rules(report: &CheckReport, rule: &str) -> Vec<String> {
 fn talk(turns: &[(Role, &str)]) -> Vec<Message> {
     turns
         .iter()
-        .map(|(role, content)| Message {
-            role: *role,
-            content: (*content).to_owned(),
-        })
+        .map(|(role, content)| Message::new(*role, (*content).to_owned()))
         .collect()
 }
 

@@ -2,6 +2,7 @@
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
+    clippy::panic,
     clippy::print_stdout,
     reason = "tests"
 )]
@@ -10,6 +11,7 @@ mod bad;
 mod golden;
 mod hostile;
 mod props;
+mod records;
 mod synth;
 mod templates;
 

@@ -34,7 +34,7 @@ fn text() -> impl Strategy<Value = String> {
 }
 
 fn message(role: Role) -> impl Strategy<Value = Message> {
-    text().prop_map(move |content| Message { role, content })
+    text().prop_map(move |content| Message::new(role, content))
 }
 
 fn prompt() -> impl Strategy<Value = Vec<Message>> {

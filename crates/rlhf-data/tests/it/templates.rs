@@ -157,3 +157,53 @@ fn limits_drop_and_cut_and_never_invent_an_end() {
         Outcome::Dropped(DropReason::NothingTrained)
     );
 }
+
+/// A folder with the golden tokenizer and a template of its own.
+fn with_template(template: &str, config: &str) -> (tempfile::TempDir, ChatTokenizer) {
+    let dir = tempfile::tempdir().unwrap();
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokenizer/tokenizer.json");
+    std::fs::copy(from, dir.path().join("tokenizer.json")).unwrap();
+    std::fs::write(dir.path().join("tokenizer_config.json"), config).unwrap();
+    std::fs::write(dir.path().join("chat_template.jinja"), template).unwrap();
+    let t = ChatTokenizer::load_dated(dir.path(), (2024, 7, 9)).unwrap();
+    (dir, t)
+}
+
+#[test]
+fn named_tokens_of_the_configuration_are_variables() {
+    let config =
+        r#"{"pad_token": "<|pad|>", "eos_token": {"content": "<|im_end|>"}, "unk_token": null}"#;
+    let (_dir, t) = with_template(
+        "{{ pad_token }}{{ eos_token }}{{ unk_token is defined }}",
+        config,
+    );
+    let rendered = t.template().unwrap().render(&[], false).unwrap();
+    assert_eq!(rendered.text, "<|pad|><|im_end|>False");
+}
+
+#[test]
+fn tool_calls_and_names_reach_the_template() {
+    use rlhf_data::conversation::{Role, ToolCall};
+    // As Hermes and Qwen write calls.
+    let template = "{% for m in messages %}{% if m.name %}{{ m.name }}: {% endif %}{{ m.content }}{% if m.tool_calls %}{% for c in m.tool_calls %}{% set f = c.function %}<tool_call>{\"name\": \"{{ f.name }}\", \"arguments\": {{ f.arguments | tojson }}}</tool_call>{% endfor %}{% endif %}{{ eos_token }}{% endfor %}";
+    let (_dir, t) = with_template(template, r#"{"eos_token": "<|im_end|>"}"#);
+    let mut call = Message::new(Role::Assistant, "");
+    let arguments = serde_json::json!({"city": "O<|im_end|>slo", "days": 2});
+    call.tool_calls = vec![ToolCall::new(
+        None,
+        "weather",
+        arguments.as_object().unwrap().clone(),
+    )];
+    let mut answer = Message::new(Role::Tool, "rain");
+    answer.name = Some("weather".into());
+    let talk = [Message::new(Role::User, "hi"), call, answer];
+    let rendered = t.template().unwrap().render(&talk, false).unwrap();
+    assert_eq!(
+        rendered.text,
+        "hi<|im_end|><tool_call>{\"name\": \"weather\", \"arguments\": {\"city\": \"O<|im_end|>slo\", \"days\": 2}}</tool_call><|im_end|>weather: rain<|im_end|>"
+    );
+    // The name of a special token inside an argument does not become that token.
+    let ids = t.prompt_ids(&Text::Messages(talk.to_vec())).unwrap();
+    let end = t.eos_ids()[0];
+    assert_eq!(ids.iter().filter(|i| **i == end).count(), 3);
+}

@@ -1,8 +1,14 @@
-//! The kinds of rows: demonstrations, preferences, prompts; from JSON values to Arrow and back.
+//! The kinds of rows: demonstrations, preferences, rankings, thumbs, steps, ratings, prompts; from JSON
+//! values to Arrow and back.
 //!
-//! Columns follow TRL's conventions. Version 1 of the schemas is [`sft_schema`],
-//! [`preference_schema`] and [`prompt_schema`]; they hold messages, so that plain text is written as one
-//! message of its role. Reading keeps plain text plain.
+//! Columns follow TRL's conventions. [`schema_of`] and [`batch`] write every kind with all that it holds
+//! (version 2). [`sft_schema`], [`preference_schema`] and [`prompt_schema`] (version 1) are what TRL
+//! reads: messages of role and content alone, plain text as one message of its role. Reading takes both,
+//! and keeps plain text plain.
+
+mod convert;
+mod kinds;
+mod table;
 
 use std::sync::Arc;
 
@@ -14,7 +20,14 @@ use serde::ser::SerializeMap as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
 
-use crate::conversation::{Message, Role, Text};
+pub use convert::{
+    Likert, Pairing, likert_to_pair, pair_to_unpaired, ranked_to_pairs, rated_to_ranked,
+    rated_to_unpaired, unpaired_to_pairs,
+};
+pub use kinds::{Annotated, RankedRecord, RatedRecord, Source, StepwiseRecord, UnpairedRecord};
+pub use table::{SCHEMA_VERSION, batch, schema_of};
+
+use crate::conversation::{Message, Role, Text, ToolCall};
 
 /// A demonstration. As JSON it has the columns that it is read from.
 #[derive(Clone, Debug, PartialEq)]
@@ -100,16 +113,28 @@ fn fault(
 
 /// A row as a kind of record.
 pub trait Record: Sized {
+    /// The kind's name.
+    const KIND: &'static str;
+
     /// Reads a row.
     ///
     /// # Errors
     /// What is wrong with it.
     fn from_row(row: Map<String, Value>) -> Result<Self, Fault>;
+
+    /// The record as a row, which [`Record::from_row`] reads.
+    fn to_row(&self) -> Map<String, Value>;
 }
 
 type Row = Map<String, Value>;
 
 impl Record for SftRecord {
+    const KIND: &'static str = "sft";
+
+    fn to_row(&self) -> Row {
+        kinds::as_row(self)
+    }
+
     fn from_row(mut row: Row) -> Result<Self, Fault> {
         if row.contains_key("messages") {
             let messages = messages(&take(&mut row, "messages")?, "messages")?;
@@ -153,6 +178,12 @@ impl Record for SftRecord {
 }
 
 impl Record for PreferenceRecord {
+    const KIND: &'static str = "preference";
+
+    fn to_row(&self) -> Row {
+        kinds::as_row(self)
+    }
+
     fn from_row(mut row: Row) -> Result<Self, Fault> {
         for column in ["chosen", "rejected"] {
             if !row.contains_key(column) {
@@ -161,7 +192,7 @@ impl Record for PreferenceRecord {
         }
         let chosen = not_blank(text(&take(&mut row, "chosen")?, "chosen")?, "chosen")?;
         let rejected = not_blank(text(&take(&mut row, "rejected")?, "rejected")?, "rejected")?;
-        let margin = margin(&row)?;
+        let margin = kinds::number(row.remove("margin"), "margin")?;
         let (prompt, chosen, rejected) = if row.contains_key("prompt") {
             (
                 not_blank(text(&take(&mut row, "prompt")?, "prompt")?, "prompt")?,
@@ -183,14 +214,21 @@ impl Record for PreferenceRecord {
 }
 
 impl Record for PromptRecord {
+    const KIND: &'static str = "prompt";
+
+    fn to_row(&self) -> Row {
+        kinds::as_row(self)
+    }
+
     fn from_row(mut row: Row) -> Result<Self, Fault> {
         if !row.contains_key("prompt") {
             return Err(missing("`prompt`", &row));
         }
         let prompt = not_blank(text(&take(&mut row, "prompt")?, "prompt")?, "prompt")?;
-        // The one column `fields` of prompt_schema holds the others as a JSON object.
+        // The column `fields` of our own schemas holds the others as a JSON object.
+        let alone = row.iter().all(|(k, v)| k == "fields" || v.is_null());
         let packed = match row.get("fields") {
-            Some(Value::String(json)) if row.len() == 1 => serde_json::from_str(json).ok(),
+            Some(Value::String(json)) if alone => serde_json::from_str(json).ok(),
             _ => None,
         };
         Ok(Self {
@@ -213,21 +251,6 @@ fn missing(wanted: &str, row: &Row) -> Fault {
 fn take(row: &mut Row, column: &str) -> Result<Value, Fault> {
     row.remove(column)
         .ok_or_else(|| missing(&format!("`{column}`"), row))
-}
-
-fn margin(row: &Row) -> Result<Option<f64>, Fault> {
-    match row.get("margin") {
-        None | Some(Value::Null) => Ok(None),
-        Some(v) => match v.as_f64() {
-            Some(m) if m.is_finite() => Ok(Some(m)),
-            _ => Err(fault(
-                "not_finite",
-                "margin",
-                format!("{v} is no finite number"),
-                "correct the margin or drop the column",
-            )),
-        },
-    }
 }
 
 fn kind_of(v: &Value) -> &'static str {
@@ -281,18 +304,22 @@ fn messages(v: &Value, column: &str) -> Result<Vec<Message>, Fault> {
 }
 
 fn message(v: &Value, i: usize) -> Result<Message, (&'static str, String)> {
-    let field = |key: &str| match v.get(key) {
-        Some(Value::String(s)) => Ok(s),
-        Some(other) => Err((
-            "wrong_type",
-            format!(
-                "message {i} has {} as its {key}, expected text",
-                kind_of(other)
-            ),
-        )),
-        None => Err(("wrong_type", format!("message {i} has no {key}"))),
+    let wrong = |what: String| ("wrong_type", format!("message {i} {what}"));
+    let tool_calls = tool_calls(v.get("tool_calls")).map_err(wrong)?;
+    let text = |key: &str| match v.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(s)) => Ok(Some(s.as_str())),
+        Some(other) => Err(wrong(format!(
+            "has {} as its {key}, expected text",
+            kind_of(other)
+        ))),
     };
-    let name = field("role")?;
+    let must = |key: &str| match v.get(key) {
+        None => Err(wrong(format!("has no {key}"))),
+        Some(Value::Null) => Err(wrong(format!("has null as its {key}, expected text"))),
+        Some(_) => Ok(text(key)?.unwrap_or_default()),
+    };
+    let name = must("role")?;
     let role = Role::parse(name).ok_or_else(|| {
         let known = Role::ALL.map(Role::name).join(", ");
         (
@@ -300,10 +327,38 @@ fn message(v: &Value, i: usize) -> Result<Message, (&'static str, String)> {
             format!("message {i} has the unknown role `{name}`; the roles are {known}"),
         )
     })?;
+    if !tool_calls.is_empty() && role != Role::Assistant {
+        return Err(wrong("calls a tool, and is not the assistant's".into()));
+    }
     Ok(Message {
+        // Beside tool calls OpenAI writes null.
+        content: if tool_calls.is_empty() {
+            must("content")?
+        } else {
+            text("content")?.unwrap_or_default()
+        }
+        .to_owned(),
         role,
-        content: field("content")?.clone(),
+        name: text("name")?.map(str::to_owned),
+        tool_calls,
     })
+}
+
+/// A list of calls, or one as JSON text, as Parquet holds it.
+fn tool_calls(v: Option<&Value>) -> Result<Vec<ToolCall>, String> {
+    match v {
+        None | Some(Value::Null) => Ok(Vec::new()),
+        Some(Value::Array(calls)) => calls.iter().map(ToolCall::from_json).collect(),
+        Some(Value::String(json)) => {
+            let calls: Value = serde_json::from_str(json)
+                .map_err(|e| format!("has tool calls that are no JSON: {e}"))?;
+            match calls {
+                Value::Array(_) => tool_calls(Some(&calls)),
+                other => Err(format!("has {} as its tool calls", kind_of(&other))),
+            }
+        }
+        Some(other) => Err(format!("has {} as its tool calls", kind_of(other))),
+    }
 }
 
 fn not_blank(t: Text, column: &str) -> Result<Text, Fault> {
@@ -426,14 +481,13 @@ pub fn prompt_schema() -> SchemaRef {
 fn as_messages(t: &Text, role: Role) -> Vec<Message> {
     match t {
         Text::Messages(m) => m.clone(),
-        Text::Plain(s) => vec![Message {
-            role,
-            content: s.clone(),
-        }],
+        Text::Plain(s) => vec![Message::new(role, s)],
     }
 }
 
-fn message_column<'a>(rows: impl Iterator<Item = Vec<Message>> + 'a) -> ArrayRef {
+fn message_column<'a>(
+    rows: impl Iterator<Item = Vec<Message>> + 'a,
+) -> Result<ArrayRef, ArrowError> {
     let fields = Fields::from(vec![
         Field::new("role", DataType::Utf8, false),
         Field::new("content", DataType::Utf8, false),
@@ -442,6 +496,11 @@ fn message_column<'a>(rows: impl Iterator<Item = Vec<Message>> + 'a) -> ArrayRef
     let mut list = ListBuilder::new(StructBuilder::from_fields(fields, 0)).with_field(item);
     for row in rows {
         for m in row {
+            if m.name.is_some() || !m.tool_calls.is_empty() {
+                return Err(ArrowError::InvalidArgumentError(
+                    "a message names a tool, which this schema does not hold; use schema_of".into(),
+                ));
+            }
             let s = list.values();
             for (i, text) in [m.role.name(), m.content.as_str()].into_iter().enumerate() {
                 if let Some(b) = s.field_builder::<StringBuilder>(i) {
@@ -452,7 +511,7 @@ fn message_column<'a>(rows: impl Iterator<Item = Vec<Message>> + 'a) -> ArrayRef
         }
         list.append(true);
     }
-    Arc::new(list.finish())
+    Ok(Arc::new(list.finish()))
 }
 
 /// Demonstrations as one batch of [`sft_schema`]: the prompt's messages and then the completion's; plain
@@ -470,7 +529,7 @@ pub fn sft_batch(records: &[SftRecord]) -> Result<RecordBatch, ArrowError> {
         m.extend(as_messages(&r.completion, Role::Assistant));
         m
     });
-    RecordBatch::try_new(sft_schema(), vec![message_column(rows)])
+    RecordBatch::try_new(sft_schema(), vec![message_column(rows)?])
 }
 
 /// Preferences as one batch of [`preference_schema`]; plain text becomes a message of the user or the
@@ -484,17 +543,17 @@ pub fn preference_batch(records: &[PreferenceRecord]) -> Result<RecordBatch, Arr
     RecordBatch::try_new(
         preference_schema(),
         vec![
-            message_column(records.iter().map(|r| as_messages(&r.prompt, Role::User))),
+            message_column(records.iter().map(|r| as_messages(&r.prompt, Role::User)))?,
             message_column(
                 records
                     .iter()
                     .map(|r| as_messages(&r.chosen, Role::Assistant)),
-            ),
+            )?,
             message_column(
                 records
                     .iter()
                     .map(|r| as_messages(&r.rejected, Role::Assistant)),
-            ),
+            )?,
             Arc::new(margins.finish()),
         ],
     )
@@ -512,7 +571,7 @@ pub fn prompt_batch(records: &[PromptRecord]) -> Result<RecordBatch, ArrowError>
     RecordBatch::try_new(
         prompt_schema(),
         vec![
-            message_column(records.iter().map(|r| as_messages(&r.prompt, Role::User))),
+            message_column(records.iter().map(|r| as_messages(&r.prompt, Role::User)))?,
             Arc::new(fields.finish()),
         ],
     )
