@@ -36,10 +36,7 @@ fn tokenize(c: &mut Criterion) {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokenizer");
     let t = ChatTokenizer::load(&dir).unwrap();
     let records = pairs(1000);
-    let limits = Limits {
-        max_prompt: 4096,
-        max_completion: 4096,
-    };
+    let limits = Limits::new(4096, 4096);
     let mut group = c.benchmark_group("pairs");
     group.throughput(Throughput::Elements(records.len() as u64));
     group.sample_size(10);

@@ -348,14 +348,13 @@ impl RowCheck<'_> {
     fn outcome<T>(&mut self, outcome: crate::Result<Outcome<T>>) {
         match outcome {
             Ok(Outcome::Kept(_)) => {}
-            Ok(Outcome::Truncated(_)) => self.add(
-                "truncated",
-                Level::Warning,
-                "a completion is cut at the limit and loses its end",
-            ),
+            Ok(Outcome::Truncated(_)) => {
+                self.add("truncated", Level::Warning, "shortened to the limits")
+            }
             Ok(Outcome::Dropped(reason)) => {
                 let rule = match reason {
                     DropReason::PromptTooLong => "prompt_too_long",
+                    DropReason::CompletionTooLong => "completion_too_long",
                     DropReason::EmptyCompletion => "empty",
                     DropReason::NothingTrained => "nothing_trained",
                     DropReason::Identical => "identical",

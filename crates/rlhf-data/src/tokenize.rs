@@ -2,7 +2,7 @@
 //!
 //! Invariants: a prompt's ids are a prefix of its conversation's ids; the name of a special token inside
 //! a message never becomes that token; truncation never invents an end-of-sequence token and never
-//! leaves a completion empty; every row that is dropped or truncated is counted.
+//! leaves a completion empty; every row that is dropped or shortened is counted.
 //!
 //! Where a template is used, a prompt that is no prefix drops its row. Plain text has no such seam: a
 //! token that spans prompt and completion (`"? "` and `"The"`) belongs to the completion, as in TRL, and
@@ -27,13 +27,72 @@ use crate::error::{Error, Result};
 use crate::group::{Completion, Finish, PromptGroup};
 use crate::record::{PreferenceRecord, SftRecord};
 
-/// Lengths in tokens.
+/// Lengths in tokens, and what becomes of what is longer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// A row with a longer prompt is dropped.
+    /// The longest prompt.
     pub max_prompt: usize,
-    /// A longer completion is truncated at its end.
+    /// The longest completion.
     pub max_completion: usize,
+    /// What becomes of longer ones.
+    pub truncation: Truncation,
+}
+
+impl Limits {
+    /// Limits under which a longer prompt drops its row, and a longer completion loses its end.
+    #[must_use]
+    pub const fn new(max_prompt: usize, max_completion: usize) -> Self {
+        Self {
+            max_prompt,
+            max_completion,
+            truncation: Truncation {
+                prompt: LongPrompt::Drop,
+                completion: LongCompletion::KeepStart,
+            },
+        }
+    }
+}
+
+/// What becomes of rows beyond the limits. Every such row is counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Truncation {
+    /// Of long prompts.
+    pub prompt: LongPrompt,
+    /// Of long completions.
+    pub completion: LongCompletion,
+}
+
+/// What becomes of a prompt beyond its limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LongPrompt {
+    /// Its row is dropped.
+    #[default]
+    Drop,
+    /// Its first tokens stay. The model then answers a question that breaks off.
+    KeepStart,
+    /// Its last tokens stay. A system message and what opens the template may be lost.
+    KeepEnd,
+    /// The oldest turns go, whole ones, until it fits; the system message and the last question stay.
+    /// Plain text has no turns, and where the last question alone is too long, the row is dropped.
+    DropTurns,
+    /// It is an error that names the row.
+    Refuse,
+}
+
+/// What becomes of a completion beyond its limit. Its end is never kept without its start: those tokens
+/// would be trained after a prompt that they do not follow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LongCompletion {
+    /// Its first tokens stay, at least one; no end-of-sequence token is added.
+    #[default]
+    KeepStart,
+    /// Its row is dropped.
+    Drop,
+    /// It is an error that names the row.
+    Refuse,
 }
 
 /// Which assistant turns of a demonstration are trained when the template does not say.
@@ -53,6 +112,8 @@ pub enum Turns {
 pub enum DropReason {
     /// The prompt is longer than the limit.
     PromptTooLong,
+    /// A completion is longer than the limit.
+    CompletionTooLong,
     /// A completion is blank.
     EmptyCompletion,
     /// A completion has no trained token.
@@ -67,6 +128,7 @@ impl fmt::Display for DropReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::PromptTooLong => "prompt too long",
+            Self::CompletionTooLong => "completion too long",
             Self::EmptyCompletion => "empty completion",
             Self::NothingTrained => "nothing to train",
             Self::Identical => "chosen equals rejected",
@@ -80,7 +142,7 @@ impl fmt::Display for DropReason {
 pub enum Outcome<T> {
     /// Used.
     Kept(T),
-    /// Used, with a completion cut to the limit.
+    /// Used, with its prompt or a completion shortened to the limit.
     Truncated(T),
     /// Not used.
     Dropped(DropReason),
@@ -91,6 +153,8 @@ pub enum Outcome<T> {
 pub struct TokenizeReport {
     /// Rows with a truncated completion.
     pub truncated: usize,
+    /// Rows whose prompt was cut or lost turns.
+    pub shortened_prompts: usize,
     /// Rows of plain text in which a token spans prompt and completion.
     pub shared_boundary: usize,
     /// Dropped rows by reason: how many, and the first few.
@@ -122,6 +186,12 @@ impl fmt::Display for TokenizeReport {
         let mut parts = Vec::new();
         if self.truncated > 0 {
             parts.push(format!("{} truncated", self.truncated));
+        }
+        if self.shortened_prompts > 0 {
+            parts.push(format!(
+                "{} with a shortened prompt",
+                self.shortened_prompts
+            ));
         }
         if self.shared_boundary > 0 {
             parts.push(format!(
@@ -352,7 +422,7 @@ impl ChatTokenizer {
         record: &SftRecord,
         limits: &Limits,
     ) -> Result<Outcome<PromptGroup>> {
-        Ok(outcome(row, self.sft(record, limits)?).0)
+        Ok(outcome(row, self.sft(record, limits)?))
     }
 
     /// A preference pair as a group: completion 0 chosen, 1 rejected.
@@ -365,7 +435,7 @@ impl ChatTokenizer {
         record: &PreferenceRecord,
         limits: &Limits,
     ) -> Result<Outcome<PromptGroup>> {
-        Ok(outcome(row, self.preference(record, limits)?).0)
+        Ok(outcome(row, self.preference(record, limits)?))
     }
 
     /// All demonstrations, in order, in parallel.
@@ -393,6 +463,23 @@ impl ChatTokenizer {
     }
 
     fn sft(&self, record: &SftRecord, limits: &Limits) -> Result<Parted<Made>> {
+        let made = self.sft_whole(record, limits)?;
+        if !lacks_room(&made, limits) {
+            return Ok(made);
+        }
+        let mut shorter = record.clone();
+        self.by_turns(limits, |limits| {
+            // A whole conversation loses turns before its last answer.
+            let text = shorter.prompt.as_mut().unwrap_or(&mut shorter.completion);
+            Ok(if drop_oldest_turn(text) {
+                Some(self.sft_whole(&shorter, limits)?)
+            } else {
+                None
+            })
+        })
+    }
+
+    fn sft_whole(&self, record: &SftRecord, limits: &Limits) -> Result<Parted<Made>> {
         if record.completion.is_blank() {
             return Ok(Err(DropReason::EmptyCompletion));
         }
@@ -409,20 +496,75 @@ impl ChatTokenizer {
             }
             (None, Text::Messages(messages)) => self.demonstration(messages)?,
         };
-        Ok(split.and_then(|s| self.limited(s, limits)))
+        split.map_or_else(|e| Ok(Err(e)), |s| self.limited(s, limits))
     }
 
     fn preference(&self, record: &PreferenceRecord, limits: &Limits) -> Result<Parted<Made>> {
+        let made = self.preference_whole(record, limits)?;
+        if !lacks_room(&made, limits) {
+            return Ok(made);
+        }
+        let mut shorter = record.clone();
+        self.by_turns(limits, |limits| {
+            Ok(if drop_oldest_turn(&mut shorter.prompt) {
+                Some(self.preference_whole(&shorter, limits)?)
+            } else {
+                None
+            })
+        })
+    }
+
+    /// Repeats `shorter`, which drops a turn each time and says when there is none left, until the
+    /// prompt fits.
+    fn by_turns(
+        &self,
+        limits: &Limits,
+        mut shorter: impl FnMut(&Limits) -> Result<Option<Parted<Made>>>,
+    ) -> Result<Parted<Made>> {
+        while let Some(made) = shorter(limits)? {
+            if !lacks_room(&made, limits) {
+                return Ok(made.map(|m| Made {
+                    shortened: true,
+                    ..m
+                }));
+            }
+        }
+        Ok(Err(DropReason::PromptTooLong))
+    }
+
+    /// The ids of a prompt within the limits.
+    ///
+    /// # Errors
+    /// As [`ChatTokenizer::prompt_ids`]; also where the limits refuse a long prompt.
+    pub fn prompt_within(&self, prompt: &Text, limits: &Limits) -> Result<Outcome<Vec<u32>>> {
+        let mut prompt = std::borrow::Cow::Borrowed(prompt);
+        let mut shortened = false;
+        loop {
+            let ids = self.prompt_ids(&prompt)?;
+            if ids.len() > limits.max_prompt
+                && limits.truncation.prompt == LongPrompt::DropTurns
+                && drop_oldest_turn(prompt.to_mut())
+            {
+                shortened = true;
+                continue;
+            }
+            return Ok(match fit_prompt(ids, limits)? {
+                Err(reason) => Outcome::Dropped(reason),
+                Ok((ids, cut)) if cut || shortened => Outcome::Truncated(ids),
+                Ok((ids, _)) => Outcome::Kept(ids),
+            });
+        }
+    }
+
+    fn preference_whole(&self, record: &PreferenceRecord, limits: &Limits) -> Result<Parted<Made>> {
         if record.chosen.is_blank() || record.rejected.is_blank() {
             return Ok(Err(DropReason::EmptyCompletion));
         }
         let split = self.split(&record.prompt, &[&record.chosen, &record.rejected])?;
-        Ok(split.and_then(|s| {
-            let made = self.limited(s, limits)?;
-            match made.completions.as_slice() {
-                [chosen, rejected] if chosen.ids == rejected.ids => Err(DropReason::Identical),
-                _ => Ok(made),
-            }
+        let made = split.map_or_else(|e| Ok(Err(e)), |s| self.limited(s, limits))?;
+        Ok(made.and_then(|made| match made.completions.as_slice() {
+            [chosen, rejected] if chosen.ids == rejected.ids => Err(DropReason::Identical),
+            _ => Ok(made),
         }))
     }
 
@@ -613,23 +755,32 @@ impl ChatTokenizer {
         }))
     }
 
-    /// Applies the limits: a long prompt drops the row; a long completion is cut, and no
-    /// end-of-sequence token is added.
-    fn limited(&self, split: Split, limits: &Limits) -> Parted<Made> {
-        if split.prompt.len() > limits.max_prompt {
-            return Err(DropReason::PromptTooLong);
-        }
+    /// Applies the limits.
+    fn limited(&self, split: Split, limits: &Limits) -> Result<Parted<Made>> {
+        let (prompt, shortened) = match fit_prompt(split.prompt, limits)? {
+            Ok(fits) => fits,
+            Err(reason) => return Ok(Err(reason)),
+        };
         let longest = limits.max_completion.max(1);
         // Without a prompt nothing predicts the first token.
-        let unpredicted = usize::from(split.prompt.is_empty());
+        let unpredicted = usize::from(prompt.is_empty());
         let mut made = Made {
-            prompt: split.prompt,
+            prompt,
             completions: Vec::with_capacity(split.completions.len()),
             cut: false,
+            shortened,
             shared_boundary: split.shared_boundary,
         };
         for Answer { mut ids, trained } in split.completions {
-            made.cut |= ids.len() > longest;
+            if ids.len() > longest {
+                match limits.truncation.completion {
+                    LongCompletion::KeepStart => made.cut = true,
+                    LongCompletion::Drop => return Ok(Err(DropReason::CompletionTooLong)),
+                    LongCompletion::Refuse => {
+                        return Err(too_long("completion", ids.len(), longest));
+                    }
+                }
+            }
             ids.truncate(longest);
             let trained: Vec<Range<usize>> = trained
                 .into_iter()
@@ -637,7 +788,7 @@ impl ChatTokenizer {
                 .filter(|r| !r.is_empty())
                 .collect();
             if trained.last().is_none_or(|r| r.end <= unpredicted) {
-                return Err(DropReason::NothingTrained);
+                return Ok(Err(DropReason::NothingTrained));
             }
             let ends = ids.last().is_some_and(|id| self.eos_ids.contains(id));
             made.completions.push(Completion {
@@ -647,7 +798,7 @@ impl ChatTokenizer {
                 sampler: None,
             });
         }
-        Ok(made)
+        Ok(Ok(made))
     }
 
     /// Ends plain text with the first end-of-sequence token, where it has none.
@@ -716,6 +867,53 @@ impl Answer {
     }
 }
 
+/// Whether a row was left out for its long prompt, and turns may go instead.
+fn lacks_room(made: &Parted<Made>, limits: &Limits) -> bool {
+    limits.truncation.prompt == LongPrompt::DropTurns
+        && matches!(made, Err(DropReason::PromptTooLong))
+}
+
+/// Drops what comes before the second question, but for the system message. Says whether there was one.
+fn drop_oldest_turn(text: &mut Text) -> bool {
+    let Text::Messages(m) = text else {
+        return false;
+    };
+    let first = m.iter().take_while(|m| m.role == Role::System).count();
+    let questions: Vec<usize> = (first..m.len())
+        .filter(|&i| m[i].role == Role::User)
+        .collect();
+    let keep_from = match questions.as_slice() {
+        [] | [_] => return false,
+        // Where an answer opens the talk, it goes first.
+        [q, ..] if *q > first => *q,
+        [_, q, ..] => *q,
+    };
+    m.drain(first..keep_from);
+    true
+}
+
+/// A prompt's ids within the limits, and whether some were cut off.
+fn fit_prompt(mut ids: Vec<u32>, limits: &Limits) -> Result<Parted<(Vec<u32>, bool)>> {
+    let over = ids.len().saturating_sub(limits.max_prompt);
+    if over == 0 {
+        return Ok(Ok((ids, false)));
+    }
+    match limits.truncation.prompt {
+        LongPrompt::Drop | LongPrompt::DropTurns => return Ok(Err(DropReason::PromptTooLong)),
+        LongPrompt::KeepStart => ids.truncate(limits.max_prompt),
+        LongPrompt::KeepEnd => drop(ids.drain(..over)),
+        LongPrompt::Refuse => return Err(too_long("prompt", ids.len(), limits.max_prompt)),
+    }
+    Ok(Ok((ids, true)))
+}
+
+fn too_long(what: &str, tokens: usize, limit: usize) -> Error {
+    Error::Invalid {
+        what: format!("a {what} of {tokens} tokens, the limit is {limit}"),
+        mend: format!("raise max_{what}, or choose another truncation than refuse"),
+    }
+}
+
 fn mixed_forms() -> Error {
     Error::Invalid {
         what: "a prompt and a completion differ in form: one is plain text, the other messages"
@@ -728,24 +926,26 @@ fn mixed_forms() -> Error {
 struct Made {
     prompt: Vec<u32>,
     completions: Vec<Completion>,
+    /// Whether a completion was.
     cut: bool,
+    /// Whether the prompt was.
+    shortened: bool,
     shared_boundary: bool,
 }
 
-/// The group, and whether a token spans its prompt and a completion.
-fn outcome(row: u64, made: Parted<Made>) -> (Outcome<PromptGroup>, bool) {
+fn outcome(row: u64, made: Parted<Made>) -> Outcome<PromptGroup> {
     match made {
-        Err(reason) => (Outcome::Dropped(reason), false),
+        Err(reason) => Outcome::Dropped(reason),
         Ok(m) => {
             let group = PromptGroup {
                 row,
                 prompt: m.prompt,
                 completions: m.completions,
             };
-            if m.cut {
-                (Outcome::Truncated(group), m.shared_boundary)
+            if m.cut || m.shortened {
+                Outcome::Truncated(group)
             } else {
-                (Outcome::Kept(group), m.shared_boundary)
+                Outcome::Kept(group)
             }
         }
     }
@@ -759,15 +959,18 @@ fn collect<R: Sync>(
     let mut report = TokenizeReport::default();
     let mut kept = Vec::with_capacity(rows.len());
     for (row, made) in (0u64..).zip(rows) {
-        let (outcome, shared) = outcome(row, made.map_err(|e| e.at_row(row))?);
-        report.shared_boundary += usize::from(shared);
-        match outcome {
-            Outcome::Kept(g) => kept.push(g),
-            Outcome::Truncated(g) => {
-                report.truncated += 1;
-                kept.push(g);
+        match made.map_err(|e| e.at_row(row))? {
+            Err(reason) => report.drop(row, reason),
+            Ok(m) => {
+                report.shared_boundary += usize::from(m.shared_boundary);
+                report.truncated += usize::from(m.cut);
+                report.shortened_prompts += usize::from(m.shortened);
+                kept.push(PromptGroup {
+                    row,
+                    prompt: m.prompt,
+                    completions: m.completions,
+                });
             }
-            Outcome::Dropped(reason) => report.drop(row, reason),
         }
     }
     Ok((kept, report))

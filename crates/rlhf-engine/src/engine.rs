@@ -220,10 +220,7 @@ fn logprobs_command(args: &LogprobsArgs) -> anyhow::Result<ExitCode> {
     let device = device(args.device)?;
     let (model, tokenizer) = load(&args.model, device)?;
     let context = model.config().max_position_embeddings as usize;
-    let limits = Limits {
-        max_prompt: context,
-        max_completion: context,
-    };
+    let limits = Limits::new(context, context);
     let rows = logprobs::write(
         &model,
         &tokenizer,

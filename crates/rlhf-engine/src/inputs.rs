@@ -13,7 +13,7 @@ use rlhf_data::conversation::Text;
 use rlhf_data::group::PromptGroup;
 use rlhf_data::record::{PreferenceRecord, PromptRecord, SftRecord};
 use rlhf_data::source;
-use rlhf_data::tokenize::{ChatTokenizer, Limits, TokenizeReport};
+use rlhf_data::tokenize::{ChatTokenizer, Limits, Outcome, TokenizeReport};
 use rlhf_policy::rollout::Prompt;
 use serde::Serialize;
 
@@ -105,11 +105,17 @@ impl Inputs {
                 let mut report = TokenizeReport::default();
                 let mut rows = Vec::new();
                 for (row, record) in records.iter().enumerate() {
-                    let ids = self.tokenizer.prompt_ids(&record.prompt)?;
-                    if ids.len() > limits.max_prompt {
-                        report.drop(row as u64, rlhf_data::tokenize::DropReason::PromptTooLong);
-                        continue;
-                    }
+                    let ids = match self.tokenizer.prompt_within(&record.prompt, limits)? {
+                        Outcome::Kept(ids) => ids,
+                        Outcome::Truncated(ids) => {
+                            report.shortened_prompts += 1;
+                            ids
+                        }
+                        Outcome::Dropped(reason) => {
+                            report.drop(row as u64, reason);
+                            continue;
+                        }
+                    };
                     rows.push(Prompt {
                         row: row as u64,
                         ids,
@@ -156,8 +162,8 @@ impl Inputs {
             .into());
         }
         let limits = Limits {
-            max_prompt: data.max_prompt,
-            max_completion: data.max_completion,
+            truncation: data.truncation,
+            ..Limits::new(data.max_prompt, data.max_completion)
         };
         let (rows, report, read_rows) = read(&path, &limits)?;
         if rows.is_empty() {

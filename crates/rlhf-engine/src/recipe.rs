@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use rlhf_data::tokenize::Truncation;
 use rlhf_kernels::optim::AdamWConfig;
 use rlhf_policy::advantage::AdvantageEstimator;
 use rlhf_policy::kl::{KlController, KlPenalty};
@@ -172,13 +173,21 @@ impl Optim {
 pub struct Data {
     /// A Parquet or JSON Lines file.
     pub path: String,
-    /// Rows with longer prompts are dropped and counted.
+    /// The longest prompt; rows with longer ones are dropped unless `truncation` says otherwise.
     pub max_prompt: usize,
-    /// Longer completions are truncated and counted.
+    /// The longest completion; longer ones lose their end unless `truncation` says otherwise.
     pub max_completion: usize,
+    /// What becomes of longer ones: `{ prompt = "drop" | "keep_start" | "keep_end" | "drop_turns" |
+    /// "refuse", completion = "keep_start" | "drop" | "refuse" }`. Every such row is counted.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub truncation: Truncation,
     /// Use only the first so many rows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<usize>,
+}
+
+fn is_default(t: &Truncation) -> bool {
+    *t == Truncation::default()
 }
 
 /// Supervised fine-tuning.

@@ -36,10 +36,7 @@ pub(crate) fn run(command: &DataCommand) -> anyhow::Result<ExitCode> {
             json,
         } => {
             let tokenizer = tokenizer.as_deref().map(ChatTokenizer::load).transpose()?;
-            let limits = Limits {
-                max_prompt: *max_prompt,
-                max_completion: *max_completion,
-            };
+            let limits = Limits::new(*max_prompt, *max_completion);
             let report = check(
                 input,
                 purpose.purpose(),
@@ -269,10 +266,7 @@ fn render(
     as_json: bool,
 ) -> anyhow::Result<ExitCode> {
     let t = ChatTokenizer::load(folder)?;
-    let limits = Limits {
-        max_prompt: usize::MAX,
-        max_completion: usize::MAX,
-    };
+    let limits = Limits::new(usize::MAX, usize::MAX);
     let absent = |rows: usize| {
         usage(
             format!("there is no row {row}; the file has {rows} rows"),

@@ -17,10 +17,7 @@ use rlhf_data::record::{PreferenceRecord, Record, SftRecord};
 use rlhf_data::tokenize::{ChatTokenizer, DropReason, Limits, Outcome};
 use serde_json::{Value, json};
 
-const NO_LIMITS: Limits = Limits {
-    max_prompt: usize::MAX,
-    max_completion: usize::MAX,
-};
+const NO_LIMITS: Limits = Limits::new(usize::MAX, usize::MAX);
 
 fn folder() -> PathBuf {
     std::env::var_os("RLHF_GOLDEN").map_or_else(
@@ -153,9 +150,8 @@ fn preference(t: &ChatTokenizer, case: &Value, data: &Value) -> bool {
             assert_only_the_end(t, &whole);
             continue;
         }
-        let limits = limit.map_or(NO_LIMITS, |l| Limits {
-            max_prompt: l - 1,
-            max_completion: l.saturating_sub(whole.prompt.len()).max(1),
+        let limits = limit.map_or(NO_LIMITS, |l| {
+            Limits::new(l - 1, l.saturating_sub(whole.prompt.len()).max(1))
         });
         let got = t.preference_group(i as u64, &record, &limits).unwrap();
         if dropped(case, i) {
@@ -259,9 +255,8 @@ fn sft(t: &ChatTokenizer, case: &Value, data: &Value) -> bool {
             assert_only_the_end(t, &whole);
             continue;
         }
-        let limits = limit.map_or(NO_LIMITS, |l| Limits {
-            max_prompt: l - 1,
-            max_completion: l.saturating_sub(whole.prompt.len()).max(1),
+        let limits = limit.map_or(NO_LIMITS, |l| {
+            Limits::new(l - 1, l.saturating_sub(whole.prompt.len()).max(1))
         });
         let got = t.sft_group(i as u64, &record, &limits).unwrap();
         if dropped(case, i) {

@@ -11,10 +11,7 @@ use rlhf_data::record::{PreferenceRecord, PromptRecord, SftRecord, preference_ba
 use rlhf_data::source::{self, JsonlOut, ParquetOut};
 use rlhf_data::tokenize::{ChatTokenizer, DropReason, Limits, Outcome, Turns};
 
-const LIMITS: Limits = Limits {
-    max_prompt: 200,
-    max_completion: 50,
-};
+const LIMITS: Limits = Limits::new(200, 50);
 
 fn tokenizer() -> ChatTokenizer {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokenizer");
@@ -106,17 +103,7 @@ fn markers_in_text_never_become_control_tokens() {
     let t = tokenizer();
     let (start, end) = (1, 2);
     let record = source::read_sft(&path).unwrap().next().unwrap().unwrap();
-    let Outcome::Kept(g) = t
-        .sft_group(
-            0,
-            &record,
-            &Limits {
-                max_prompt: 500,
-                max_completion: 500,
-            },
-        )
-        .unwrap()
-    else {
+    let Outcome::Kept(g) = t.sft_group(0, &record, &Limits::new(500, 500)).unwrap() else {
         panic!("dropped")
     };
     let count = |ids: &[u32], id: u32| ids.iter().filter(|i| **i == id).count();

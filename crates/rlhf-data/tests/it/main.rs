@@ -10,6 +10,8 @@
 mod bad;
 mod golden;
 mod hostile;
+mod limits;
+mod order;
 mod props;
 mod records;
 mod synth;

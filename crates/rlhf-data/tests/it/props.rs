@@ -11,10 +11,7 @@ use rlhf_data::source::{self, JsonlOut, ParquetOut};
 use rlhf_data::tokenize::{ChatTokenizer, Limits, Outcome};
 use serde_json::{Map, Value};
 
-const LIMITS: Limits = Limits {
-    max_prompt: usize::MAX,
-    max_completion: usize::MAX,
-};
+const LIMITS: Limits = Limits::new(usize::MAX, usize::MAX);
 
 /// Text with whatever Unicode has, the names of special tokens, and white space; never blank.
 fn text() -> impl Strategy<Value = String> {

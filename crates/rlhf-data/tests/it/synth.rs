@@ -316,10 +316,7 @@ fn the_shipped_files_read_as_records_and_groups() {
     let help = shipped_folder().join("help");
     let chat = ChatTokenizer::load(&help.join("tokenizer")).unwrap();
     assert_eq!(chat.eos_ids(), [1]);
-    let limits = Limits {
-        max_prompt: 64,
-        max_completion: 112,
-    };
+    let limits = Limits::new(64, 112);
 
     let sft: Vec<_> = source::read_sft(&help.join("sft/test.parquet"))
         .unwrap()

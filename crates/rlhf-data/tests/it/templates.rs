@@ -8,10 +8,7 @@ use rlhf_data::record::SftRecord;
 use rlhf_data::tokenize::{ChatTokenizer, DropReason, Limits, Outcome};
 use serde_json::Value;
 
-const LIMITS: Limits = Limits {
-    max_prompt: 1000,
-    max_completion: 1000,
-};
+const LIMITS: Limits = Limits::new(1000, 1000);
 
 fn shared() -> Option<PathBuf> {
     let dir = std::env::var_os("RLHF_SHARED").map_or_else(
@@ -133,18 +130,12 @@ fn limits_drop_and_cut_and_never_invent_an_end() {
         ("user", "Hello there my friend"),
         ("assistant", "A long answer to cut somewhere."),
     ]);
-    let long = Limits {
-        max_prompt: 1,
-        max_completion: 100,
-    };
+    let long = Limits::new(1, 100);
     assert_eq!(
         t.sft_group(0, &record, &long).unwrap(),
         Outcome::Dropped(DropReason::PromptTooLong)
     );
-    let short = Limits {
-        max_prompt: 100,
-        max_completion: 3,
-    };
+    let short = Limits::new(100, 3);
     let Outcome::Truncated(g) = t.sft_group(0, &record, &short).unwrap() else {
         panic!("not cut")
     };
