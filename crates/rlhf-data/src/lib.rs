@@ -3,10 +3,16 @@
 //! Invariant: no libtorch. What is wrong with a file is said with its place and its mend before any
 //! training begins.
 
+pub mod cache;
 pub mod chat_template;
 pub mod check;
 pub mod conversation;
 pub mod error;
+#[allow(
+    unsafe_code,
+    reason = "memory-mapping a file is unsafe by nature; this is its only place"
+)]
+mod ffi;
 pub mod group;
 pub mod order;
 pub mod pack;

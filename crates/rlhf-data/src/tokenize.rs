@@ -19,6 +19,7 @@ use std::path::Path;
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 use tokenizers::Tokenizer;
 
 use crate::chat_template::{ChatTemplate, Rendered};
@@ -149,7 +150,7 @@ pub enum Outcome<T> {
 }
 
 /// Counts of a tokenised table.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TokenizeReport {
     /// Rows with a truncated completion.
     pub truncated: usize,
@@ -162,7 +163,7 @@ pub struct TokenizeReport {
 }
 
 /// Dropped rows of one reason.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Dropped {
     /// How many.
     pub count: usize,
@@ -225,6 +226,8 @@ pub struct ChatTokenizer {
     eos_ids: Vec<u32>,
     vocab_size: usize,
     turns: Turns,
+    /// A hash of the folder's files, and of the date where a template asks for it.
+    files: [u8; 32],
 }
 
 /// A prompt and what follows it, for each completion.
@@ -302,6 +305,7 @@ impl ChatTokenizer {
             eos_ids,
             vocab_size,
             turns: Turns::default(),
+            files: hash_files(dir, date)?,
         })
     }
 
@@ -310,6 +314,16 @@ impl ChatTokenizer {
     pub fn with_turns(mut self, turns: Turns) -> Self {
         self.turns = turns;
         self
+    }
+
+    /// A hash of everything that ids depend on: the tokenizer's files, the template, the date where the
+    /// template asks for it, the trained turns.
+    #[must_use]
+    pub fn fingerprint(&self) -> [u8; 32] {
+        let mut hash = Sha256::new();
+        hash.update(self.files);
+        hash.update(format!("{:?}", self.turns));
+        hash.finalize().into()
     }
 
     /// Names of the special tokens, longest first.
@@ -843,6 +857,31 @@ impl ChatTokenizer {
 }
 
 #[allow(clippy::single_range_in_vec_init, reason = "a list of ranges is meant")]
+fn hash_files(dir: &Path, date: (i32, u32, u32)) -> Result<[u8; 32]> {
+    let mut hash = Sha256::new();
+    let mut dated = false;
+    for name in [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+    ] {
+        let path = dir.join(name);
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            Err(e) => return Err(Error::io(&path)(e)),
+        };
+        dated |= bytes.windows(12).any(|w| w == b"strftime_now");
+        hash.update((bytes.len() as u64).to_le_bytes());
+        hash.update(bytes);
+    }
+    if dated {
+        hash.update(format!("{date:?}"));
+    }
+    Ok(hash.finalize().into())
+}
+
 fn ranges(trained: &[bool]) -> Vec<Range<usize>> {
     let mut all: Vec<Range<usize>> = Vec::new();
     for (i, _) in trained.iter().enumerate().filter(|(_, t)| **t) {

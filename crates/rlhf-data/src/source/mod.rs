@@ -5,7 +5,7 @@
 
 mod jsonl;
 mod out;
-mod parquet;
+pub(crate) mod parquet;
 
 use std::path::Path;
 

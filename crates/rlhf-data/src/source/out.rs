@@ -7,7 +7,7 @@ use arrow_array::RecordBatch;
 use arrow_schema::SchemaRef;
 use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, ZstdLevel};
-use parquet::file::properties::WriterProperties;
+use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use serde::Serialize;
 use tempfile::NamedTempFile;
 
@@ -66,8 +66,21 @@ impl ParquetOut {
     pub fn create(path: &Path, schema: SchemaRef) -> Result<Self> {
         let properties = WriterProperties::builder()
             .set_compression(Compression::ZSTD(ZstdLevel::default()))
-            .set_created_by("rlhf".into())
-            .build();
+            .set_created_by("rlhf".into());
+        Self::begin(path, schema, properties.build())
+    }
+
+    /// Begins a file that is quick to read: not compressed, without dictionaries and statistics.
+    pub(crate) fn create_plain(path: &Path, schema: SchemaRef) -> Result<Self> {
+        let properties = WriterProperties::builder()
+            .set_compression(Compression::UNCOMPRESSED)
+            .set_dictionary_enabled(false)
+            .set_statistics_enabled(EnabledStatistics::None)
+            .set_created_by("rlhf".into());
+        Self::begin(path, schema, properties.build())
+    }
+
+    fn begin(path: &Path, schema: SchemaRef, properties: WriterProperties) -> Result<Self> {
         let writer = ArrowWriter::try_new(temporary(path)?, schema, Some(properties))
             .map_err(arrow(path))?;
         Ok(Self {

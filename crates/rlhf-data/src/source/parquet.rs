@@ -13,8 +13,9 @@ use arrow_array::cast::AsArray;
 use arrow_array::types::{Float64Type, Int64Type};
 use arrow_array::{Array, RecordBatch};
 use arrow_cast::cast;
-use arrow_schema::DataType;
+use arrow_schema::{DataType, SchemaRef};
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use parquet::file::reader::ChunkReader;
 use serde_json::{Map, Number, Value};
 
 use super::Row;
@@ -48,7 +49,7 @@ pub(super) fn rows(path: &Path) -> Result<Rows> {
         return Err(damaged("it does not begin with PAR1".into()));
     }
     file.seek(SeekFrom::Start(0)).map_err(Error::io(path))?;
-    let reader = guarded(|| open(file, size.len())).and_then(|r| r);
+    let reader = open(file, size.len(), BATCH_ROWS).map(|(reader, _)| reader);
     Ok(Rows {
         path: path.to_owned(),
         reader: reader.map_err(damaged)?,
@@ -60,8 +61,20 @@ pub(super) fn rows(path: &Path) -> Result<Rows> {
 }
 
 /// Reads the footer, and checks that it speaks of pages inside the file.
-fn open(file: File, size: u64) -> std::result::Result<ParquetRecordBatchReader, String> {
-    let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| e.to_string())?;
+pub(crate) fn open<R: ChunkReader + 'static>(
+    input: R,
+    size: u64,
+    batch_rows: usize,
+) -> std::result::Result<(ParquetRecordBatchReader, SchemaRef), String> {
+    guarded(|| open_unguarded(input, size, batch_rows)).and_then(|r| r)
+}
+
+fn open_unguarded<R: ChunkReader + 'static>(
+    input: R,
+    size: u64,
+    batch_rows: usize,
+) -> std::result::Result<(ParquetRecordBatchReader, SchemaRef), String> {
+    let builder = ParquetRecordBatchReaderBuilder::try_new(input).map_err(|e| e.to_string())?;
     for (i, group) in builder.metadata().row_groups().iter().enumerate() {
         let inside = group.num_rows() >= 0
             && group.columns().iter().all(|c| {
@@ -77,10 +90,19 @@ fn open(file: File, size: u64) -> std::result::Result<ParquetRecordBatchReader, 
             return Err(format!("row group {i} lies outside the file"));
         }
     }
-    builder
-        .with_batch_size(BATCH_ROWS)
+    let schema = builder.schema().clone();
+    let reader = builder
+        .with_batch_size(batch_rows)
         .build()
-        .map_err(|e| e.to_string())
+        .map_err(|e| e.to_string())?;
+    Ok((reader, schema))
+}
+
+/// The next batch; the Parquet crate panics on some damaged files.
+pub(crate) fn next(
+    reader: &mut ParquetRecordBatchReader,
+) -> std::result::Result<Option<RecordBatch>, String> {
+    guarded(|| reader.next().transpose().map_err(|e| e.to_string())).and_then(|batch| batch)
 }
 
 /// Turns a panic of the Parquet crate into an error.
@@ -136,9 +158,7 @@ impl Iterator for Rows {
                         }),
                 );
             }
-            let reader = &mut self.reader;
-            let next = guarded(|| reader.next().transpose().map_err(|e| e.to_string()));
-            match next.and_then(|batch| batch) {
+            match next(&mut self.reader) {
                 Ok(None) => {
                     self.done = true;
                     return None;

@@ -8,6 +8,7 @@
 )]
 
 mod bad;
+mod cache;
 mod golden;
 mod hostile;
 mod limits;
