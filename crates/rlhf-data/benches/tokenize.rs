@@ -5,9 +5,11 @@
 use std::path::Path;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use rlhf_data::cache::{CacheKey, TokenCache};
 use rlhf_data::conversation::{Message, Role, Text};
-use rlhf_data::pack::PackedBatch;
-use rlhf_data::record::PreferenceRecord;
+use rlhf_data::pack::{PackedBatch, filled_batches};
+use rlhf_data::record::{PreferenceRecord, preference_batch, preference_schema};
+use rlhf_data::source::{self, ParquetOut};
 use rlhf_data::tokenize::{ChatTokenizer, Limits};
 
 fn pairs(n: usize) -> Vec<PreferenceRecord> {
@@ -32,33 +34,72 @@ fn pairs(n: usize) -> Vec<PreferenceRecord> {
         .collect()
 }
 
+/// Every conversation of the pairs as its template writes it: what a bare tokenizer would be given.
+fn rendered(t: &ChatTokenizer, records: &[PreferenceRecord]) -> Vec<String> {
+    let messages = |text: &Text| match text {
+        Text::Messages(m) => m.clone(),
+        Text::Plain(_) => Vec::new(),
+    };
+    records
+        .iter()
+        .flat_map(|r| [(&r.prompt, &r.chosen), (&r.prompt, &r.rejected)])
+        .map(|(p, c)| {
+            let all = [messages(p), messages(c)].concat();
+            t.template().unwrap().render(&all, false).unwrap().text
+        })
+        .collect()
+}
+
 fn tokenize(c: &mut Criterion) {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokenizer");
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../datasets/help/tokenizer");
     let t = ChatTokenizer::load(&dir).unwrap();
-    let records = pairs(1000);
+    let bare = tokenizers::Tokenizer::from_file(dir.join("tokenizer.json")).unwrap();
+    let records = pairs(10_000);
+    let texts = rendered(&t, &records);
     let limits = Limits::new(4096, 4096);
+    let work = tempfile::tempdir().unwrap();
+    let file = work.path().join("pairs.parquet");
+    let mut out = ParquetOut::create(&file, preference_schema()).unwrap();
+    out.write(&preference_batch(&records).unwrap()).unwrap();
+    out.finish().unwrap();
+
     let mut group = c.benchmark_group("pairs");
     group.throughput(Throughput::Elements(records.len() as u64));
     group.sample_size(10);
-    group.bench_function("bare tokenizer, one thread", |b| {
+    // The bound: each conversation encoded once, all threads, nothing else.
+    group.bench_function("bare tokenizer, encode_batch", |b| {
+        b.iter(|| bare.encode_batch_fast(texts.clone(), false).unwrap().len());
+    });
+    group.bench_function("templates, tokens, masks, packed", |b| {
+        b.iter(|| PackedBatch::pack(&t.preference_groups(&records, &limits).unwrap().0).unwrap());
+    });
+    group.bench_function("the same from a Parquet file", |b| {
         b.iter(|| {
-            records
-                .iter()
-                .flat_map(|r| [&r.prompt, &r.chosen, &r.rejected])
-                .map(|text| t.encode(&text.joined()).unwrap().len())
+            let records: Vec<PreferenceRecord> = source::read_preference(&file)
+                .unwrap()
+                .collect::<Result<_, _>>()
+                .unwrap();
+            PackedBatch::pack(&t.preference_groups(&records, &limits).unwrap().0).unwrap()
+        });
+    });
+    let cache = TokenCache::new(work.path());
+    let key = CacheKey::new(&file, "preference", None, &t, &limits).unwrap();
+    let (groups, report) = t.preference_groups(&records, &limits).unwrap();
+    cache.put(&key, &groups, &report).unwrap();
+    group.bench_function("from the cache", |b| {
+        b.iter(|| {
+            cache
+                .get(&key)
+                .unwrap()
+                .unwrap()
+                .0
+                .map(|g| g.unwrap().num_tokens())
                 .sum::<usize>()
         });
     });
-    group.bench_function("one by one", |b| {
-        b.iter(|| {
-            (0..)
-                .zip(&records)
-                .map(|(row, r)| t.preference_group(row, r, &limits).unwrap())
-                .collect::<Vec<_>>()
-        });
-    });
-    group.bench_function("in parallel, packed", |b| {
-        b.iter(|| PackedBatch::pack(&t.preference_groups(&records, &limits).unwrap().0).unwrap());
+    let lengths: Vec<usize> = groups.iter().map(|g| g.num_tokens()).collect();
+    group.bench_function("filled batches", |b| {
+        b.iter(|| filled_batches(&lengths, 8192, 4096, 1, 0).unwrap());
     });
     group.finish();
 }
