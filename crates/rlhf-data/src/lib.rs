@@ -8,6 +8,7 @@ pub mod check;
 pub mod conversation;
 pub mod error;
 pub mod group;
+pub mod import;
 pub mod order;
 pub mod pack;
 pub mod record;
