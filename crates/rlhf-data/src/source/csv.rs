@@ -24,6 +24,7 @@ pub(super) struct Rows {
     reader: Reader<Bounded>,
     left: Rc<Cell<u64>>,
     header: Vec<String>,
+    row: Option<u64>,
     done: bool,
 }
 
@@ -68,6 +69,7 @@ pub(super) fn rows(path: &Path, mut text: Box<dyn BufRead>, delimiter: u8) -> Re
         reader,
         left,
         header: Vec::new(),
+        row: None,
         done: false,
     };
     if let Some((place, header)) = rows.record()? {
@@ -92,15 +94,17 @@ impl Rows {
         }
     }
 
-    /// The next record and its line; `None` at the end.
+    /// The next record and its place; `None` at the end.
     fn record(&mut self) -> Result<Option<(String, StringRecord)>> {
         self.left.set(MAX_LINE);
         let mut record = StringRecord::new();
         let more = self.reader.read_record(&mut record);
-        let line = record
-            .position()
-            .map_or(self.reader.position().line(), csv::Position::line);
-        let place = format!("line {line}");
+        // The header is no row. Lines are not counted, since a cell may hold several.
+        let place = match self.row {
+            None => "the header".to_owned(),
+            Some(row) => format!("row {row}"),
+        };
+        self.row = Some(self.row.map_or(0, |row| row + 1));
         match more {
             Ok(true) if record.len() == 1 && record.get(0) == Some(END) => Ok(None),
             Ok(true) if record.iter().any(|c| c.ends_with(&format!("{END}\n"))) => Err(self.bad(

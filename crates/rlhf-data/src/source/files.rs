@@ -46,7 +46,12 @@ fn in_folder(dir: &Path) -> Result<Vec<PathBuf>> {
 
 /// The files that a pattern matches, sorted: each must be of a known kind.
 fn matching(path: &Path, pattern: &str) -> Result<Vec<PathBuf>> {
-    let found = glob::glob(pattern)
+    // As in a shell: a `*` names no hidden file.
+    let options = glob::MatchOptions {
+        require_literal_leading_dot: true,
+        ..glob::MatchOptions::new()
+    };
+    let found = glob::glob_with(pattern, options)
         .map_err(|e| Error::file(path, format!("no pattern: {e}"), "correct the pattern"))?;
     let mut files = Vec::new();
     for file in found {

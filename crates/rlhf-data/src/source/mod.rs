@@ -24,8 +24,8 @@ use open::Packing;
 
 pub use out::{JsonlOut, ParquetOut};
 
-/// A row of a file with its place: `row 3` (from 0) in Parquet and Arrow, `line 4` (from 1) in JSON
-/// Lines and CSV, `element 3` (from 0) in a JSON array; of several files `part.jsonl, line 4`.
+/// A row of a file with its place: `row 3` (from 0) in Parquet, Arrow and CSV, `line 4` (from 1) in
+/// JSON Lines, `element 3` (from 0) in a JSON array; of several files `part.jsonl, line 4`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Row {
     /// Where it stands.

@@ -9,6 +9,7 @@
 mod bad;
 mod golden;
 mod hostile;
+mod import;
 mod props;
 mod synth;
 mod templates;
