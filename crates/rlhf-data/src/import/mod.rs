@@ -11,6 +11,8 @@
 mod canonical;
 mod cell;
 mod chat;
+#[cfg(feature = "hub")]
+pub mod hub;
 mod manifest;
 mod pairs;
 mod ranked;

@@ -74,6 +74,12 @@ impl Kind {
     }
 }
 
+/// Whether a file of this name is one that [`rows`] reads.
+#[cfg(feature = "hub")]
+pub(crate) fn is_known(name: &str) -> bool {
+    Kind::of(&name.to_lowercase()).is_some()
+}
+
 fn lower_name(path: &Path) -> String {
     path.file_name()
         .map(|n| n.to_string_lossy().to_lowercase())

@@ -9,6 +9,8 @@
 mod bad;
 mod golden;
 mod hostile;
+#[cfg(feature = "hub")]
+mod hub;
 mod import;
 mod props;
 mod synth;
