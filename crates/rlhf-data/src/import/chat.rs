@@ -153,7 +153,7 @@ pub(super) fn gsm8k(from: &Columns) -> Result<Columns, Fault> {
     let text = worked.filled()?;
     let answer = text
         .rsplit_once("####")
-        .map(|(_, a)| a.trim().replace(',', ""))
+        .map(|(_, a)| a.trim())
         .filter(|a| !a.is_empty())
         .ok_or_else(|| worked.fault("no_final_answer", "no final answer after `####`"))?;
     let mut to = row([

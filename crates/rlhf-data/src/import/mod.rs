@@ -184,8 +184,8 @@ pub fn sniff(columns: &Map<String, Value>) -> Option<Format> {
 /// One source row as rows of the canonical columns.
 ///
 /// - Alpaca: the user says the instruction and, after an empty line, the input where there is one.
-/// - GSM8K: `messages` for training, `prompt` and `answer` (what follows `####`, without commas) for
-///   checking.
+/// - GSM8K: `messages` for training, `prompt` and `answer` (what follows `####`, as it is written:
+///   `1,000` keeps its comma) for checking.
 /// - UltraFeedback: a completion's score is the mean of its aspect ratings; where it has none, its
 ///   `fine-grained_score`, then its `overall_score`. Fewer than two completions give no row.
 /// - UltraFeedback binarized: the margin is the difference of the scores.

@@ -91,7 +91,7 @@ fn examples() -> Vec<(Format, Value, Vec<Value>)> {
             json!({"question": "What is 900 + 100?", "answer": "It is <<900+100=1000>>1000.\n#### 1,000"}),
             vec![json!({"prompt": [u("What is 900 + 100?")],
                         "messages": [u("What is 900 + 100?"), a("It is <<900+100=1000>>1000.\n#### 1,000")],
-                        "answer": "1000"})],
+                        "answer": "1,000"})],
         ),
         (
             Format::UltraFeedback,
@@ -862,5 +862,62 @@ fn raw_files_of_the_shared_folder() {
             .next()
             .unwrap();
         assert!(first.is_err(), "{name} has no importer");
+    }
+}
+
+#[test]
+fn raw_files_become_what_others_made_of_them() {
+    let dir = crate::shared().join("datasets");
+    if !dir.is_dir() {
+        println!("skipped: no shared folder");
+        return;
+    }
+    let cases: [(&str, &str, &[&str]); 5] = [
+        (
+            "raw/hh_harmless_base.jsonl.gz",
+            "preference/hh_harmless",
+            &["prompt", "chosen", "rejected"],
+        ),
+        (
+            "raw/alpaca_format_gpteacher_roleplay.json",
+            "sft/gpteacher_roleplay",
+            &["messages"],
+        ),
+        (
+            "raw/gsm8k_test.jsonl",
+            "prompt_only/gsm8k/test.parquet",
+            &["prompt", "answer"],
+        ),
+        (
+            "raw/gsm8k_train.jsonl",
+            "prompt_only/gsm8k/train.parquet",
+            &["prompt", "answer"],
+        ),
+        (
+            "raw/ifeval_input_data.jsonl",
+            "prompt_only/ifeval",
+            &["prompt"],
+        ),
+    ];
+    for (raw, made, columns) in cases {
+        let chosen = |row: &Map<String, Value>| -> String {
+            columns.iter().map(|c| row[*c].to_string() + "\n").collect()
+        };
+        let sorted = |mut rows: Vec<String>| {
+            rows.sort();
+            rows
+        };
+        let ours = read(&dir.join(raw), None, OnBad::Skip).unwrap();
+        let ours = sorted(ours.map(|r| chosen(&r.unwrap().1.columns)).collect());
+        let theirs = source::rows(&dir.join(made)).unwrap();
+        let theirs = sorted(theirs.map(|r| chosen(&r.unwrap().columns)).collect());
+        let differ = ours.iter().zip(&theirs).filter(|(a, b)| a != b).count();
+        println!(
+            "{raw}: {} and {} rows, {differ} differ",
+            ours.len(),
+            theirs.len()
+        );
+        // The rows are not shown: some are offensive.
+        assert!(ours == theirs, "{raw}: {differ} differ");
     }
 }
