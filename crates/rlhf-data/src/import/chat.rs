@@ -94,16 +94,21 @@ pub(super) fn sharegpt(from: &Columns) -> Result<Columns, Fault> {
     Ok(demonstration(from, messages))
 }
 
-pub(super) fn openai(from: &Columns) -> Result<Columns, Fault> {
-    let list = cell(from, "messages")?;
+pub(super) fn openai(mut from: Columns) -> Result<Columns, Fault> {
+    let list = cell(&from, "messages")?;
     let turns = list.items()?;
     if turns.is_empty() {
         return Err(list.fault("empty", "an empty list of messages"));
     }
     let messages = turns.iter().map(openai_message).collect::<Result<_, _>>()?;
-    let mut to = demonstration(from, messages);
-    if let Some(answer) = optional(from, "answer") {
-        to.insert("answer".into(), answer.value().clone());
+    let mut to = demonstration(&from, messages);
+    let told = ["messages", "prompt"];
+    let told = told.into_iter().chain(USUAL.map(|(column, _)| column));
+    for column in told {
+        from.remove(column);
+    }
+    for (column, value) in from {
+        to.entry(column).or_insert(value);
     }
     Ok(to)
 }

@@ -174,7 +174,7 @@ pub fn sniff(columns: &Map<String, Value>) -> Option<Format> {
         (list("conversations"), Format::ShareGpt),
         (list("messages"), Format::OpenAiMessages),
         (
-            has(&["prompt"]) || has(&["chosen", "rejected"]) || text("text") || list("text"),
+            has(&["prompt"]) || has(&["chosen", "rejected"]) || text("text") || text("messages"),
             Format::Canonical,
         ),
     ];
@@ -194,8 +194,10 @@ pub fn sniff(columns: &Map<String, Value>) -> Option<Format> {
 /// - TL;DR: plain text; only Reddit posts are understood, not the news articles of its other splits.
 /// - PRM800K: one row a path: for each step, one for every rated completion that was not taken, and the
 ///   taken path at the end. Neutral counts as good, and so does a step that the labeller wrote.
-/// - Everything that names a person, a model, a dataset or an id goes to `source`; other columns that
-///   are not canonical are left out, except by [`Format::Canonical`], which leaves nothing out.
+/// - OpenAI messages: every other column is kept but `prompt`, which `messages` begins with.
+/// - Canonical: text that must be a number, a truth value, a list or an object, as in CSV, is read as one.
+/// - What names a person, a model, a dataset or an id goes to `source`; but for the last two formats,
+///   other columns are left out.
 ///
 /// # Errors
 /// What is wrong with the row.
@@ -206,7 +208,7 @@ pub fn convert(format: Format, row: Map<String, Value>) -> Result<Vec<Map<String
         Format::HhRlhf => pairs::hh_rlhf(&row).map(one),
         Format::Alpaca => chat::alpaca(&row).map(one),
         Format::ShareGpt => chat::sharegpt(&row).map(one),
-        Format::OpenAiMessages => chat::openai(&row).map(one),
+        Format::OpenAiMessages => chat::openai(row).map(one),
         Format::Gsm8k => chat::gsm8k(&row).map(one),
         Format::UltraFeedback => ranked::ultrafeedback(&row),
         Format::UltraFeedbackBinarized => pairs::ultrafeedback_binarized(&row).map(one),

@@ -36,6 +36,14 @@ fn examples() -> Vec<(Format, Value, Vec<Value>)> {
             ],
         ),
         (
+            Format::Canonical,
+            json!({"messages": "[{\"role\":\"user\",\"content\":\"x\"}, {\"role\":\"assistant\",\"content\":\"[y\"}]",
+                   "source": "made", "weight": "2", "label": "True"}),
+            vec![
+                json!({"messages": [u("x"), a("[y")], "source": {"dataset": "made"}, "weight": 2.0, "label": true}),
+            ],
+        ),
+        (
             Format::HhRlhf,
             json!({"chosen": "\n\nHuman: Hi?\n\nAssistant: Yes?\n\nHuman: Tea or\ncoffee?\n\nAssistant: Tea.",
                    "rejected": "\n\nHuman: Hi?\n\nAssistant: Yes?\n\nHuman: Tea or\ncoffee?\n\nAssistant: Mud. "}),
@@ -72,7 +80,7 @@ fn examples() -> Vec<(Format, Value, Vec<Value>)> {
         ),
         (
             Format::OpenAiMessages,
-            json!({"source": "made/up", "id": "m1", "messages": [
+            json!({"source": "made/up", "id": "m1", "prompt": "Time", "ground_truth": [12], "messages": [
                 {"role": "developer", "content": "Short."},
                 {"role": "user", "content": [{"type": "text", "text": "Time "}, {"type": "text", "text": "now?"}]},
                 {"role": "assistant", "content": null, "name": null,
@@ -84,7 +92,7 @@ fn examples() -> Vec<(Format, Value, Vec<Value>)> {
                 {"role": "assistant", "content": "",
                  "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "now", "arguments": "{}"}}]},
                 {"role": "tool", "content": "12:00", "tool_call_id": "c1"}, a("Noon.")],
-                "source": {"dataset": "made/up", "id": "m1"}})],
+                "source": {"dataset": "made/up", "id": "m1"}, "ground_truth": [12]})],
         ),
         (
             Format::Gsm8k,
@@ -221,6 +229,9 @@ fn canonical_rows_are_the_records_that_training_reads() {
     for (format, row, _) in examples() {
         for row in convert(format, map(row)).unwrap() {
             match format {
+                Format::Canonical if row.contains_key("messages") => {
+                    SftRecord::from_row(row.clone()).unwrap();
+                }
                 Format::Alpaca | Format::ShareGpt | Format::OpenAiMessages | Format::Gsm8k => {
                     SftRecord::from_row(row.clone()).unwrap();
                 }
@@ -271,6 +282,7 @@ fn malformed_rows_are_refused_by_column() {
     let cases = [
         (Format::Canonical, json!({"margin": "much"}), "margin"),
         (Format::Canonical, json!({"label": "perhaps"}), "label"),
+        (Format::Canonical, json!({"messages": "[{"}), "messages"),
         (Format::HhRlhf, hh("none", good), "chosen"),
         (Format::HhRlhf, hh(good, "\n\nHuman: a b"), "rejected"),
         (
@@ -469,7 +481,7 @@ proptest! {
     /// Any columns at all: rows or a fault, never a panic.
     #[test]
     fn no_row_makes_an_importer_panic(
-        base in 0..17_usize,
+        base in 0..18_usize,
         changes in prop::collection::vec((any::<prop::sample::Index>(), json_value()), 0..4),
         other in json_value(),
     ) {
