@@ -67,8 +67,9 @@ fn matching(path: &Path, pattern: &str) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// The rows of files, one after the other; their places name the file.
-pub(super) fn rows(files: Vec<PathBuf>) -> impl Iterator<Item = Result<Row>> {
+/// The rows of files, one after the other; their places name the file, within `base` where it is there.
+pub(super) fn rows(files: Vec<PathBuf>, base: &Path) -> impl Iterator<Item = Result<Row>> + use<> {
+    let base = base.to_owned();
     let mut files = files.into_iter();
     let mut current: Option<(String, Rows)> = None;
     let mut done = false;
@@ -90,8 +91,8 @@ pub(super) fn rows(files: Vec<PathBuf>) -> impl Iterator<Item = Result<Row>> {
             let path = files.next()?;
             match one_file(&path) {
                 Ok(rows) => {
-                    let name = path.file_name().unwrap_or_default().to_string_lossy();
-                    current = Some((name.into_owned(), rows));
+                    let name = path.strip_prefix(&base).unwrap_or(&path);
+                    current = Some((name.display().to_string(), rows));
                 }
                 Err(e) => {
                     done = true;

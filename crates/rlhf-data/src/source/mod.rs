@@ -98,7 +98,7 @@ fn lower_name(path: &Path) -> String {
 /// later rows come from the iterator.
 pub fn rows(path: &Path) -> Result<Box<dyn Iterator<Item = Result<Row>>>> {
     match files::of(path)? {
-        Some(files) => Ok(Box::new(files::rows(files))),
+        Some(files) => Ok(Box::new(files::rows(files, path))),
         None => one_file(path),
     }
 }

@@ -634,6 +634,11 @@ fn folders_and_patterns_are_read_in_order() {
     );
     assert_eq!(rows(&folder.join("[12].*")).unwrap(), all);
     assert_eq!(rows(&folder.join("*.jsonl")).unwrap(), all[2..]);
+    let across = places(&dir.0.path().join("*/1.csv"));
+    assert_eq!(
+        across[0],
+        format!("{}, row 0", folder.join("1.csv").display())
+    );
     let e = rows(&folder.join("*.parquet")).unwrap_err();
     assert!(e.contains("no file of a known kind"), "{e}");
     assert!(
