@@ -14,6 +14,7 @@ pub mod error;
 )]
 mod ffi;
 pub mod group;
+pub mod import;
 pub mod order;
 pub mod pack;
 pub mod record;

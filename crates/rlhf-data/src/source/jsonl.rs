@@ -1,51 +1,22 @@
-//! JSON Lines, plain or gzipped.
+//! JSON Lines.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, Read};
 use std::path::{Path, PathBuf};
 
-use flate2::read::MultiGzDecoder;
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 use serde_json::{Map, Value};
 
 use super::Row;
+use super::open::MAX_LINE;
 use crate::error::{Error, Result};
 
-/// The longest line read: a longer one is refused, so memory stays bounded whatever the file holds.
-const MAX_LINE: u64 = 64 << 20;
-
-pub(super) fn rows(path: &Path, gzip: bool) -> Result<Lines> {
-    let file = File::open(path).map_err(Error::io(path))?;
-    if file.metadata().map_err(Error::io(path))?.is_dir() {
-        return Err(Error::file(
-            path,
-            "a folder, expected a file",
-            "name a file in it",
-        ));
-    }
-    let reader: Box<dyn BufRead> = if gzip {
-        let mut start = BufReader::new(file);
-        if !start
-            .fill_buf()
-            .map_err(Error::io(path))?
-            .starts_with(&[0x1f, 0x8b])
-        {
-            return Err(Error::file(
-                path,
-                "not gzip, although its name ends with .gz",
-                "remove the .gz or compress it",
-            ));
-        }
-        Box::new(BufReader::new(MultiGzDecoder::new(start)))
-    } else {
-        Box::new(BufReader::new(file))
-    };
-    Ok(Lines {
+pub(super) fn rows(path: &Path, reader: Box<dyn BufRead>) -> Lines {
+    Lines {
         path: path.to_owned(),
         reader,
         line: 0,
         done: false,
-    })
+    }
 }
 
 /// The rows of a JSON Lines file.
@@ -146,7 +117,7 @@ impl Lines {
 }
 
 /// A JSON object whose keys are all different.
-struct Object(Map<String, Value>);
+pub(super) struct Object(pub(super) Map<String, Value>);
 
 impl<'de> Deserialize<'de> for Object {
     fn deserialize<D: Deserializer<'de>>(d: D) -> std::result::Result<Self, D::Error> {

@@ -13,7 +13,7 @@ use arrow_array::cast::AsArray;
 use arrow_array::types::{Float64Type, Int64Type};
 use arrow_array::{Array, RecordBatch};
 use arrow_cast::cast;
-use arrow_schema::{DataType, SchemaRef};
+use arrow_schema::{ArrowError, DataType, SchemaRef};
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
 use parquet::file::reader::ChunkReader;
 use serde_json::{Map, Number, Value};
@@ -34,13 +34,6 @@ pub(super) fn rows(path: &Path) -> Result<Rows> {
         )
     };
     let size = file.metadata().map_err(Error::io(path))?;
-    if size.is_dir() {
-        return Err(Error::file(
-            path,
-            "a folder, expected a file",
-            "name a file in it",
-        ));
-    }
     if size.len() == 0 {
         return Err(damaged("0 bytes".into()));
     }
@@ -50,14 +43,22 @@ pub(super) fn rows(path: &Path) -> Result<Rows> {
     }
     file.seek(SeekFrom::Start(0)).map_err(Error::io(path))?;
     let reader = open(file, size.len(), BATCH_ROWS).map(|(reader, _)| reader);
-    Ok(Rows {
+    Ok(from_batches(path, Box::new(reader.map_err(damaged)?)))
+}
+
+/// Batches as they are read.
+pub(super) type Batches = Box<dyn Iterator<Item = std::result::Result<RecordBatch, ArrowError>>>;
+
+/// The rows of batches of a file.
+pub(super) fn from_batches(path: &Path, reader: Batches) -> Rows {
+    Rows {
         path: path.to_owned(),
-        reader: reader.map_err(damaged)?,
+        reader,
         batch: None,
         at: 0,
         row: 0,
         done: false,
-    })
+    }
 }
 
 /// Reads the footer, and checks that it speaks of pages inside the file.
@@ -100,13 +101,13 @@ fn open_unguarded<R: ChunkReader + 'static>(
 
 /// The next batch; the Parquet crate panics on some damaged files.
 pub(crate) fn next(
-    reader: &mut ParquetRecordBatchReader,
+    reader: &mut dyn Iterator<Item = std::result::Result<RecordBatch, ArrowError>>,
 ) -> std::result::Result<Option<RecordBatch>, String> {
     guarded(|| reader.next().transpose().map_err(|e| e.to_string())).and_then(|batch| batch)
 }
 
 /// Turns a panic of the Parquet crate into an error.
-fn guarded<T>(f: impl FnOnce() -> T) -> std::result::Result<T, String> {
+pub(super) fn guarded<T>(f: impl FnOnce() -> T) -> std::result::Result<T, String> {
     catch_unwind(AssertUnwindSafe(f)).map_err(|panic| {
         let said = panic
             .downcast_ref::<String>()
@@ -117,10 +118,10 @@ fn guarded<T>(f: impl FnOnce() -> T) -> std::result::Result<T, String> {
     })
 }
 
-/// The rows of a Parquet file.
+/// The rows of a file of record batches.
 pub(super) struct Rows {
     path: PathBuf,
-    reader: ParquetRecordBatchReader,
+    reader: Batches,
     batch: Option<RecordBatch>,
     at: usize,
     row: usize,

@@ -11,6 +11,9 @@ mod bad;
 mod cache;
 mod golden;
 mod hostile;
+#[cfg(feature = "hub")]
+mod hub;
+mod import;
 mod limits;
 mod order;
 mod props;

@@ -55,7 +55,8 @@ fn all_texts(task: &Task) -> Vec<&str> {
     texts
 }
 
-/// Rebuilding into an empty folder gives exactly the shipped files, and nothing else is shipped.
+/// Rebuilding into an empty folder gives exactly the shipped files, and nothing else is shipped but the
+/// manifests.
 #[test]
 fn rebuilding_gives_the_shipped_bytes() {
     let folder = tempfile::tempdir().unwrap();
@@ -74,7 +75,10 @@ fn rebuilding_gives_the_shipped_bytes() {
         total += built.len();
     }
     assert!(total <= 3 * 1024 * 1024, "{total} bytes");
-    assert_eq!(names_below(&shipped_folder()), names_below(folder.path()));
+    let mut shipped = names_below(&shipped_folder());
+    // What is known of public datasets is written by hand.
+    shipped.retain(|name| !name.starts_with("manifests"));
+    assert_eq!(shipped, names_below(folder.path()));
 }
 
 fn names_below(root: &Path) -> BTreeSet<PathBuf> {

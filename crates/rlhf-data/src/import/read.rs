@@ -1,0 +1,166 @@
+//! Reading a file, folder or glob through an importer, streaming.
+
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+
+use super::{Format, convert, sniff};
+use crate::error::{Error, Result};
+use crate::source::{self, Row};
+
+/// How many places of skipped rows are remembered.
+const MAX_PLACES: usize = 20;
+
+/// What to do with a row that is not what its format says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnBad {
+    /// Stop with an error that names it.
+    #[default]
+    Refuse,
+    /// Leave it out and count it. A file that cannot be read on is an error all the same.
+    Skip,
+}
+
+/// What was left out.
+#[derive(Debug, Default)]
+pub struct Skipped {
+    /// How many rows were bad.
+    pub count: u64,
+    /// What was wrong with the first of them, at most 20.
+    pub first: Vec<Error>,
+    /// How many rows are well formed and yet give nothing, such as ties.
+    pub nothing: u64,
+}
+
+/// The rows of a source in canonical columns, each with the place of the source row.
+pub struct Import {
+    path: PathBuf,
+    rows: Box<dyn Iterator<Item = Result<Row>>>,
+    format: Option<Format>,
+    bad: OnBad,
+    skipped: Skipped,
+    ready: VecDeque<Row>,
+    done: bool,
+}
+
+impl std::fmt::Debug for Import {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Import")
+            .field("path", &self.path)
+            .field("format", &self.format)
+            .field("bad", &self.bad)
+            .field("skipped", &self.skipped)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Reads what [`source::rows`] reads, through the importer of `format`; without one, the first row's
+/// columns tell it.
+///
+/// # Errors
+/// As [`source::rows`]. Errors of later rows come from the iterator: with [`OnBad::Refuse`] the first
+/// bad row ends it.
+pub fn read(path: &Path, format: Option<Format>, bad: OnBad) -> Result<Import> {
+    Ok(Import {
+        path: path.to_owned(),
+        rows: source::rows(path)?,
+        format,
+        bad,
+        skipped: Skipped::default(),
+        ready: VecDeque::new(),
+        done: false,
+    })
+}
+
+impl Import {
+    /// The format, once it is known: from the beginning, or after the first row.
+    #[must_use]
+    pub fn format(&self) -> Option<Format> {
+        self.format
+    }
+
+    /// What was left out so far.
+    #[must_use]
+    pub fn skipped(&self) -> &Skipped {
+        &self.skipped
+    }
+
+    fn known(&mut self, row: &Row) -> Result<Format> {
+        if let Some(format) = self.format {
+            return Ok(format);
+        }
+        let Some(format) = sniff(&row.columns) else {
+            let have: Vec<&str> = row.columns.keys().map(String::as_str).collect();
+            return Err(Error::Row {
+                path: self.path.clone(),
+                place: row.place.clone(),
+                column: String::new(),
+                what: format!("no known format has the columns {}", have.join(", ")),
+                mend: format!(
+                    "name the importer, one of {}, or rename the columns",
+                    Format::ALL.map(Format::name).join(", ")
+                ),
+            });
+        };
+        self.format = Some(format);
+        Ok(format)
+    }
+
+    /// Converts one row into `ready`; a row to be skipped is counted.
+    fn take(&mut self, row: Row) -> Result<()> {
+        let format = self.known(&row)?;
+        let place = row.place;
+        match convert(format, row.columns) {
+            Ok(rows) => {
+                self.skipped.nothing += u64::from(rows.is_empty());
+                self.ready.extend(rows.into_iter().map(|columns| Row {
+                    place: place.clone(),
+                    columns,
+                }));
+                Ok(())
+            }
+            Err(f) => {
+                let error = Error::Row {
+                    path: self.path.clone(),
+                    place,
+                    column: f.column,
+                    what: f.what,
+                    mend: f.mend,
+                };
+                if self.bad == OnBad::Refuse {
+                    return Err(error);
+                }
+                self.skipped.count += 1;
+                if self.skipped.first.len() < MAX_PLACES {
+                    self.skipped.first.push(error);
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Iterator for Import {
+    type Item = Result<(Format, Row)>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if let (Some(format), Some(row)) = (self.format, self.ready.pop_front()) {
+                return Some(Ok((format, row)));
+            }
+            if self.done {
+                return None;
+            }
+            let row = match self.rows.next() {
+                Some(row) => row,
+                None => {
+                    self.done = true;
+                    return None;
+                }
+            };
+            if let Err(e) = row.and_then(|row| self.take(row)) {
+                self.done = true;
+                return Some(Err(e));
+            }
+        }
+    }
+}

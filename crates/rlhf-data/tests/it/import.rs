@@ -1,0 +1,940 @@
+//! Importers: each format's rows, what is refused, what is recognised, and every kind of file.
+
+use std::path::{Path, PathBuf};
+
+use proptest::prelude::*;
+use rlhf_data::import::{Format, Manifest, OnBad, convert, read, shipped, sniff};
+use rlhf_data::record::{PreferenceRecord, PromptRecord, Record, SftRecord};
+use rlhf_data::source;
+use serde_json::{Map, Value, json};
+
+fn map(v: Value) -> Map<String, Value> {
+    v.as_object().unwrap().clone()
+}
+
+fn u(text: &str) -> Value {
+    json!({"role": "user", "content": text})
+}
+
+fn a(text: &str) -> Value {
+    json!({"role": "assistant", "content": text})
+}
+
+/// A row of each format, and the canonical rows that it becomes.
+fn examples() -> Vec<(Format, Value, Vec<Value>)> {
+    let rating = |n: &str| json!({"Rating": n, "Rationale": "so"});
+    let aspects = |h: &str, o: &str| {
+        json!({"helpfulness": rating(h), "honesty": rating(o),
+               "instruction_following": rating("4"), "truthfulness": rating("N/A")})
+    };
+    vec![
+        (
+            Format::Canonical,
+            json!({"prompt": "p", "chosen": "c", "rejected": "r", "margin": "0.5", "other": null}),
+            vec![
+                json!({"prompt": "p", "chosen": "c", "rejected": "r", "margin": 0.5, "other": null}),
+            ],
+        ),
+        (
+            Format::Canonical,
+            json!({"messages": "[{\"role\":\"user\",\"content\":\"x\"}, {\"role\":\"assistant\",\"content\":\"[y\"}]",
+                   "source": "made", "weight": "2", "label": "True"}),
+            vec![
+                json!({"messages": [u("x"), a("[y")], "source": {"dataset": "made"}, "weight": 2.0, "label": true}),
+            ],
+        ),
+        (
+            Format::HhRlhf,
+            json!({"chosen": "\n\nHuman: Hi?\n\nAssistant: Yes?\n\nHuman: Tea or\ncoffee?\n\nAssistant: Tea.",
+                   "rejected": "\n\nHuman: Hi?\n\nAssistant: Yes?\n\nHuman: Tea or\ncoffee?\n\nAssistant: Mud. "}),
+            vec![
+                json!({"prompt": [u("Hi?"), a("Yes?"), u("Tea or\ncoffee?")],
+                        "chosen": [a("Tea.")], "rejected": [a("Mud.")]}),
+            ],
+        ),
+        (
+            Format::Alpaca,
+            json!({"instruction": "Add.", "input": "2 and 3", "output": "5", "text": "Below is …"}),
+            vec![json!({"messages": [u("Add.\n\n2 and 3"), a("5")]})],
+        ),
+        (
+            Format::Alpaca,
+            json!({"instruction": "Greet.", "input": "", "output": "Hello", "system": "Be kind.",
+                   "history": [["Who?", "Me."]]}),
+            vec![
+                json!({"messages": [{"role": "system", "content": "Be kind."}, u("Who?"), a("Me."),
+                                     u("Greet."), a("Hello")]}),
+            ],
+        ),
+        (
+            Format::ShareGpt,
+            json!({"id": "s1", "conversations": [
+                {"from": "system", "value": "Short."}, {"from": "human", "value": "Time?"},
+                {"from": "function_call", "value": "now()"}, {"from": "observation", "value": "12:00"},
+                {"from": "gpt", "value": "Noon."}]}),
+            vec![
+                json!({"messages": [{"role": "system", "content": "Short."}, u("Time?"), a("now()"),
+                                     {"role": "tool", "content": "12:00"}, a("Noon.")],
+                        "source": {"id": "s1"}}),
+            ],
+        ),
+        (
+            Format::OpenAiMessages,
+            json!({"source": "made/up", "id": "m1", "prompt": "Time", "ground_truth": [12], "messages": [
+                {"role": "developer", "content": "Short."},
+                {"role": "user", "content": [{"type": "text", "text": "Time "}, {"type": "text", "text": "now?"}]},
+                {"role": "assistant", "content": null, "name": null,
+                 "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "now", "arguments": "{}"}}]},
+                {"role": "tool", "content": "12:00", "tool_call_id": "c1"},
+                {"role": "assistant", "content": "Noon.", "tool_calls": []}]}),
+            vec![json!({"messages": [
+                {"role": "system", "content": "Short."}, u("Time now?"),
+                {"role": "assistant", "content": "",
+                 "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "now", "arguments": "{}"}}]},
+                {"role": "tool", "content": "12:00", "tool_call_id": "c1"}, a("Noon.")],
+                "source": {"dataset": "made/up", "id": "m1"}, "ground_truth": [12]})],
+        ),
+        (
+            Format::Gsm8k,
+            json!({"question": "What is 900 + 100?", "answer": "It is <<900+100=1000>>1000.\n#### 1,000"}),
+            vec![json!({"prompt": [u("What is 900 + 100?")],
+                        "messages": [u("What is 900 + 100?"), a("It is <<900+100=1000>>1000.\n#### 1,000")],
+                        "answer": "1,000"})],
+        ),
+        (
+            Format::UltraFeedback,
+            json!({"source": "made", "instruction": "Name a bird.", "models": ["x", "y", "z"],
+                "completions": [
+                    {"model": "x", "response": "A wren.", "overall_score": 1.0, "annotations": aspects("5", "3")},
+                    {"model": "y", "response": "A bat.", "overall_score": 3.5, "annotations": {}},
+                    {"model": "z", "response": "A cat.", "overall_score": 9.0, "fine-grained_score": 2.0}]}),
+            vec![json!({"prompt": [u("Name a bird.")],
+                        "completions": [[a("A wren.")], [a("A bat.")], [a("A cat.")]],
+                        "scores": [4.0, 3.5, 2.0],
+                        "source": {"dataset": "made", "models": ["x", "y", "z"]}})],
+        ),
+        (
+            Format::UltraFeedbackBinarized,
+            json!({"prompt": "Hi", "prompt_id": "7", "messages": [u("Hi"), a("Hello!")],
+                   "chosen": [u("Hi"), a("Hello!")], "rejected": [u("Hi"), a("No.")],
+                   "score_chosen": 8.5, "score_rejected": 6.0}),
+            vec![
+                json!({"prompt": [u("Hi")], "chosen": [a("Hello!")], "rejected": [a("No.")],
+                        "margin": 2.5, "source": {"id": "7"}}),
+            ],
+        ),
+        (
+            Format::HelpSteer2,
+            json!({"prompt": "Hi\n<extra_id_1>Assistant\nYes?\n<extra_id_1>User\nA joke!", "response": "Knock.",
+                   "helpfulness": 3, "correctness": 4, "coherence": "4", "complexity": 1, "verbosity": 0.5}),
+            vec![
+                json!({"prompt": [u("Hi"), a("Yes?"), u("A joke!")], "completion": [a("Knock.")],
+                        "ratings": {"helpfulness": 3, "correctness": 4, "coherence": 4,
+                                    "complexity": 1, "verbosity": 0.5}}),
+            ],
+        ),
+        (
+            Format::Nectar,
+            json!({"prompt": "\n\nHuman: Name a fish.\n\nAssistant: ", "turns": 1, "source": ["made"],
+                   "answers": [{"answer": "Cod.", "model": "x", "rank": 2.0},
+                               {"answer": "A carp.", "model": "y", "rank": 1.0}]}),
+            vec![
+                json!({"prompt": [u("Name a fish.")], "completions": [[a("Cod.")], [a("A carp.")]],
+                        "scores": [-2.0, -1.0], "ranks": [2, 1],
+                        "source": {"dataset": ["made"], "models": ["x", "y"]}}),
+            ],
+        ),
+        (
+            Format::Shp,
+            json!({"post_id": "q1", "domain": "asktea_train", "history": "Milk first?",
+                   "human_ref_A": "Never.", "human_ref_B": "Always.", "labels": 0, "score_ratio": 2.0}),
+            vec![
+                json!({"prompt": [u("Milk first?")], "chosen": [a("Always.")], "rejected": [a("Never.")],
+                        "source": {"domain": "asktea_train", "id": "q1", "score_ratio": 2.0}}),
+            ],
+        ),
+        (
+            Format::WebGptComparisons,
+            json!({"question": {"dataset": "made", "id": "w", "full_text": "Why is tea brown?"},
+                   "answer_0": "Dye.", "answer_1": "Tannins.", "score_0": -0.5, "score_1": 0.5}),
+            vec![
+                json!({"prompt": [u("Why is tea brown?")], "chosen": [a("Tannins.")],
+                        "rejected": [a("Dye.")], "margin": 1.0,
+                        "source": {"dataset": "made", "id": "w"}}),
+            ],
+        ),
+        (
+            Format::WebGptComparisons,
+            json!({"question": {"full_text": "Why?"}, "answer_0": "So.", "answer_1": "Or so.",
+                   "score_0": 0, "score_1": 0}),
+            vec![],
+        ),
+        (
+            Format::TldrComparisons,
+            json!({"info": {"id": "t1", "post": "I lost my tea.", "title": "Help", "subreddit": "tea"},
+                   "summaries": [{"text": " Tea gone.", "policy": "p0"}, {"text": " Coffee.", "policy": "p1"}],
+                   "choice": 0, "worker": "w1", "batch": "b2"}),
+            vec![
+                json!({"prompt": "SUBREDDIT: r/tea\n\nTITLE: Help\n\nPOST: I lost my tea.\n\nTL;DR:",
+                        "chosen": " Tea gone.", "rejected": " Coffee.",
+                        "source": {"annotator": "w1", "batch": "b2", "chosen_model": "p0",
+                                   "rejected_model": "p1", "id": "t1"}}),
+            ],
+        ),
+        (
+            Format::Prm800k,
+            json!({"labeler": "l1", "question": {"problem": "1+1+1?", "ground_truth_answer": "3"},
+                   "label": {"finish_reason": "solution", "steps": [
+                       {"completions": [{"text": "1+1=2.", "rating": 1}, {"text": "1+1=3.", "rating": -1}],
+                        "human_completion": null, "chosen_completion": 0},
+                       {"completions": [{"text": "Hm.", "rating": null}],
+                        "human_completion": {"text": "Add one."}, "chosen_completion": null},
+                       {"completions": [{"text": "So 3.", "rating": 0}], "chosen_completion": 0}]}}),
+            vec![
+                json!({"prompt": "1+1+1?", "completions": ["1+1=3."], "labels": [false],
+                       "source": {"annotator": "l1"}, "answer": "3"}),
+                json!({"prompt": "1+1+1?", "completions": ["1+1=2.", "Add one.", "So 3."],
+                       "labels": [true, true, true], "source": {"annotator": "l1"}, "answer": "3"}),
+            ],
+        ),
+        (
+            Format::IfEval,
+            json!({"key": 5, "prompt": "Write two words.", "instruction_id_list": ["a:b", "c:d"],
+                   "kwargs": [{"num_words": 2, "relation": null}, {}]}),
+            vec![
+                json!({"prompt": [u("Write two words.")], "instruction_id_list": ["a:b", "c:d"],
+                        "kwargs": [{"num_words": 2}, {}], "key": 5}),
+            ],
+        ),
+    ]
+}
+
+#[test]
+fn every_format_becomes_canonical_rows() {
+    let examples = examples();
+    for (format, row, want) in &examples {
+        let got = convert(*format, map(row.clone()));
+        let got = got.map(|rows| rows.into_iter().map(Value::Object).collect::<Vec<_>>());
+        assert_eq!(got.as_ref(), Ok(want), "{format}");
+    }
+    for format in Format::ALL {
+        assert!(examples.iter().any(|(f, ..)| *f == format), "{format}");
+        assert_eq!(Format::parse(format.name()), Some(format));
+    }
+    assert_eq!(Format::parse("no-such"), None);
+}
+
+#[test]
+fn canonical_rows_are_the_records_that_training_reads() {
+    for (format, row, _) in examples() {
+        for row in convert(format, map(row)).unwrap() {
+            match format {
+                Format::Canonical if row.contains_key("messages") => {
+                    SftRecord::from_row(row.clone()).unwrap();
+                }
+                Format::Alpaca | Format::ShareGpt | Format::OpenAiMessages | Format::Gsm8k => {
+                    SftRecord::from_row(row.clone()).unwrap();
+                }
+                Format::Canonical
+                | Format::HhRlhf
+                | Format::UltraFeedbackBinarized
+                | Format::Shp
+                | Format::WebGptComparisons
+                | Format::TldrComparisons => {
+                    PreferenceRecord::from_row(row.clone()).unwrap();
+                }
+                _ => {}
+            }
+            if row.contains_key("prompt") {
+                PromptRecord::from_row(row).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn every_format_is_recognised() {
+    for (format, row, _) in examples() {
+        assert_eq!(sniff(&map(row)), Some(format));
+    }
+    let sniffed = |v| sniff(&map(v));
+    assert_eq!(sniffed(json!({"a": 1})), None);
+    assert_eq!(sniffed(json!({})), None);
+    // A question with an answer that ends otherwise could be anything.
+    assert_eq!(sniffed(json!({"question": "q", "answer": "a"})), None);
+    // Scores beside pairs in messages are not UltraFeedback's, whose prompt is text.
+    let pair = json!({"prompt": [u("p")], "chosen": [a("c")], "rejected": [a("r")],
+                      "score_chosen": 1, "score_rejected": 0});
+    assert_eq!(sniffed(pair), Some(Format::Canonical));
+    let whole = json!({"chosen": [u("p"), a("c")], "rejected": [u("p"), a("r")]});
+    assert_eq!(sniffed(whole), Some(Format::Canonical));
+}
+
+#[test]
+fn malformed_rows_are_refused_by_column() {
+    let hh = |c: &str, r: &str| json!({"chosen": c, "rejected": r});
+    let good = "\n\nHuman: a\n\nAssistant: b";
+    let message = |m: Value| json!({"messages": [u("x"), m]});
+    let step = |c: Value, chosen: Value| {
+        json!({"question": {"problem": "p"},
+               "label": {"steps": [{"completions": c, "chosen_completion": chosen}]}})
+    };
+    let cases = [
+        (Format::Canonical, json!({"margin": "much"}), "margin"),
+        (Format::Canonical, json!({"label": "perhaps"}), "label"),
+        (Format::Canonical, json!({"messages": "[{"}), "messages"),
+        (Format::HhRlhf, hh("none", good), "chosen"),
+        (Format::HhRlhf, hh(good, "\n\nHuman: a b"), "rejected"),
+        (
+            Format::HhRlhf,
+            hh(good, "\n\nHuman: c\n\nAssistant: b"),
+            "rejected",
+        ),
+        (
+            Format::HhRlhf,
+            hh(good, "\n\nHuman: a\n\nAssistant: "),
+            "rejected",
+        ),
+        (
+            Format::HhRlhf,
+            hh(good, "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"),
+            "rejected",
+        ),
+        (
+            Format::HhRlhf,
+            hh("\n\nAssistant: b", "\n\nAssistant: b"),
+            "chosen",
+        ),
+        (Format::HhRlhf, json!({"chosen": good}), "rejected"),
+        (
+            Format::Alpaca,
+            json!({"instruction": "i", "output": " "}),
+            "output",
+        ),
+        (
+            Format::Alpaca,
+            json!({"instruction": "i", "input": 3, "output": "o"}),
+            "input",
+        ),
+        (
+            Format::Alpaca,
+            json!({"instruction": "i", "output": "o", "history": [["q"]]}),
+            "history[0]",
+        ),
+        (
+            Format::ShareGpt,
+            json!({"conversations": []}),
+            "conversations",
+        ),
+        (
+            Format::ShareGpt,
+            json!({"conversations": [{"from": "cat", "value": "m"}]}),
+            "conversations[0].from",
+        ),
+        (
+            Format::OpenAiMessages,
+            message(json!({"role": "assistant"})),
+            "messages[1]",
+        ),
+        (
+            Format::OpenAiMessages,
+            message(json!({"role": "assistant", "content": [{"type": "image"}]})),
+            "messages[1].content[0]",
+        ),
+        (Format::OpenAiMessages, message(json!(3)), "messages[1]"),
+        (
+            Format::Gsm8k,
+            json!({"question": "q", "answer": "no mark"}),
+            "answer",
+        ),
+        (
+            Format::Gsm8k,
+            json!({"question": "q", "answer": "#### "}),
+            "answer",
+        ),
+        (
+            Format::UltraFeedback,
+            json!({"instruction": "i", "completions": [{"response": "r", "overall_score": "good"}]}),
+            "completions[0].overall_score",
+        ),
+        (
+            Format::UltraFeedbackBinarized,
+            json!({"chosen": [u("a"), a("b")], "rejected": [u("c"), a("b")], "score_chosen": 1, "score_rejected": 0}),
+            "rejected",
+        ),
+        (
+            Format::UltraFeedbackBinarized,
+            json!({"chosen": [u("a")], "rejected": [u("a")], "score_chosen": 1, "score_rejected": 0}),
+            "chosen",
+        ),
+        (
+            Format::HelpSteer2,
+            json!({"prompt": "p", "response": "r"}),
+            "helpfulness",
+        ),
+        (
+            Format::Nectar,
+            json!({"prompt": "\n\nHuman: p\n\nAssistant: ", "answers": [{"answer": "x"}]}),
+            "answers[0]",
+        ),
+        (
+            Format::Nectar,
+            json!({"prompt": "p", "answers": []}),
+            "prompt",
+        ),
+        (
+            Format::Shp,
+            json!({"history": "h", "human_ref_A": "a", "human_ref_B": "b", "labels": 2}),
+            "labels",
+        ),
+        (
+            Format::WebGptComparisons,
+            json!({"question": "q"}),
+            "question",
+        ),
+        (
+            Format::TldrComparisons,
+            json!({"info": {"article": "news"}}),
+            "info",
+        ),
+        (
+            Format::TldrComparisons,
+            json!({"info": {"post": "p", "title": "t", "subreddit": "s"}, "summaries": [{"text": "x"}], "choice": 0}),
+            "summaries",
+        ),
+        (
+            Format::Prm800k,
+            step(json!([{"text": "t", "rating": 7}]), json!(0)),
+            "label.steps[0].completions[0].rating",
+        ),
+        (
+            Format::Prm800k,
+            step(json!([]), json!(0)),
+            "label.steps[0].chosen_completion",
+        ),
+        (
+            Format::IfEval,
+            json!({"prompt": "p", "instruction_id_list": ["a"], "kwargs": []}),
+            "kwargs",
+        ),
+    ];
+    for (format, row, column) in cases {
+        let fault = convert(format, map(row.clone())).unwrap_err();
+        assert_eq!(fault.column, column, "{format} {row}: {fault:?}");
+        assert!(!fault.what.is_empty() && !fault.mend.is_empty());
+    }
+}
+
+fn json_value() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        "\\PC{0,6}".prop_map(Value::from),
+        Just(Value::from("\n\nHuman: é\n\nAssistant: ")),
+        Just(Value::from("x#### 1")),
+        Just(Value::from("<extra_id_1>User")),
+        Just(Value::from("assistant")),
+        Just(Value::from("user")),
+    ];
+    let key = prop::sample::select(vec![
+        "role",
+        "content",
+        "from",
+        "value",
+        "text",
+        "type",
+        "rating",
+        "steps",
+        "completions",
+        "chosen_completion",
+        "human_completion",
+        "problem",
+        "full_text",
+        "post",
+        "title",
+        "subreddit",
+        "response",
+        "annotations",
+        "helpfulness",
+        "Rating",
+        "overall_score",
+        "answer",
+        "rank",
+        "model",
+        "tool_calls",
+    ]);
+    leaf.prop_recursive(5, 40, 4, move |inner| {
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+            prop::collection::vec((key.clone(), inner), 0..5).prop_map(|m| Value::Object(
+                m.into_iter().map(|(k, v)| (k.to_owned(), v)).collect()
+            )),
+        ]
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Any columns at all: rows or a fault, never a panic.
+    #[test]
+    fn no_row_makes_an_importer_panic(
+        base in 0..18_usize,
+        changes in prop::collection::vec((any::<prop::sample::Index>(), json_value()), 0..4),
+        other in json_value(),
+    ) {
+        let (_, row, _) = examples().swap_remove(base);
+        let mut row = map(row);
+        for (at, value) in changes {
+            let key = row.keys().nth(at.index(row.len())).unwrap().clone();
+            row.insert(key, value);
+        }
+        row.insert("source".into(), other);
+        let _ = sniff(&row);
+        for format in Format::ALL {
+            let _ = convert(format, row.clone());
+        }
+    }
+}
+
+// Files.
+
+fn rows(path: &Path) -> Result<Vec<Value>, String> {
+    source::rows(path)
+        .and_then(|rows| rows.map(|r| r.map(|r| Value::Object(r.columns))).collect())
+        .map_err(|e| e.to_string())
+}
+
+fn places(path: &Path) -> Vec<String> {
+    let rows = source::rows(path).unwrap();
+    rows.map(|r| r.unwrap().place).collect()
+}
+
+struct Dir(tempfile::TempDir);
+
+impl Dir {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn write(&self, name: &str, bytes: &[u8]) -> PathBuf {
+        let path = self.0.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, bytes).unwrap();
+        path
+    }
+}
+
+fn zst(bytes: &[u8]) -> Vec<u8> {
+    zstd::encode_all(bytes, 3).unwrap()
+}
+
+const LINES: &str = "{\"instruction\":\"Say \\\"hi\\\", twice\",\"input\":\"\",\"output\":\"hi\\nhi\"}\n\
+                     {\"instruction\":\"é [a] {b\",\"input\":\"x\\\\\",\"output\":\"ß\"}\n";
+const CSV: &str =
+    "instruction,input,output\r\n\"Say \"\"hi\"\", twice\",,\"hi\nhi\"\r\né [a] {b,x\\,ß\r\n";
+
+#[test]
+fn every_kind_of_file_gives_the_same_rows() {
+    let dir = Dir::new();
+    let want = rows(&dir.write("a.jsonl", LINES.as_bytes())).unwrap();
+    assert_eq!(want.len(), 2);
+    let array = format!(
+        "\u{feff} [\n {} ,\n{}]\n",
+        LINES.lines().next().unwrap(),
+        LINES.lines().nth(1).unwrap()
+    );
+    let tsv =
+        "instruction\tinput\toutput\n\"Say \"\"hi\"\", twice\"\t\t\"hi\nhi\"\né [a] {b\tx\\\tß";
+    let files = [
+        ("a.json", LINES.as_bytes().to_vec(), ["line 1", "line 2"]),
+        ("a.jsonl.zst", zst(LINES.as_bytes()), ["line 1", "line 2"]),
+        (
+            "b.json",
+            array.clone().into_bytes(),
+            ["element 0", "element 1"],
+        ),
+        (
+            "b.json.zst",
+            zst(array.as_bytes()),
+            ["element 0", "element 1"],
+        ),
+        ("c.csv", CSV.as_bytes().to_vec(), ["row 0", "row 1"]),
+        ("c.csv.zst", zst(CSV.as_bytes()), ["row 0", "row 1"]),
+        (
+            "d.csv",
+            format!("\u{feff}{CSV}\n\n").into_bytes(),
+            ["row 0", "row 1"],
+        ),
+        ("e.tsv", tsv.as_bytes().to_vec(), ["row 0", "row 1"]),
+        ("f.arrow", arrow(true), ["row 0", "row 1"]),
+        ("g.arrow", arrow(false), ["row 0", "row 1"]),
+    ];
+    for (name, bytes, at) in files {
+        let path = dir.write(name, &bytes);
+        assert_eq!(rows(&path).as_ref(), Ok(&want), "{name}");
+        assert_eq!(places(&path), at, "{name}");
+        // Through the importer too, recognised by its columns.
+        let imported: Vec<_> = read(&path, None, OnBad::Refuse)
+            .unwrap()
+            .map(Result::unwrap)
+            .collect();
+        assert!(
+            imported
+                .iter()
+                .all(|(f, r)| *f == Format::Alpaca && r.columns.contains_key("messages"))
+        );
+    }
+}
+
+/// The two rows as an Arrow file, or as a stream.
+fn arrow(footer: bool) -> Vec<u8> {
+    use arrow_array::{ArrayRef, RecordBatch, StringArray};
+    use std::sync::Arc;
+    let column = |v: [&str; 2]| Arc::new(StringArray::from(v.to_vec())) as ArrayRef;
+    let batch = RecordBatch::try_from_iter([
+        ("instruction", column(["Say \"hi\", twice", "é [a] {b"])),
+        ("input", column(["", "x\\"])),
+        ("output", column(["hi\nhi", "ß"])),
+    ])
+    .unwrap();
+    let mut bytes = Vec::new();
+    if footer {
+        let mut w = arrow_ipc::writer::FileWriter::try_new(&mut bytes, &batch.schema()).unwrap();
+        w.write(&batch).unwrap();
+        w.finish().unwrap();
+    } else {
+        let mut w = arrow_ipc::writer::StreamWriter::try_new(&mut bytes, &batch.schema()).unwrap();
+        w.write(&batch).unwrap();
+        w.finish().unwrap();
+    }
+    bytes
+}
+
+#[test]
+fn folders_and_patterns_are_read_in_order() {
+    let dir = Dir::new();
+    dir.write("d/2.jsonl", b"{\"text\":\"c\"}\n");
+    dir.write("d/1.csv", b"text\na\nb\n");
+    dir.write("d/README.md", b"no data");
+    dir.write("d/.hidden.jsonl", b"no data");
+    dir.write("d/sub/3.jsonl", b"no data");
+    let all = [
+        json!({"text": "a"}),
+        json!({"text": "b"}),
+        json!({"text": "c"}),
+    ];
+    let folder = dir.0.path().join("d");
+    assert_eq!(rows(&folder).unwrap(), all);
+    assert_eq!(
+        places(&folder),
+        ["1.csv, row 0", "1.csv, row 1", "2.jsonl, line 1"]
+    );
+    assert_eq!(rows(&folder.join("[12].*")).unwrap(), all);
+    assert_eq!(rows(&folder.join("*.jsonl")).unwrap(), all[2..]);
+    let across = places(&dir.0.path().join("*/1.csv"));
+    assert_eq!(
+        across[0],
+        format!("{}, row 0", folder.join("1.csv").display())
+    );
+    let e = rows(&folder.join("*.parquet")).unwrap_err();
+    assert!(e.contains("no file of a known kind"), "{e}");
+    assert!(
+        rows(&folder.join("README.*"))
+            .unwrap_err()
+            .contains("unknown kind")
+    );
+    std::fs::create_dir(dir.0.path().join("empty")).unwrap();
+    assert!(rows(&dir.0.path().join("empty")).is_err());
+    // A bad row of the second file is an error that names that file, and ends the reading.
+    dir.write("d/2.jsonl", b"{\"text\":\n");
+    let got: Vec<_> = source::rows(&folder).unwrap().collect();
+    assert_eq!(got.len(), 3);
+    assert!(
+        got[2]
+            .as_ref()
+            .unwrap_err()
+            .to_string()
+            .contains("2.jsonl, line 1")
+    );
+}
+
+#[test]
+fn damaged_files_are_errors() {
+    let dir = Dir::new();
+    let packed = zst(LINES.repeat(50).as_bytes());
+    let stream = arrow(false);
+    let file = arrow(true);
+    let mut flipped = packed.clone();
+    let middle = flipped.len() / 2;
+    flipped[middle] ^= 0xff;
+    let huge = [b"[{\"a\":\"".to_vec(), vec![b'x'; 65 << 20]].concat();
+    let cases: Vec<(&str, Vec<u8>, &str)> = vec![
+        (
+            "cut.jsonl.zst",
+            packed[..packed.len() - 9].to_vec(),
+            "cannot read on",
+        ),
+        ("flip.jsonl.zst", flipped, "line"),
+        ("not.jsonl.zst", LINES.as_bytes().to_vec(), "not zstd"),
+        (
+            "cut.csv.zst",
+            zst(CSV.as_bytes())[..40].to_vec(),
+            "cut.csv.zst",
+        ),
+        (
+            "quote.csv",
+            b"a,b\n1,\"2\n3,4\n".to_vec(),
+            "within a quoted cell",
+        ),
+        ("few.csv", b"a,b\n1,2\n3".to_vec(), "1 cells"),
+        ("many.csv", b"a,b\n1,2,3\n".to_vec(), "3 cells"),
+        ("utf8.csv", b"a,b\n1,\xff\n".to_vec(), "UTF-8"),
+        ("twice.csv", b"a,a\n1,2\n".to_vec(), "twice"),
+        ("cut.json", b"[{\"a\":1},{\"a\":".to_vec(), "element 1"),
+        ("open.json", b"[{\"a\":1}".to_vec(), "the file ends"),
+        ("after.json", b"[{\"a\":1}] x".to_vec(), "more follows"),
+        ("comma.json", b"[{\"a\":1} {\"a\":1}]".to_vec(), "no `,`"),
+        ("trailing.json", b"[{\"a\":1},]".to_vec(), "no object"),
+        ("scalar.json", b"[1]".to_vec(), "no object"),
+        ("keys.json", b"[{\"a\":1,\"a\":2}]".to_vec(), "twice"),
+        ("mixed.json", b"[{\"a\":[}]}]".to_vec(), "element 0"),
+        ("huge.json", huge.clone(), "64 MiB"),
+        ("huge.json.zst", zst(&huge), "64 MiB"),
+        ("huge.jsonl.zst", zst(&huge[1..]), "64 MiB"),
+        (
+            "huge.csv.zst",
+            zst(&[b"a\n\"".as_slice(), &huge].concat()),
+            "64 MiB",
+        ),
+        ("array.jsonl", b"[{\"a\":1}]".to_vec(), "a JSON array"),
+        ("empty.arrow", Vec::new(), "0 bytes"),
+        ("cut.arrow", stream[..stream.len() - 8].to_vec(), "end mark"),
+        (
+            "cutfile.arrow",
+            file[..file.len() - 8].to_vec(),
+            "no readable Arrow",
+        ),
+        ("text.arrow", LINES.as_bytes().to_vec(), "no readable Arrow"),
+    ];
+    for (name, bytes, words) in cases {
+        let e = rows(&dir.write(name, &bytes)).expect_err(name);
+        assert!(e.contains(words) && e.contains(name), "{name}: {e}");
+    }
+    assert_eq!(rows(&dir.write("none.json", b" [ ] ")), Ok(vec![]));
+    assert_eq!(rows(&dir.write("none.csv", b"")), Ok(vec![]));
+    assert_eq!(rows(&dir.write("header.csv", b"a,b\n")), Ok(vec![]));
+}
+
+#[test]
+fn no_byte_of_an_arrow_file_makes_the_reader_panic() {
+    let dir = Dir::new();
+    for whole in [arrow(true), arrow(false)] {
+        for i in (0..whole.len()).step_by(3) {
+            let mut bytes = whole.clone();
+            bytes[i] ^= 0xff;
+            let _ = rows(&dir.write("x.arrow", &bytes));
+            let _ = rows(&dir.write("x.arrow", &whole[..i]));
+        }
+    }
+}
+
+#[test]
+fn bad_rows_are_refused_or_skipped_with_a_count() {
+    let dir = Dir::new();
+    let good = r#"{"question":"q","answer":"a #### 1"}"#;
+    let bad = r#"{"question":"q","answer":"a"}"#;
+    let path = dir.write(
+        "a.jsonl",
+        [good, bad, good, bad, good].join("\n").as_bytes(),
+    );
+    let mut import = read(&path, None, OnBad::Refuse).unwrap();
+    assert_eq!(
+        (import.format(), import.next().unwrap().is_ok()),
+        (None, true)
+    );
+    assert_eq!(import.format(), Some(Format::Gsm8k));
+    let e = import.next().unwrap().unwrap_err().to_string();
+    for words in ["a.jsonl, line 2", "column `answer`", "####", "do: "] {
+        assert!(e.contains(words), "{e}");
+    }
+    assert!(import.next().is_none());
+
+    let mut import = read(&path, None, OnBad::Skip).unwrap();
+    let kept: Vec<String> = import.by_ref().map(|r| r.unwrap().1.place).collect();
+    assert_eq!(kept, ["line 1", "line 3", "line 5"]);
+    assert_eq!(
+        (import.skipped().count, import.skipped().first.len()),
+        (2, 2)
+    );
+    assert!(import.skipped().first[1].to_string().contains("line 4"));
+
+    // What cannot be read is an error even so, and so is what nothing recognises.
+    let path = dir.write("b.jsonl", format!("{good}\n{{").as_bytes());
+    assert!(
+        read(&path, None, OnBad::Skip)
+            .unwrap()
+            .nth(1)
+            .unwrap()
+            .is_err()
+    );
+    let path = dir.write("c.jsonl", b"{\"foo\":1,\"bar\":2}");
+    let e = read(&path, None, OnBad::Skip)
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap_err()
+        .to_string();
+    assert!(e.contains("foo, bar") && e.contains("ultrafeedback"), "{e}");
+    let named = read(&path, Some(Format::Canonical), OnBad::Refuse).unwrap();
+    assert_eq!(named.count(), 1);
+
+    // Ties are counted apart.
+    let tie =
+        r#"{"question":{"full_text":"q"},"answer_0":"a","answer_1":"b","score_0":0,"score_1":0}"#;
+    let mut import = read(&dir.write("d.jsonl", tie.as_bytes()), None, OnBad::Refuse).unwrap();
+    assert!(import.next().is_none());
+    assert_eq!((import.skipped().count, import.skipped().nothing), (0, 1));
+}
+
+#[test]
+fn manifests_parse_and_name_an_importer() {
+    for (name, text) in shipped() {
+        let manifest = Manifest::parse(text).unwrap();
+        assert_eq!(manifest.name, *name);
+        assert!(
+            !manifest.columns.is_empty() && !manifest.splits.is_empty(),
+            "{name}"
+        );
+        assert_ne!(manifest.format().unwrap(), Format::Canonical, "{name}");
+    }
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../datasets/manifests");
+    let files = std::fs::read_dir(folder).unwrap().count();
+    assert_eq!(
+        files,
+        shipped().len(),
+        "every file of the folder is shipped"
+    );
+    assert!(Manifest::parse("name = 3").is_err());
+}
+
+#[test]
+fn malformed_hh_rows_of_the_shared_folder() {
+    let path = crate::shared().join("bad/jsonl/hh_malformed.jsonl");
+    if !path.is_file() {
+        println!("skipped: no shared folder");
+        return;
+    }
+    let mut import = read(&path, None, OnBad::Skip).unwrap();
+    let kept: Vec<_> = import.by_ref().map(|r| r.unwrap()).collect();
+    assert!(kept.iter().all(|(f, _)| *f == Format::HhRlhf));
+    let places: Vec<&str> = kept.iter().map(|(_, r)| r.place.as_str()).collect();
+    assert_eq!(places, ["line 1", "line 2", "line 6"]);
+    assert_eq!(import.skipped().count, 3);
+    let first = read(&path, None, OnBad::Refuse).unwrap().nth(2).unwrap();
+    assert!(
+        first
+            .unwrap_err()
+            .to_string()
+            .contains("line 3, column `rejected`")
+    );
+}
+
+#[test]
+fn raw_files_of_the_shared_folder() {
+    let dir = crate::shared().join("datasets/raw");
+    if !dir.is_dir() {
+        println!("skipped: no shared folder");
+        return;
+    }
+    // The format, the rows kept, the rows skipped. Rows are never shown: some are offensive.
+    let expected = [
+        ("hh_harmless_base.jsonl.gz", Format::HhRlhf, 1864),
+        ("gsm8k_train.jsonl", Format::Gsm8k, 6743),
+        ("gsm8k_test.jsonl", Format::Gsm8k, 737),
+        ("ifeval_input_data.jsonl", Format::IfEval, 395),
+        (
+            "alpaca_format_gpteacher_roleplay.json",
+            Format::Alpaca,
+            2683,
+        ),
+    ];
+    for (name, format, total) in expected {
+        let mut import = read(&dir.join(name), None, OnBad::Skip).unwrap();
+        let kept = import.by_ref().map(Result::unwrap).count() as u64;
+        assert_eq!(import.format(), Some(format), "{name}");
+        println!("{name}: {kept} rows, {} skipped", import.skipped().count);
+        assert_eq!(kept + import.skipped().count, total, "{name}");
+        assert!(import.skipped().count * 50 < total, "{name}");
+    }
+    for name in [
+        "mt_bench_question.jsonl",
+        "persona_agreeableness.jsonl",
+        "selfinstruct_seed_tasks.jsonl",
+    ] {
+        let first = read(&dir.join(name), None, OnBad::Skip)
+            .unwrap()
+            .next()
+            .unwrap();
+        assert!(first.is_err(), "{name} has no importer");
+    }
+}
+
+#[test]
+fn raw_files_become_what_others_made_of_them() {
+    let dir = crate::shared().join("datasets");
+    if !dir.is_dir() {
+        println!("skipped: no shared folder");
+        return;
+    }
+    let cases: [(&str, &str, &[&str]); 5] = [
+        (
+            "raw/hh_harmless_base.jsonl.gz",
+            "preference/hh_harmless",
+            &["prompt", "chosen", "rejected"],
+        ),
+        (
+            "raw/alpaca_format_gpteacher_roleplay.json",
+            "sft/gpteacher_roleplay",
+            &["messages"],
+        ),
+        (
+            "raw/gsm8k_test.jsonl",
+            "prompt_only/gsm8k/test.parquet",
+            &["prompt", "answer"],
+        ),
+        (
+            "raw/gsm8k_train.jsonl",
+            "prompt_only/gsm8k/train.parquet",
+            &["prompt", "answer"],
+        ),
+        (
+            "raw/ifeval_input_data.jsonl",
+            "prompt_only/ifeval",
+            &["prompt"],
+        ),
+    ];
+    for (raw, made, columns) in cases {
+        let chosen = |row: &Map<String, Value>| -> String {
+            columns.iter().map(|c| row[*c].to_string() + "\n").collect()
+        };
+        let sorted = |mut rows: Vec<String>| {
+            rows.sort();
+            rows
+        };
+        let ours = read(&dir.join(raw), None, OnBad::Skip).unwrap();
+        let ours = sorted(ours.map(|r| chosen(&r.unwrap().1.columns)).collect());
+        let theirs = source::rows(&dir.join(made)).unwrap();
+        let theirs = sorted(theirs.map(|r| chosen(&r.unwrap().columns)).collect());
+        let differ = ours.iter().zip(&theirs).filter(|(a, b)| a != b).count();
+        println!(
+            "{raw}: {} and {} rows, {differ} differ",
+            ours.len(),
+            theirs.len()
+        );
+        // The rows are not shown: some are offensive.
+        assert!(ours == theirs, "{raw}: {differ} differ");
+    }
+}
