@@ -9,6 +9,7 @@
 mod bad;
 mod golden;
 mod hostile;
+mod lint;
 mod props;
 mod synth;
 mod templates;
