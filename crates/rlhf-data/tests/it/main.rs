@@ -11,6 +11,7 @@ mod golden;
 mod hostile;
 mod lint;
 mod props;
+mod stats;
 mod synth;
 mod templates;
 
