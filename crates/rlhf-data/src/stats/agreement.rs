@@ -30,7 +30,7 @@ pub fn cohen_kappa(pairs: &[(usize, usize)], k: usize) -> Option<f64> {
 }
 
 /// Fleiss' kappa of many annotators (Fleiss 1971, "Measuring nominal scale agreement among many
-/// raters", equations 2 to 7): `counts[i][j]` annotators give item i the label j, and each item has the
+/// raters"): `counts[i][j]` annotators give item i the label j, and each item has the
 /// same number m ≥ 2 of them.
 ///
 /// P_i = (Σ_j n_ij² − m)/(m(m − 1)), P̄ its mean, P̄_e = Σ_j p_j² with p_j the share of label j,

@@ -26,6 +26,8 @@ pub(super) struct Sketch {
     min: f64,
     max: f64,
     not_finite: u64,
+    /// Values that are no whole numbers.
+    broken: u64,
 }
 
 impl Sketch {
@@ -34,6 +36,7 @@ impl Sketch {
             self.not_finite += 1;
             return;
         }
+        self.broken += u64::from(x.fract() != 0.0);
         let size = (x.abs().to_bits() >> CUT) as i64;
         let cell = self
             .cells
@@ -100,7 +103,7 @@ impl Sketch {
     }
 
     /// Equal bars between the least and the greatest value; where the greatest is far beyond the
-    /// median, bars that grow by an equal factor.
+    /// median, bars that grow by an equal factor. Of whole numbers each equal bar holds equally many.
     fn histogram(&self) -> Histogram {
         if self.n == 0 {
             return Histogram::default();
@@ -112,24 +115,35 @@ impl Sketch {
                 counts: vec![self.n],
             };
         }
-        let grows = low >= 0.0 && high > 10.0 * self.quantile(0.5).max(1.0);
-        let shift = 1.0 - low;
-        let edges: Vec<f64> = (0..=BINS)
-            .map(|i| {
-                let part = i as f64 / BINS as f64;
-                if grows {
-                    (high + shift).powf(part) - shift
-                } else {
-                    low + part * (high - low)
-                }
-            })
-            .collect();
-        let mut counts = vec![0; BINS];
+        let edges = self.edges(low, high);
+        let bins = edges.len() - 1;
+        let mut counts = vec![0; bins];
         for (x, n) in self.values() {
-            let bin = edges.partition_point(|e| *e <= x).clamp(1, BINS) - 1;
+            let bin = edges.partition_point(|e| *e <= x).clamp(1, bins) - 1;
             counts[bin] += n;
         }
         Histogram { edges, counts }
+    }
+
+    /// At least two edges.
+    fn edges(&self, low: f64, high: f64) -> Vec<f64> {
+        let part = |i: usize| i as f64 / BINS as f64;
+        let whole = self.broken == 0 && high - low < 1e15;
+        if low >= 0.0 && high > 10.0 * self.quantile(0.5).max(1.0) {
+            let shift = 1.0 - low;
+            let mut edges: Vec<f64> = (0..=BINS)
+                .map(|i| (high + shift).powf(part(i)) - shift)
+                .map(|e| if whole { e.ceil() } else { e })
+                .collect();
+            edges.dedup();
+            return edges;
+        }
+        if whole {
+            let width = ((high - low + 1.0) / BINS as f64).ceil();
+            let bins = ((high - low + 1.0) / width).ceil() as usize;
+            return (0..=bins).map(|i| low + i as f64 * width).collect();
+        }
+        (0..=BINS).map(|i| low + part(i) * (high - low)).collect()
     }
 }
 
@@ -216,7 +230,14 @@ mod tests {
                 && (s.sd - (2001.0 * 2002.0 / 12.0f64).sqrt()).abs() < 1e-9
         );
         assert_eq!(s.histogram.counts.iter().sum::<u64>(), 2001);
-        assert_eq!(s.histogram.counts[0], 100);
+        // 2001 values in 20 bars of 101, the last of 82.
+        assert_eq!((s.histogram.counts[0], s.histogram.counts[19]), (101, 82));
+        assert_eq!(s.histogram.edges[1], 101.0);
+        let few = of([3.0, 4.0, 4.0, 6.0]).histogram;
+        assert_eq!(
+            (few.edges, few.counts),
+            (vec![3.0, 4.0, 5.0, 6.0, 7.0], vec![1, 2, 0, 1])
+        );
     }
 
     #[test]
