@@ -84,7 +84,8 @@ pub struct Finding {
 pub struct CheckReport {
     /// Rows read.
     pub rows: usize,
-    /// Findings in the order of rows, at most [`MAX_FINDINGS`].
+    /// Findings in the order of rows, at most [`MAX_FINDINGS`]; where there are more, errors go before
+    /// warnings.
     pub findings: Vec<Finding>,
     /// How often each rule was broken, also beyond the listed findings.
     pub counts: std::collections::BTreeMap<&'static str, usize>,
@@ -154,15 +155,15 @@ impl Ledger<'_> {
             rule,
             level,
             place: place.into(),
-            column: column.into(),
+            column: excerpt(column),
             what: excerpt(&what.into()),
         };
         (self.sink)(&finding);
         let r = &mut self.report;
         *r.counts.entry(rule).or_default() += 1;
         r.failed |= level == Level::Error;
-        if r.findings.len() >= MAX_FINDINGS && level == Level::Error {
-            // An error is never hidden behind warnings.
+        if r.findings.len() >= MAX_FINDINGS && (level == Level::Error || place.is_empty()) {
+            // An error, or what concerns the whole file, is never hidden behind warnings.
             if let Some(i) = r.findings.iter().rposition(|f| f.level == Level::Warning) {
                 r.findings.remove(i);
             }

@@ -21,6 +21,9 @@ use crate::text_stats::words;
 /// are not looked for.
 pub const SHORT_NGRAM: usize = 8;
 
+/// Characters shown of an n-gram, so that the message still names the row.
+const SHOWN: usize = 80;
+
 /// A prompt and its answers.
 #[derive(Debug, Default)]
 pub(super) struct Parts {
@@ -216,7 +219,7 @@ impl Splits {
     fn name(&self, (file, row): At) -> String {
         self.files
             .get(file as usize)
-            .map(|(name, kind)| format!("{name}, {kind} {row}"))
+            .map(|(name, kind)| format!("{kind} {row} of {name}"))
             .unwrap_or_default()
     }
 
@@ -243,7 +246,8 @@ impl Splits {
                     .find_map(|(i, gram)| Some((i, *set.get(&run_hash(gram))?)));
                 if let Some((i, at)) = found {
                     let gram = words.get(i..i + n).unwrap_or_default().join(" ");
-                    let what = format!("{n} words of {}: {gram}", self.name(at));
+                    let start: String = gram.chars().take(SHOWN).collect();
+                    let what = format!("{start}: {n} words as in {}", self.name(at));
                     report.add("contamination", Level::Warning, (place, ""), what);
                     return;
                 }
