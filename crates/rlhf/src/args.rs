@@ -213,11 +213,29 @@ pub enum DataCommand {
         /// Longest completion in tokens
         #[arg(long, default_value_t = 1024)]
         max_completion: usize,
+        /// Another split, whose prompts must not stand in the file; may be repeated
+        #[arg(long, value_name = "FILE")]
+        against: Vec<PathBuf>,
+        /// An evaluation set, whose text should not stand in the file; may be repeated
+        #[arg(long, value_name = "FILE")]
+        eval: Vec<PathBuf>,
+        /// Words in a row that make a contamination
+        #[arg(long, default_value_t = 13)]
+        ngram: usize,
+        /// Similarity from which rows are near-duplicates; 0 looks for none
+        #[arg(long, value_name = "JACCARD", default_value_t = 0.8)]
+        near_duplicate: f64,
+        /// More characters than this in a column are a finding
+        #[arg(long, default_value_t = 1_000_000)]
+        max_characters: usize,
+        /// Write every finding to a Parquet file too
+        #[arg(long, value_name = "FILE")]
+        findings: Option<PathBuf>,
         /// Print JSON on stdout
         #[arg(long)]
         json: bool,
     },
-    /// Describe a file: rows, lengths, how often the longer completion is chosen
+    /// Describe a file: lengths, what the preference follows besides quality, agreement, scores
     Stats {
         /// The file
         input: PathBuf,
@@ -227,6 +245,9 @@ pub enum DataCommand {
         /// A tokenizer or model folder, to count tokens instead of characters
         #[arg(long, value_name = "DIR")]
         tokenizer: Option<PathBuf>,
+        /// Write a page with tables and bars too
+        #[arg(long, value_name = "FILE")]
+        html: Option<PathBuf>,
         /// Print JSON on stdout
         #[arg(long)]
         json: bool,

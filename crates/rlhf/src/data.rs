@@ -9,9 +9,9 @@ use std::io::IsTerminal as _;
 use std::path::Path;
 use std::process::ExitCode;
 
-use rlhf_data::check::{Purpose, check};
+use rlhf_data::check::{CheckOptions, FindingsOut, Purpose, check_each};
 use rlhf_data::group::PromptGroup;
-use rlhf_data::record::{self, PreferenceRecord, PromptRecord, SftRecord};
+use rlhf_data::record;
 use rlhf_data::source::{self, ParquetOut};
 use rlhf_data::tokenize::{ChatTokenizer, Limits, Outcome};
 use serde_json::json;
@@ -33,30 +33,39 @@ pub(crate) fn run(command: &DataCommand) -> anyhow::Result<ExitCode> {
             tokenizer,
             max_prompt,
             max_completion,
+            against,
+            eval,
+            ngram,
+            near_duplicate,
+            max_characters,
+            findings,
             json,
         } => {
             let tokenizer = tokenizer.as_deref().map(ChatTokenizer::load).transpose()?;
-            let limits = Limits::new(*max_prompt, *max_completion);
-            let report = check(
-                input,
-                purpose.purpose(),
-                tokenizer.as_ref().map(|t| (t, limits)),
-            );
-            if *json {
-                println!("{}", serde_json::to_string_pretty(&report)?);
-            } else {
-                println!("{report}");
+            if !(0.0..=1.0).contains(near_duplicate) {
+                let what = format!("a similarity of {near_duplicate}");
+                return Err(usage(what, "--near-duplicate", "give a number from 0 to 1").into());
             }
-            Ok(ExitCode::from(if report.failed { 2 } else { 0 }))
+            let limits = Limits::new(*max_prompt, *max_completion);
+            let options = CheckOptions {
+                tokens: tokenizer.as_ref().map(|t| (t, limits)),
+                against: against.clone(),
+                eval: eval.clone(),
+                ngram: *ngram,
+                near_duplicate: Some(*near_duplicate).filter(|x| *x > 0.0),
+                max_characters: *max_characters,
+            };
+            check(input, *purpose, &options, findings.as_deref(), *json)
         }
         DataCommand::Stats {
             input,
             purpose,
             tokenizer,
+            html,
             json,
         } => {
             let tokenizer = tokenizer.as_deref().map(ChatTokenizer::load).transpose()?;
-            stats(input, *purpose, tokenizer.as_ref(), *json)
+            stats(input, *purpose, tokenizer.as_ref(), html.as_deref(), *json)
         }
         DataCommand::Render {
             input,
@@ -134,126 +143,49 @@ fn import(input: &Path, out: &Path, purpose: PurposeArg) -> anyhow::Result<ExitC
     Ok(ExitCode::SUCCESS)
 }
 
-/// Lengths of one column.
-#[derive(Default)]
-struct Lengths(Vec<usize>);
-
-impl Lengths {
-    fn json(&self) -> serde_json::Value {
-        let mut sorted = self.0.clone();
-        sorted.sort_unstable();
-        let at = |q: f64| {
-            sorted
-                .get((q * (sorted.len().saturating_sub(1)) as f64).round() as usize)
-                .copied()
-                .unwrap_or(0)
-        };
-        let mean = sorted.iter().sum::<usize>() as f64 / sorted.len().max(1) as f64;
-        json!({"mean": (mean * 10.0).round() / 10.0, "min": at(0.0), "median": at(0.5), "p95": at(0.95), "max": at(1.0)})
+fn check(
+    input: &Path,
+    purpose: PurposeArg,
+    options: &CheckOptions<'_>,
+    findings: Option<&Path>,
+    as_json: bool,
+) -> anyhow::Result<ExitCode> {
+    let mut file = findings.map(FindingsOut::create).transpose()?;
+    let report = check_each(input, purpose.purpose(), options, &mut |f| {
+        if let Some(file) = &mut file {
+            file.write(f);
+        }
+    });
+    if as_json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        println!("{report}");
     }
+    if let Some(file) = file {
+        file.finish()?;
+    }
+    Ok(ExitCode::from(if report.failed { 2 } else { 0 }))
 }
 
 fn stats(
     input: &Path,
     purpose: PurposeArg,
     tokenizer: Option<&ChatTokenizer>,
+    html: Option<&Path>,
     as_json: bool,
 ) -> anyhow::Result<ExitCode> {
-    let size = |text: &str| -> anyhow::Result<usize> {
-        Ok(match tokenizer {
-            Some(t) => t.encode(text)?.len(),
-            None => text.chars().count(),
-        })
-    };
-    let mut columns: Vec<(&str, Lengths)> = Vec::new();
-    let mut rows = 0usize;
-    let mut extra = json!({});
-    match purpose {
-        PurposeArg::Sft => {
-            let mut lengths = Lengths::default();
-            for r in source::read_sft(input)? {
-                let r: SftRecord = r?;
-                rows += 1;
-                lengths.0.push(size(&r.completion.joined())?);
-            }
-            columns.push(("completion", lengths));
-        }
-        PurposeArg::Prompts => {
-            let mut lengths = Lengths::default();
-            for r in source::read_prompts(input)? {
-                let r: PromptRecord = r?;
-                rows += 1;
-                lengths.0.push(size(&r.prompt.joined())?);
-            }
-            columns.push(("prompt", lengths));
-        }
-        PurposeArg::Preference => {
-            let (mut p, mut c, mut j, mut longer) = (
-                Lengths::default(),
-                Lengths::default(),
-                Lengths::default(),
-                0.0,
-            );
-            for r in source::read_preference(input)? {
-                let r: PreferenceRecord = r?;
-                rows += 1;
-                p.0.push(size(&r.prompt.joined())?);
-                let (a, b) = (size(&r.chosen.joined())?, size(&r.rejected.joined())?);
-                longer += if a > b {
-                    1.0
-                } else if a == b {
-                    0.5
-                } else {
-                    0.0
-                };
-                c.0.push(a);
-                j.0.push(b);
-            }
-            columns.extend([("prompt", p), ("chosen", c), ("rejected", j)]);
-            extra = json!({"chosen_is_longer": longer / rows.max(1) as f64});
-        }
+    let stats = rlhf_data::stats::stats(input, purpose.purpose(), tokenizer)?;
+    if let Some(path) = html {
+        let page = format!(
+            "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"color-scheme\" content=\"light dark\"><title>rlhf data stats</title></head><body>{}</body></html>\n",
+            stats.html()
+        );
+        crate::files::write(path, page.as_bytes())?;
     }
-    let unit = if tokenizer.is_some() {
-        "tokens"
-    } else {
-        "characters"
-    };
     if as_json {
-        let lengths: serde_json::Map<_, _> = columns
-            .iter()
-            .map(|(n, l)| ((*n).to_owned(), l.json()))
-            .collect();
-        println!(
-            "{}",
-            serde_json::to_string_pretty(
-                &json!({"rows": rows, "unit": unit, "lengths": lengths, "more": extra})
-            )?
-        );
-        return Ok(ExitCode::SUCCESS);
-    }
-    println!("{rows} rows; lengths in {unit}:");
-    let mut table = vec![vec![
-        String::new(),
-        "mean".into(),
-        "min".into(),
-        "median".into(),
-        "p95".into(),
-        "max".into(),
-    ]];
-    for (name, l) in &columns {
-        let j = l.json();
-        table.push(
-            std::iter::once((*name).to_owned())
-                .chain(["mean", "min", "median", "p95", "max"].map(|k| j[k].to_string()))
-                .collect(),
-        );
-    }
-    println!("{}", crate::terminal::table(&table));
-    if let Some(x) = extra["chosen_is_longer"].as_f64() {
-        println!(
-            "the chosen completion is the longer one in {:.1}% of pairs",
-            100.0 * x
-        );
+        println!("{}", serde_json::to_string_pretty(&stats)?);
+    } else {
+        print!("{stats}");
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -15,9 +15,11 @@ mod hostile;
 mod hub;
 mod import;
 mod limits;
+mod lint;
 mod order;
 mod props;
 mod records;
+mod stats;
 mod synth;
 mod templates;
 

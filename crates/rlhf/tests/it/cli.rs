@@ -93,6 +93,12 @@ fn data_commands_describe_check_and_import() {
         (v["rows"].as_u64(), v["unit"].as_str()),
         (Some(4000), Some("tokens"))
     );
+    assert_eq!(v["lengths"][1]["column"], "chosen");
+    assert_eq!(v["lengths"][1]["tokens"]["n"], 4000);
+    assert!(
+        v["preference"]["length_model"]["weight"].is_number(),
+        "{out}"
+    );
     let (code, out, _) = run(&[
         "data",
         "check",
@@ -145,6 +151,73 @@ fn data_commands_describe_check_and_import() {
             .1
             .starts_with("1 rows")
     );
+}
+
+#[test]
+fn check_compares_with_other_files_and_stats_writes_a_page() {
+    let file = "datasets/help/preference/train.parquet";
+    let dir = tempfile::tempdir().unwrap();
+    let (findings, page, test) = (
+        dir.path().join("findings.parquet"),
+        dir.path().join("stats.html"),
+        dir.path().join("test.jsonl"),
+    );
+    let args = [
+        "data",
+        "check",
+        file,
+        "--purpose",
+        "preference",
+        "--findings",
+        findings.to_str().unwrap(),
+    ];
+    let with = |more: &[&str]| run(&[&args[..], more].concat());
+    // A row of the file itself as another split and as an evaluation set.
+    let row = rlhf_data::source::rows(&root().join(file))
+        .unwrap()
+        .nth(7)
+        .unwrap()
+        .unwrap();
+    std::fs::write(
+        &test,
+        format!("{}\n", serde_json::Value::Object(row.columns)),
+    )
+    .unwrap();
+    let test = test.to_str().unwrap();
+    let (code, out, err) = with(&["--against", test, "--eval", test, "--near-duplicate", "0"]);
+    assert_eq!(code, 2, "{out}{err}");
+    let rules: Vec<(String, String)> = rlhf_data::source::rows(&findings)
+        .unwrap()
+        .map(|r| {
+            let c = r.unwrap().columns;
+            let of = |name: &str| c[name].as_str().unwrap().to_owned();
+            (of("rule"), of("place"))
+        })
+        .collect();
+    assert!(
+        rules.contains(&("leak".into(), "row 7".into())),
+        "{rules:?}"
+    );
+    assert!(out.contains("leak") && out.contains("line 1 of /"), "{out}");
+    assert_eq!(with(&["--near-duplicate", "2"]).0, 2);
+    assert_eq!(with(&["--against", "missing.jsonl"]).0, 2);
+
+    let (code, out, err) = run(&[
+        "data",
+        "stats",
+        file,
+        "--purpose",
+        "preference",
+        "--html",
+        page.to_str().unwrap(),
+    ]);
+    assert_eq!(code, 0, "{err}");
+    assert!(
+        out.contains("chosen is longer") && out.contains("length alone"),
+        "{out}"
+    );
+    let page = std::fs::read_to_string(page).unwrap();
+    assert!(page.starts_with("<!doctype html>") && page.contains("<rect"));
 }
 
 #[test]

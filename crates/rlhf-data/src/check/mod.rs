@@ -3,12 +3,19 @@
 //! Invariant: fail-closed. What cannot be read is an error; what would be dropped or mistrained is
 //! reported with its row.
 
+mod findings;
+mod near;
+mod pairs;
+mod splits;
+pub(crate) mod values;
+
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};
 
 use crate::conversation::{Message, Role, Text};
@@ -16,6 +23,13 @@ use crate::error::Error;
 use crate::record::{Fault, PreferenceRecord, PromptRecord, Record, SftRecord};
 use crate::source;
 use crate::tokenize::{ChatTokenizer, DropReason, Limits, Outcome};
+
+use near::NearDuplicates;
+use pairs::{Contradictions, LengthBias};
+use splits::{Parts, Splits};
+
+pub use findings::{FindingsOut, findings_schema, write_findings_parquet};
+pub use splits::SHORT_NGRAM;
 
 /// What a file is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -39,6 +53,17 @@ pub enum Level {
     Error,
 }
 
+impl Level {
+    /// The name in reports.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Warning => "warning",
+            Self::Error => "error",
+        }
+    }
+}
+
 /// A rule broken by a row.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Finding {
@@ -59,7 +84,8 @@ pub struct Finding {
 pub struct CheckReport {
     /// Rows read.
     pub rows: usize,
-    /// Findings in the order of rows, at most [`MAX_FINDINGS`].
+    /// Findings in the order of rows, at most [`MAX_FINDINGS`]; where there are more, errors go before
+    /// warnings.
     pub findings: Vec<Finding>,
     /// How often each rule was broken, also beyond the listed findings.
     pub counts: std::collections::BTreeMap<&'static str, usize>,
@@ -70,7 +96,46 @@ pub struct CheckReport {
 /// Findings listed; the rest is only counted.
 pub const MAX_FINDINGS: usize = 200;
 
-impl CheckReport {
+/// What to look for.
+#[derive(Clone, Debug)]
+pub struct CheckOptions<'a> {
+    /// A tokenizer and limits, to see what becomes of each row in tokens.
+    pub tokens: Option<(&'a ChatTokenizer, Limits)>,
+    /// Other splits, whose prompts must not stand in the file (rule `leak`): about 50 bytes a row.
+    pub against: Vec<PathBuf>,
+    /// Evaluation sets, whose text should not stand in the file (rule `contamination`): about 40 bytes a
+    /// word.
+    pub eval: Vec<PathBuf>,
+    /// Words that must agree in a row for `contamination`, 13 as in Brown et al. 2020, "Language Models
+    /// are Few-Shot Learners", appendix C; [`SHORT_NGRAM`] for shorter texts.
+    pub ngram: usize,
+    /// The Jaccard similarity of 5-word shingles from which rows are near-duplicates, or `None` to look
+    /// for none. Pairs below about 0.7 are rarely compared. About 600 bytes a row.
+    pub near_duplicate: Option<f64>,
+    /// More characters than this in a column are a finding (rule `over_long`).
+    pub max_characters: usize,
+}
+
+impl Default for CheckOptions<'_> {
+    fn default() -> Self {
+        Self {
+            tokens: None,
+            against: Vec::new(),
+            eval: Vec::new(),
+            ngram: 13,
+            near_duplicate: Some(0.8),
+            max_characters: 1_000_000,
+        }
+    }
+}
+
+/// The report as it grows, and who else hears of findings.
+struct Ledger<'a> {
+    report: CheckReport,
+    sink: &'a mut dyn FnMut(&Finding),
+}
+
+impl Ledger<'_> {
     fn unreadable(&mut self, e: &Error) {
         let (place, column) = match e {
             Error::Row { place, column, .. } => (place.as_str(), column.as_str()),
@@ -86,16 +151,25 @@ impl CheckReport {
         (place, column): (&str, &str),
         what: impl Into<String>,
     ) {
-        *self.counts.entry(rule).or_default() += 1;
-        self.failed |= level == Level::Error;
-        if self.findings.len() < MAX_FINDINGS {
-            self.findings.push(Finding {
-                rule,
-                level,
-                place: place.into(),
-                column: column.into(),
-                what: excerpt(&what.into()),
-            });
+        let finding = Finding {
+            rule,
+            level,
+            place: place.into(),
+            column: excerpt(column),
+            what: excerpt(&what.into()),
+        };
+        (self.sink)(&finding);
+        let r = &mut self.report;
+        *r.counts.entry(rule).or_default() += 1;
+        r.failed |= level == Level::Error;
+        if r.findings.len() >= MAX_FINDINGS && (level == Level::Error || place.is_empty()) {
+            // An error, or what concerns the whole file, is never hidden behind warnings.
+            if let Some(i) = r.findings.iter().rposition(|f| f.level == Level::Warning) {
+                r.findings.remove(i);
+            }
+        }
+        if r.findings.len() < MAX_FINDINGS {
+            r.findings.push(finding);
         }
     }
 }
@@ -103,11 +177,7 @@ impl CheckReport {
 impl fmt::Display for CheckReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for x in &self.findings {
-            let level = if x.level == Level::Error {
-                "error"
-            } else {
-                "warning"
-            };
+            let level = x.level.name();
             writeln!(
                 f,
                 "{level:<8} {:<18} {:<10} {:<10} {}",
@@ -169,16 +239,43 @@ pub fn check(
     purpose: Purpose,
     tokens: Option<(&ChatTokenizer, Limits)>,
 ) -> CheckReport {
-    let mut report = CheckReport::default();
+    let options = CheckOptions {
+        tokens,
+        ..CheckOptions::default()
+    };
+    check_with(path, purpose, &options)
+}
+
+/// [`check`] with every choice.
+#[must_use]
+pub fn check_with(path: &Path, purpose: Purpose, options: &CheckOptions<'_>) -> CheckReport {
+    check_each(path, purpose, options, &mut |_| {})
+}
+
+/// [`check_with`]; `sink` hears of every finding, also beyond [`MAX_FINDINGS`].
+pub fn check_each(
+    path: &Path,
+    purpose: Purpose,
+    options: &CheckOptions<'_>,
+    sink: &mut dyn FnMut(&Finding),
+) -> CheckReport {
+    let mut report = Ledger {
+        report: CheckReport::default(),
+        sink,
+    };
     let rows = match source::rows(path) {
         Ok(rows) => rows,
         Err(e) => {
             report.unreadable(&e);
-            return report;
+            return report.report;
         }
     };
     // A digest a row, so that memory does not grow with the texts.
     let mut seen: HashMap<[u8; 16], u64> = HashMap::new();
+    let mut memory = Memory {
+        splits: Splits::load(&options.against, &options.eval, options.ngram, &mut report),
+        ..Memory::default()
+    };
     for (index, row) in rows.enumerate() {
         let row = match row {
             Ok(row) => row,
@@ -187,32 +284,31 @@ pub fn check(
                 break;
             }
         };
-        report.rows += 1;
+        report.report.rows += 1;
+        let mut duplicate = false;
         match seen.entry(digest(&row.columns)) {
-            Entry::Occupied(first) => report.add(
-                "duplicate",
-                Level::Warning,
-                (&row.place, ""),
-                format!("the same as {}", place_of(&row.place, *first.get())),
-            ),
+            Entry::Occupied(first) => {
+                duplicate = true;
+                report.add(
+                    "duplicate",
+                    Level::Warning,
+                    (&row.place, ""),
+                    format!("the same as {}", place_of(&row.place, *first.get())),
+                );
+            }
             Entry::Vacant(v) => {
                 v.insert(number_of(&row.place));
             }
         }
-        if purpose == Purpose::Sft && row.columns.get("label") == Some(&false.into()) {
-            report.add(
-                "label_ignored",
-                Level::Warning,
-                (&row.place, "label"),
-                "a completion labelled as bad would be trained like a good one",
-            );
-        }
         let mut one = RowCheck {
             report: &mut report,
+            memory: &mut memory,
+            options,
             place: &row.place,
             row: index as u64,
-            tokens,
+            duplicate,
         };
+        one.columns(&row.columns, purpose);
         match purpose {
             Purpose::Sft => one.judge(SftRecord::from_row(row.columns), RowCheck::sft),
             Purpose::Preference => one.judge(
@@ -222,10 +318,22 @@ pub fn check(
             Purpose::Prompts => one.judge(PromptRecord::from_row(row.columns), RowCheck::prompt),
         }
     }
-    if report.rows == 0 && !report.failed {
+    if let Some(what) = memory.lengths.finding() {
+        report.add("length_bias", Level::Warning, ("", ""), what);
+    }
+    if report.report.rows == 0 && !report.report.failed {
         report.add("no_rows", Level::Error, ("", ""), "the file has no rows");
     }
-    report
+    report.report
+}
+
+/// What is remembered of earlier rows and other files.
+#[derive(Default)]
+struct Memory {
+    near: NearDuplicates,
+    contradictions: Contradictions,
+    lengths: LengthBias,
+    splits: Splits,
 }
 
 fn digest(columns: &serde_json::Map<String, serde_json::Value>) -> [u8; 16] {
@@ -260,14 +368,77 @@ fn one_line(e: &Error) -> String {
     e.to_string().replace("\n  ", "; ")
 }
 
-struct RowCheck<'a> {
-    report: &'a mut CheckReport,
+struct RowCheck<'a, 'b> {
+    report: &'a mut Ledger<'b>,
+    memory: &'a mut Memory,
+    options: &'a CheckOptions<'a>,
     place: &'a str,
     row: u64,
-    tokens: Option<(&'a ChatTokenizer, Limits)>,
+    /// Whether an earlier row is the same.
+    duplicate: bool,
 }
 
-impl RowCheck<'_> {
+impl RowCheck<'_, '_> {
+    /// The rules that need no record.
+    fn columns(&mut self, row: &Map<String, Value>, purpose: Purpose) {
+        let label = row.get("label").and_then(Value::as_bool);
+        if purpose == Purpose::Sft && label == Some(false) {
+            self.report.add(
+                "label_ignored",
+                Level::Warning,
+                (self.place, "label"),
+                "a completion labelled as bad would be trained like a good one",
+            );
+        }
+        if let (Some(label), Some(completion)) = (label, row.get("completion")) {
+            let prompt = row.get("prompt").map(Value::to_string).unwrap_or_default();
+            let here = number_of(self.place);
+            let earlier =
+                self.memory
+                    .contradictions
+                    .label(here, &prompt, &completion.to_string(), label);
+            if let Some(n) = earlier {
+                let what = format!(
+                    "{} labels the same completion {}",
+                    place_of(self.place, n),
+                    !label
+                );
+                self.report
+                    .add("contradiction", Level::Warning, (self.place, "label"), what);
+            }
+        }
+        for (column, value) in values::not_finite_columns(row) {
+            // A record refuses such a margin itself.
+            if column != "margin" || purpose != Purpose::Preference {
+                let what = format!("{value} is no finite number");
+                self.report
+                    .add("not_finite", Level::Warning, (self.place, column), what);
+            }
+        }
+        let limit = self.options.max_characters;
+        for (column, n) in values::over_long(row, limit) {
+            let what = format!("{n} characters, the limit is {limit}");
+            self.report
+                .add("over_long", Level::Warning, (self.place, &column), what);
+        }
+    }
+
+    /// The rules that compare with earlier rows and other files.
+    fn compare(&mut self, parts: &Parts, near: &str) {
+        self.memory.splits.judge(parts, self.place, self.report);
+        let Some(threshold) = self.options.near_duplicate.filter(|_| !self.duplicate) else {
+            return;
+        };
+        let here = number_of(self.place);
+        if let Some((n, s)) = self.memory.near.find(near, here, threshold) {
+            let what = format!(
+                "much like {} (estimated Jaccard similarity {s:.2})",
+                place_of(self.place, n)
+            );
+            self.add("near_duplicate", Level::Warning, what);
+        }
+    }
+
     fn add(&mut self, rule: &'static str, level: Level, what: impl Into<String>) {
         self.report.add(rule, level, (self.place, ""), what);
     }
@@ -295,7 +466,14 @@ impl RowCheck<'_> {
             (None, c @ Text::Messages(_)) => self.text(&[("messages", c)]),
             (None, c @ Text::Plain(_)) => self.text(&[("text", c)]),
         }
-        if let Some((t, limits)) = self.tokens {
+        let whole: Vec<String> = r
+            .prompt
+            .iter()
+            .chain([&r.completion])
+            .map(Text::joined)
+            .collect();
+        self.compare(&Parts::sft(r), &whole.join("\n"));
+        if let Some((t, limits)) = self.options.tokens {
             self.outcome(t.sft_group(self.row, r, &limits));
         }
     }
@@ -312,21 +490,34 @@ impl RowCheck<'_> {
             ("rejected", &r.rejected),
         ]);
         // With a tokenizer the ids are compared, which finds these pairs and more.
-        if self.tokens.is_none() && r.chosen == r.rejected {
+        if self.options.tokens.is_none() && r.chosen == r.rejected {
             self.add(
                 "identical",
                 Level::Warning,
                 "chosen equals rejected: the pair is dropped",
             );
         }
-        if let Some((t, limits)) = self.tokens {
+        let [prompt, chosen, rejected] = [&r.prompt, &r.chosen, &r.rejected].map(Text::joined);
+        self.compare(&Parts::preference(r), &format!("{prompt}\n{chosen}"));
+        let here = number_of(self.place);
+        let earlier = self
+            .memory
+            .contradictions
+            .pair(here, &prompt, &chosen, &rejected);
+        if let Some(n) = earlier {
+            let what = format!("{} prefers the other completion", place_of(self.place, n));
+            self.add("contradiction", Level::Warning, what);
+        }
+        self.memory.lengths.add(&chosen, &rejected);
+        if let Some((t, limits)) = self.options.tokens {
             self.outcome(t.preference_group(self.row, r, &limits));
         }
     }
 
     fn prompt(&mut self, r: &PromptRecord) {
         self.text(&[("prompt", &r.prompt)]);
-        if let Some((t, limits)) = self.tokens {
+        self.compare(&Parts::prompt(r), &r.prompt.joined());
+        if let Some((t, limits)) = self.options.tokens {
             match t.prompt_ids(&r.prompt) {
                 Ok(ids) if ids.len() > limits.max_prompt => {
                     self.add(
@@ -391,7 +582,10 @@ impl RowCheck<'_> {
 
     /// Special tokens' names and characters that do not show, once a row each.
     fn text(&mut self, texts: &[(&str, &Text)]) {
-        let own = self.tokens.map_or(&[][..], |(t, _)| t.special_tokens());
+        let own = self
+            .options
+            .tokens
+            .map_or(&[][..], |(t, _)| t.special_tokens());
         let markers = || {
             MARKERS
                 .iter()
