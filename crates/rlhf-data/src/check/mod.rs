@@ -103,8 +103,8 @@ pub struct CheckOptions<'a> {
     pub tokens: Option<(&'a ChatTokenizer, Limits)>,
     /// Other splits, whose prompts must not stand in the file (rule `leak`): about 50 bytes a row.
     pub against: Vec<PathBuf>,
-    /// Evaluation sets, whose text should not stand in the file (rule `contamination`): about 40 bytes a
-    /// word.
+    /// Evaluation sets, whose text should not stand in the file (rule `contamination`), without what
+    /// more than ten of their rows share: about 40 bytes a word.
     pub eval: Vec<PathBuf>,
     /// Words that must agree in a row for `contamination`, 13 as in Brown et al. 2020, "Language Models
     /// are Few-Shot Learners", appendix C; [`SHORT_NGRAM`] for shorter texts.

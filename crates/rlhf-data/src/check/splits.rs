@@ -3,7 +3,7 @@
 //! Memory: about 50 bytes a row of the other splits and about 40 bytes an n-gram of the evaluation
 //! sets (one for each word, nearly); never the texts.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -20,6 +20,10 @@ use crate::text_stats::words;
 /// Words of the n-gram for evaluation texts that are shorter than the usual one; still shorter texts
 /// are not looked for.
 pub const SHORT_NGRAM: usize = 8;
+
+/// An n-gram that stands in more rows of the evaluation sets than this is their boilerplate and is not
+/// looked for; Brown et al. 2020 leave out those of more than ten training documents.
+const COMMON: u32 = 10;
 
 /// Characters shown of an n-gram, so that the message still names the row.
 const SHOWN: usize = 80;
@@ -133,6 +137,14 @@ fn normalised(text: &str) -> String {
 /// A row of a file: the file's number and the row's.
 type At = (u32, u64);
 
+/// An n-gram's first row and how many rows it stands in.
+#[derive(Clone, Copy, Debug)]
+struct Gram {
+    row: u64,
+    file: u32,
+    rows: u32,
+}
+
 /// Prompts of other splits and n-grams of evaluation sets.
 #[derive(Debug, Default)]
 pub(super) struct Splits {
@@ -140,7 +152,7 @@ pub(super) struct Splits {
     files: Vec<(String, String)>,
     prompts: HashMap<[u8; 16], At>,
     /// By the number of words, the longer first.
-    grams: Vec<(usize, HashMap<u64, At>)>,
+    grams: Vec<(usize, HashMap<u64, Gram>)>,
 }
 
 impl Splits {
@@ -170,12 +182,16 @@ impl Splits {
             }
         }
         for path in eval {
-            let rows = out.each(path, |out, at, parts| {
+            let rows = out.each(path, |out, (file, row), parts| {
+                let mut own = HashSet::new();
                 for text in &parts.texts {
                     let hashes: Vec<u64> = words(text).iter().map(|w| word_hash(w)).collect();
-                    if let Some((n, set)) = out.grams.iter_mut().find(|(n, _)| *n <= hashes.len()) {
-                        for gram in hashes.windows(*n) {
-                            set.entry(run_hash(gram)).or_insert(at);
+                    let fits = out.grams.iter_mut().find(|(n, _)| *n <= hashes.len());
+                    let Some((n, set)) = fits else { continue };
+                    for gram in hashes.windows(*n).map(run_hash) {
+                        if own.insert(gram) {
+                            let first = Gram { row, file, rows: 0 };
+                            set.entry(gram).or_insert(first).rows += 1;
                         }
                     }
                 }
@@ -183,6 +199,9 @@ impl Splits {
             if let Err(e) = rows {
                 report.unreadable(&e);
             }
+        }
+        for (_, set) in &mut out.grams {
+            set.retain(|_, gram| gram.rows <= COMMON);
         }
         out.grams.retain(|(_, set)| !set.is_empty());
         out
@@ -244,10 +263,10 @@ impl Splits {
                     .windows(*n)
                     .enumerate()
                     .find_map(|(i, gram)| Some((i, *set.get(&run_hash(gram))?)));
-                if let Some((i, at)) = found {
+                if let Some((i, Gram { row, file, .. })) = found {
                     let gram = words.get(i..i + n).unwrap_or_default().join(" ");
                     let start: String = gram.chars().take(SHOWN).collect();
-                    let what = format!("{start}: {n} words as in {}", self.name(at));
+                    let what = format!("{start}: {n} words as in {}", self.name((file, row)));
                     report.add("contamination", Level::Warning, (place, ""), what);
                     return;
                 }

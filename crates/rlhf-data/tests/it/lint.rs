@@ -193,6 +193,27 @@ fn words_of_an_evaluation_set_are_contamination() {
 }
 
 #[test]
+fn what_many_evaluation_rows_share_is_no_contamination() {
+    let dir = tempfile::tempdir().unwrap();
+    let boilerplate = prose(500_000, 20);
+    let mut row = pair(50);
+    row["chosen"] = boilerplate.clone().into();
+    let path = write(dir.path(), "a.jsonl", &[row]);
+    for (n, wanted) in [(10, 1), (11, 0)] {
+        // Twice in a row counts once.
+        let eval: Vec<Value> = (0..n)
+            .map(|i| json!({"question": format!("{boilerplate} {}", prose(i, 9)), "answer": boilerplate}))
+            .collect();
+        let options = CheckOptions {
+            eval: vec![write(dir.path(), "eval.jsonl", &eval)],
+            ..CheckOptions::default()
+        };
+        let r = check_with(&path, Purpose::Preference, &options);
+        assert_eq!(r.findings.len(), wanted, "{:?}", r.findings);
+    }
+}
+
+#[test]
 fn contradictions_of_pairs_and_labels() {
     let dir = tempfile::tempdir().unwrap();
     let mut rows = clean();
