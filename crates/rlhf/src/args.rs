@@ -41,6 +41,17 @@ pub enum Command {
     ImportGguf(ImportGgufArgs),
 }
 
+/// Which pairs a ranking gives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PairsArg {
+    /// Every two of different score
+    All,
+    /// The best against one drawn from the worse
+    BestVsRandom,
+    /// Each against the next worse
+    Adjacent,
+}
+
 /// `rlhf run`
 #[derive(Debug, Args)]
 pub struct RunArgs {
@@ -188,14 +199,26 @@ pub enum PurposeArg {
 pub enum DataCommand {
     /// Read a file, refuse what is wrong, write it as Parquet
     Import {
-        /// The file
+        /// The file, a folder of files, or a glob in quotes
         input: PathBuf,
-        /// The Parquet file to write
+        /// The file to write: .parquet or .jsonl, in TRL's columns
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
         /// What it is for
         #[arg(long, value_enum)]
         purpose: PurposeArg,
+        /// The format, as docs/importers.md names them [default: told by the first row's columns]
+        #[arg(long, value_name = "FORMAT")]
+        from: Option<String>,
+        /// Leave bad rows out and count them, instead of stopping at the first
+        #[arg(long)]
+        skip_bad: bool,
+        /// Which pairs a ranking gives
+        #[arg(long, value_enum, default_value_t = PairsArg::All)]
+        pairs: PairsArg,
+        /// Seed of what is drawn at random
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
     },
     /// Look for everything that would spoil training; exit 2 if there is an error
     Check {

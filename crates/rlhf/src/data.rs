@@ -9,14 +9,20 @@ use std::io::IsTerminal as _;
 use std::path::Path;
 use std::process::ExitCode;
 
+use arrow_array::RecordBatch;
+use arrow_schema::{ArrowError, SchemaRef};
 use rlhf_data::check::{CheckOptions, FindingsOut, Purpose, check_each};
 use rlhf_data::group::PromptGroup;
-use rlhf_data::record;
-use rlhf_data::source::{self, ParquetOut};
+use rlhf_data::import::{self, Format, OnBad};
+use rlhf_data::record::{
+    self, Fault, Pairing, PreferenceRecord, PromptRecord, RankedRecord, Record, SftRecord,
+    ranked_to_pairs,
+};
+use rlhf_data::source::{self, JsonlOut, ParquetOut};
 use rlhf_data::tokenize::{ChatTokenizer, Limits, Outcome};
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
-use crate::args::{DataCommand, PurposeArg};
+use crate::args::{DataCommand, PairsArg, PurposeArg};
 use crate::terminal::escape;
 use crate::usage::usage;
 
@@ -26,7 +32,37 @@ pub(crate) fn run(command: &DataCommand) -> anyhow::Result<ExitCode> {
             input,
             out,
             purpose,
-        } => import(input, out, *purpose),
+            from,
+            skip_bad,
+            pairs,
+            seed,
+        } => {
+            let from = from
+                .as_deref()
+                .map(|name| {
+                    Format::parse(name).ok_or_else(|| {
+                        let known: Vec<&str> = Format::ALL.iter().map(|f| f.name()).collect();
+                        let mend = format!("use one of {}", known.join(", "));
+                        usage(format!("no format named `{name}`"), "--from", mend)
+                    })
+                })
+                .transpose()?;
+            let options = ImportOptions {
+                from,
+                bad: if *skip_bad {
+                    OnBad::Skip
+                } else {
+                    OnBad::Refuse
+                },
+                pairing: match pairs {
+                    PairsArg::All => Pairing::All,
+                    PairsArg::BestVsRandom => Pairing::BestVsRandom,
+                    PairsArg::Adjacent => Pairing::Adjacent,
+                },
+                seed: *seed,
+            };
+            import(input, out, *purpose, &options)
+        }
         DataCommand::Check {
             input,
             purpose,
@@ -87,60 +123,154 @@ impl PurposeArg {
     }
 }
 
-fn import(input: &Path, out: &Path, purpose: PurposeArg) -> anyhow::Result<ExitCode> {
-    const CHUNK: usize = 1024;
-    fn copy<R>(
-        rows: impl Iterator<Item = rlhf_data::Result<R>>,
-        mut file: ParquetOut,
-        batch: impl Fn(&[R]) -> Result<arrow_array::RecordBatch, arrow_schema::ArrowError>,
-        input: &Path,
-    ) -> anyhow::Result<usize> {
-        let mut rows = rows;
-        let mut n = 0;
-        loop {
-            let chunk = rows
-                .by_ref()
-                .take(CHUNK)
-                .collect::<rlhf_data::Result<Vec<R>>>()?;
-            if chunk.is_empty() {
-                break;
+/// What `import` is told beside its files.
+struct ImportOptions {
+    from: Option<Format>,
+    bad: OnBad,
+    pairing: Pairing,
+    seed: u64,
+}
+
+/// Makes a batch of records.
+type ToBatch<R> = fn(&[R]) -> Result<RecordBatch, ArrowError>;
+
+/// A file of records to be written: Parquet or JSON Lines.
+enum Out<R> {
+    Parquet(Box<ParquetOut>, ToBatch<R>),
+    Jsonl(JsonlOut),
+}
+
+impl<R: Record> Out<R> {
+    fn write(&mut self, rows: &[R]) -> anyhow::Result<()> {
+        match self {
+            Self::Parquet(file, batch) => file.write(&batch(rows)?)?,
+            Self::Jsonl(file) => {
+                for row in rows {
+                    file.write(&row.to_row())?;
+                }
             }
-            n += chunk.len();
-            file.write(&batch(&chunk)?)?;
         }
-        if n == 0 {
-            return Err(usage(
-                "no rows",
-                input.display().to_string(),
-                "give a file with at least one row",
-            )
-            .into());
-        }
-        file.finish()?;
-        Ok(n)
+        Ok(())
     }
-    let n = match purpose {
-        PurposeArg::Sft => copy(
-            source::read_sft(input)?,
-            ParquetOut::create(out, record::sft_schema())?,
-            record::sft_batch,
-            input,
-        )?,
-        PurposeArg::Preference => copy(
-            source::read_preference(input)?,
-            ParquetOut::create(out, record::preference_schema())?,
-            record::preference_batch,
-            input,
-        )?,
-        PurposeArg::Prompts => copy(
-            source::read_prompts(input)?,
-            ParquetOut::create(out, record::prompt_schema())?,
-            record::prompt_batch,
-            input,
-        )?,
+}
+
+/// Copies the rows of `input` to `out`; `records` gives those of a row, whose number it is told.
+fn copy<R: Record>(
+    input: &Path,
+    out: &Path,
+    options: &ImportOptions,
+    (schema, batch): (SchemaRef, ToBatch<R>),
+    records: impl Fn(u64, Map<String, Value>) -> Result<Vec<R>, Fault>,
+) -> anyhow::Result<ExitCode> {
+    const CHUNK: usize = 1024;
+    let mut file = match out.extension().and_then(|e| e.to_str()) {
+        Some("parquet") => Out::Parquet(Box::new(ParquetOut::create(out, schema)?), batch),
+        Some("jsonl") => Out::Jsonl(JsonlOut::create(out)?),
+        _ => {
+            let place = out.display().to_string();
+            return Err(usage("unknown kind of file", place, "name it .parquet or .jsonl").into());
+        }
     };
-    eprintln!("{n} rows written to {}", out.display());
+    let mut rows = import::read(input, options.from, options.bad)?;
+    let (mut n, mut chunk) = (0, Vec::new());
+    let (mut skipped, mut first) = (0, None);
+    for (number, row) in (0..).zip(rows.by_ref()) {
+        let (_, row) = row?;
+        match records(number, row.columns) {
+            Ok(some) => chunk.extend(some),
+            Err(f) => {
+                let e = rlhf_data::Error::Row {
+                    path: input.to_owned(),
+                    place: row.place,
+                    column: f.column,
+                    what: f.what,
+                    mend: f.mend,
+                };
+                if options.bad == OnBad::Refuse {
+                    return Err(e.into());
+                }
+                skipped += 1;
+                first.get_or_insert(e);
+            }
+        }
+        if chunk.len() >= CHUNK {
+            n += chunk.len();
+            file.write(&chunk)?;
+            chunk.clear();
+        }
+    }
+    n += chunk.len();
+    if !chunk.is_empty() {
+        file.write(&chunk)?;
+    }
+    let bad = rows.skipped();
+    if let Some(e) = bad.first.first().or(first.as_ref()) {
+        let e = e.to_string().replace("\n  ", "; ");
+        eprintln!("{} bad rows left out; the first: {e}", skipped + bad.count);
+    }
+    if bad.nothing > 0 {
+        eprintln!("{} rows give nothing, such as ties", bad.nothing);
+    }
+    if n == 0 {
+        return Err(usage(
+            "no rows",
+            input.display().to_string(),
+            "give a file with at least one good row",
+        )
+        .into());
+    }
+    match file {
+        Out::Parquet(file, _) => file.finish()?,
+        Out::Jsonl(file) => file.finish()?,
+    }
+    let format = rows.format().map_or("", Format::name);
+    eprintln!(
+        "{n} rows of the format {format} written to {}",
+        out.display()
+    );
     Ok(ExitCode::SUCCESS)
+}
+
+fn import(
+    input: &Path,
+    out: &Path,
+    purpose: PurposeArg,
+    options: &ImportOptions,
+) -> anyhow::Result<ExitCode> {
+    match purpose {
+        PurposeArg::Sft => copy(
+            input,
+            out,
+            options,
+            (record::sft_schema(), record::sft_batch),
+            |_, row| Ok(vec![SftRecord::from_row(row)?]),
+        ),
+        PurposeArg::Preference => copy(
+            input,
+            out,
+            options,
+            (record::preference_schema(), record::preference_batch),
+            |number, row| {
+                if row.contains_key("completions") && !row.contains_key("chosen") {
+                    let ranked = RankedRecord::from_row(row)?;
+                    return Ok(ranked_to_pairs(
+                        &ranked,
+                        options.pairing,
+                        options.seed,
+                        number,
+                    ));
+                }
+                Ok(vec![PreferenceRecord::from_row(row)?])
+            },
+        ),
+        PurposeArg::Prompts => copy(
+            input,
+            out,
+            options,
+            (record::prompt_schema(), record::prompt_batch),
+            |_, row| Ok(vec![PromptRecord::from_row(row)?]),
+        ),
+    }
 }
 
 fn check(

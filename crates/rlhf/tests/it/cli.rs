@@ -253,3 +253,54 @@ fn render_marks_the_trained_tokens() {
     assert_eq!(code, 2);
     assert!(err.contains("5000 rows"), "{err}");
 }
+
+#[test]
+fn foreign_formats_are_recognised_and_rankings_become_pairs() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let import = |input: &str, purpose: &str, more: &[&str]| {
+        let out = dir.path().join("out.jsonl");
+        let out = out.to_str().unwrap();
+        let mut args = vec!["data", "import", input, "--out", out, "--purpose", purpose];
+        args.extend(more);
+        let (code, _, err) = run(&args);
+        (code, std::fs::read_to_string(out).unwrap_or_default(), err)
+    };
+    let ranked = r#"{"prompt": "\n\nHuman: hi\n\nAssistant: ", "answers": [{"answer": "b", "model": "m", "rank": 2}, {"answer": "a", "model": "m", "rank": 1}, {"answer": "c", "model": "m", "rank": 3}]}"#;
+    let nectar = file("nectar.jsonl", ranked);
+    let (code, rows, err) = import(&nectar, "preference", &[]);
+    assert_eq!((code, rows.lines().count()), (0, 3), "{err}");
+    assert!(err.contains("3 rows of the format nectar"), "{err}");
+    let first: serde_json::Value = serde_json::from_str(rows.lines().next().unwrap()).unwrap();
+    assert_eq!(first["chosen"][0]["content"], "a");
+    assert_eq!(
+        (import(&nectar, "preference", &["--pairs", "adjacent"]).1)
+            .lines()
+            .count(),
+        2
+    );
+    assert_eq!(
+        (import(&nectar, "preference", &["--pairs", "best-vs-random"]).1)
+            .lines()
+            .count(),
+        1
+    );
+    // Another purpose than the format serves.
+    assert_eq!(import(&nectar, "sft", &[]).0, 2);
+
+    let alpaca = file(
+        "a.json",
+        r#"[{"instruction": "add", "input": "1 and 2", "output": "3"}, {"instruction": "x", "input": "", "output": 7}]"#,
+    );
+    let (code, _, err) = import(&alpaca, "sft", &[]);
+    assert!(code == 2 && err.contains("output"), "{err}");
+    let (code, rows, err) = import(&alpaca, "sft", &["--skip-bad"]);
+    assert_eq!((code, rows.lines().count()), (0, 1), "{err}");
+    assert!(err.contains("1 bad rows left out"), "{err}");
+    let (code, _, err) = import(&alpaca, "sft", &["--from", "alpacca"]);
+    assert!(code == 2 && err.contains("sharegpt"), "{err}");
+}
