@@ -66,7 +66,6 @@ pub struct RatedRecord {
 
 /// Where a row comes from.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Source {
     /// The data set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -83,6 +82,9 @@ pub struct Source {
     /// How it sampled: temperature and the like.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sampler: Option<serde_json::Map<String, Value>>,
+    /// Whatever else is known: a row's id, a thread's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub other: Option<serde_json::Map<String, Value>>,
 }
 
 /// A record with a weight and its provenance, columns `weight` and `source`.
@@ -126,7 +128,7 @@ impl<R: Record> Record for Annotated<R> {
                 dataset: Some(name),
                 ..Source::default()
             }),
-            Some(v) => Some(serde_json::from_value(without_nulls(v)).map_err(|e| {
+            Some(v) => Some(serde_json::from_value(provenance(v)).map_err(|e| {
                 fault(
                     "wrong_type",
                     "source",
@@ -154,21 +156,36 @@ impl<R: Record> Record for Annotated<R> {
     }
 }
 
-fn without_nulls(v: Value) -> Value {
-    match v {
-        Value::Object(o) => o
-            .into_iter()
-            .filter(|(_, v)| !v.is_null())
-            .map(|(k, v)| match v {
-                // Parquet holds it as JSON text.
-                Value::String(s) if k == "sampler" => {
-                    (k, serde_json::from_str(&s).unwrap_or(Value::String(s)))
-                }
-                v => (k, v),
-            })
-            .collect(),
-        v => v,
+/// The fields of a [`Source`]: without nulls, JSON text read, unknown ones under `other`.
+fn provenance(v: Value) -> Value {
+    const KNOWN: [&str; 5] = ["dataset", "annotator", "model", "policy_version", "sampler"];
+    let Value::Object(fields) = v else {
+        return v;
+    };
+    let mut out = Row::new();
+    let mut other = Row::new();
+    for (key, value) in fields.into_iter().filter(|(_, v)| !v.is_null()) {
+        // Parquet holds objects as JSON text.
+        let value = match value {
+            Value::String(s) if matches!(key.as_str(), "sampler" | "other") => {
+                serde_json::from_str(&s).unwrap_or(Value::String(s))
+            }
+            value => value,
+        };
+        match value {
+            Value::Object(more) if key == "other" => other.extend(more),
+            value if KNOWN.contains(&key.as_str()) => {
+                out.insert(key, value);
+            }
+            value => {
+                other.insert(key, value);
+            }
+        }
     }
+    if !other.is_empty() {
+        out.insert("other".into(), Value::Object(other));
+    }
+    Value::Object(out)
 }
 
 impl Record for RankedRecord {

@@ -127,6 +127,7 @@ fn source_type() -> DataType {
         Field::new("model", DataType::Utf8, true),
         Field::new("policy_version", DataType::UInt64, true),
         Field::new("sampler", DataType::Utf8, true),
+        Field::new("other", DataType::Utf8, true),
     ]))
 }
 

@@ -9,6 +9,7 @@
 
 mod bad;
 mod cache;
+mod formats;
 mod golden;
 mod hostile;
 #[cfg(feature = "hub")]

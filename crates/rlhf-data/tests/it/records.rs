@@ -84,6 +84,8 @@ fn source() -> impl Strategy<Value = Source> {
             annotator,
             model: None,
             policy_version,
+            other: policy_version
+                .map(|v| json!({"id": v, "of": ["a"]}).as_object().unwrap().clone()),
             sampler: temperature.map(|t| json!({"temperature": t}).as_object().unwrap().clone()),
         })
 }
@@ -432,7 +434,7 @@ fn wrong_rows_are_named() {
     );
     is(
         fault::<Annotated<UnpairedRecord>>(
-            json!({"prompt": "p", "completion": "a", "label": true, "source": {"who": 1}}),
+            json!({"prompt": "p", "completion": "a", "label": true, "source": {"dataset": 1}}),
         ),
         "wrong_type",
         "source",
