@@ -226,6 +226,8 @@ pub struct ChatTokenizer {
     eos_ids: Vec<u32>,
     vocab_size: usize,
     turns: Turns,
+    /// Whether ids do not depend on what stands before a special token.
+    parts: bool,
     /// A hash of the folder's files, and of the date where a template asks for it.
     files: [u8; 32],
 }
@@ -242,6 +244,17 @@ struct Split {
 struct Answer {
     ids: Vec<u32>,
     trained: Vec<Range<usize>>,
+}
+
+/// A prompt's ids, and of its rendered text the beginning that ends with its last special token.
+#[derive(Default)]
+struct Head {
+    ids: Vec<u32>,
+    text: String,
+    cuts: Vec<usize>,
+    /// Those of `ids` that `text` gives, and where each begins.
+    text_ids: usize,
+    starts: Vec<usize>,
 }
 
 type Parted<T> = std::result::Result<T, DropReason>;
@@ -271,13 +284,18 @@ impl ChatTokenizer {
             ));
         }
         let bytes = std::fs::read(&file).map_err(Error::io(&file))?;
-        let tokenizer = Tokenizer::from_bytes(&bytes).map_err(|e| {
+        let mut tokenizer = Tokenizer::from_bytes(&bytes).map_err(|e| {
             Error::file(
                 &file,
                 format!("no readable tokenizer: {e}"),
                 "get the file again",
             )
         })?;
+        // Settings of whoever saved it, which transformers does not apply to conversations either.
+        tokenizer
+            .with_padding(None)
+            .with_truncation(None)
+            .map_err(|e| Error::file(&file, e.to_string(), "get the file again"))?;
         let config = json(&dir.join("tokenizer_config.json"))?;
         let generation = json(&dir.join("generation_config.json"))?;
         let added = tokenizer.get_added_tokens_decoder();
@@ -294,6 +312,7 @@ impl ChatTokenizer {
             .max()
             .map_or(0, |m| *m as usize + 1);
         let eos_ids = eos_ids(&tokenizer, &config, &generation);
+        let parts = has_parts(&tokenizer);
         let mut literal = tokenizer.clone();
         literal.set_encode_special_tokens(true);
         Ok(Self {
@@ -305,6 +324,7 @@ impl ChatTokenizer {
             eos_ids,
             vocab_size,
             turns: Turns::default(),
+            parts,
             files: hash_files(dir, date)?,
         })
     }
@@ -418,7 +438,7 @@ impl ChatTokenizer {
     pub fn prompt_ids(&self, prompt: &Text) -> Result<Vec<u32>> {
         match prompt {
             Text::Plain(s) => self.encode(s),
-            Text::Messages(m) => Ok(self.encode_rendered(&self.template()?.render(m, true)?)?.0),
+            Text::Messages(m) => Ok(self.before(m)?.ids),
         }
     }
 
@@ -598,11 +618,11 @@ impl ChatTokenizer {
             Turns::Last => last,
             Turns::All => first,
         };
-        let prompt = self.before(&messages[..first])?;
+        let head = self.before(&messages[..first])?;
         Ok(self
-            .conversation(&messages[..first], &messages[first..=last], &prompt)?
+            .conversation(&messages[..first], &messages[first..=last], &head)?
             .map(|answer| Split {
-                prompt,
+                prompt: head.ids,
                 completions: vec![answer],
                 shared_boundary: false,
             }))
@@ -614,19 +634,19 @@ impl ChatTokenizer {
             Text::Messages(before) => before,
             Text::Plain(text) => return self.plain(text, completions),
         };
-        let ids = self.before(before)?;
+        let head = self.before(before)?;
         let mut answers = Vec::with_capacity(completions.len());
         for completion in completions {
             let Text::Messages(turns) = completion else {
                 return Err(mixed_forms());
             };
-            match self.conversation(before, turns, &ids)? {
+            match self.conversation(before, turns, &head)? {
                 Ok(answer) => answers.push(answer),
                 Err(reason) => return Ok(Err(reason)),
             }
         }
         Ok(Ok(Split {
-            prompt: ids,
+            prompt: head.ids,
             completions: answers,
             shared_boundary: false,
         }))
@@ -659,26 +679,50 @@ impl ChatTokenizer {
         }))
     }
 
-    fn before(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        Ok(self
-            .encode_rendered(&self.template()?.render(messages, true)?)?
-            .0)
+    fn before(&self, messages: &[Message]) -> Result<Head> {
+        let rendered = self.template()?.render(messages, true)?;
+        let seam = self.seam(&rendered);
+        let (mut ids, mut starts) = (Vec::new(), Vec::new());
+        self.encode_part(&rendered, 0..seam, &mut ids, &mut starts)?;
+        let (text_ids, head_starts) = (ids.len(), starts.clone());
+        self.encode_part(&rendered, seam..rendered.text.len(), &mut ids, &mut starts)?;
+        Ok(Head {
+            ids,
+            text: rendered.text[..seam].to_owned(),
+            cuts: rendered.cuts.into_iter().filter(|c| *c < seam).collect(),
+            text_ids,
+            starts: head_starts,
+        })
     }
 
-    /// What follows `prompt`, the ids of `before`, in the conversation that `turns` continue.
+    /// Where the last special token of the text ends, if ids may be made from there on alone; else 0.
+    fn seam(&self, rendered: &Rendered) -> usize {
+        let piece = rendered.cuts.last().copied().unwrap_or(0);
+        let ends = self
+            .special
+            .iter()
+            .filter_map(|s| Some(rendered.text[piece..].rfind(s.as_str())? + s.len()));
+        match ends.max() {
+            Some(end) if self.parts => piece + end,
+            _ => 0,
+        }
+    }
+
+    /// What follows `head`, which `before` gives, in the conversation that `turns` continue.
     fn conversation(
         &self,
         before: &[Message],
         turns: &[Message],
-        prompt: &[u32],
+        head: &Head,
     ) -> Result<Parted<Answer>> {
+        let prompt = head.ids.as_slice();
         if !turns.iter().any(|m| m.role == Role::Assistant) {
             return Ok(Err(DropReason::NothingTrained));
         }
         let template = self.template()?;
         let all: Vec<Message> = before.iter().chain(turns).cloned().collect();
         let rendered = template.render(&all, false)?;
-        let (ids, starts) = self.encode_rendered(&rendered)?;
+        let (ids, starts) = self.encode_after(head, &rendered)?;
         let Some(rest) = ids.strip_prefix(prompt) else {
             return Ok(Err(DropReason::NoPrefix));
         };
@@ -722,7 +766,7 @@ impl ChatTokenizer {
             .skip(first)
             .filter(|(_, m)| m.role == Role::Assistant)
         {
-            let begin = self.before(&all[..i])?;
+            let begin = self.before(&all[..i])?.ids;
             let end = self
                 .encode_rendered(&template.render(&all[..=i], false)?)?
                 .0;
@@ -826,15 +870,41 @@ impl ChatTokenizer {
 
     /// Ids of rendered text and the byte offset at which each begins.
     fn encode_rendered(&self, rendered: &Rendered) -> Result<(Vec<u32>, Vec<usize>)> {
-        let mut bounds = vec![0];
-        bounds.extend(&rendered.cuts);
-        bounds.push(rendered.text.len());
-        let (mut ids, mut starts) = (Vec::new(), Vec::new());
-        for w in bounds.windows(2) {
-            let part = &rendered.text[w[0]..w[1]];
+        self.encode_after(&Head::default(), rendered)
+    }
+
+    /// The same for text that may begin as `head` does: what is known of it is not made again.
+    fn encode_after(&self, head: &Head, rendered: &Rendered) -> Result<(Vec<u32>, Vec<usize>)> {
+        let end = head.text.len();
+        let cuts = rendered.cuts.iter().filter(|c| **c < end);
+        let known = rendered.text.starts_with(&head.text) && cuts.eq(&head.cuts);
+        let (mut ids, mut starts, from) = if known {
+            (head.ids[..head.text_ids].to_vec(), head.starts.clone(), end)
+        } else {
+            (Vec::new(), Vec::new(), 0)
+        };
+        self.encode_part(rendered, from..rendered.text.len(), &mut ids, &mut starts)?;
+        Ok((ids, starts))
+    }
+
+    fn encode_part(
+        &self,
+        rendered: &Rendered,
+        part: Range<usize>,
+        ids: &mut Vec<u32>,
+        starts: &mut Vec<usize>,
+    ) -> Result<()> {
+        let inside = rendered
+            .cuts
+            .iter()
+            .filter(|c| part.contains(c) && **c > part.start);
+        let mut bounds = vec![part.start];
+        bounds.extend(inside);
+        bounds.push(part.end);
+        for w in bounds.windows(2).filter(|w| w[0] < w[1]) {
             let encoding = self
                 .tokenizer
-                .encode(part, false)
+                .encode(&rendered.text[w[0]..w[1]], false)
                 .map_err(|e| self.failed(&e))?;
             ids.extend_from_slice(encoding.get_ids());
             // Offsets may leave out a token's white space; where the token before ends is where this
@@ -845,7 +915,7 @@ impl ChatTokenizer {
                 before = before.max(w[0] + end);
             }
         }
-        Ok((ids, starts))
+        Ok(())
     }
 
     fn failed(&self, e: &tokenizers::Error) -> Error {
@@ -856,7 +926,39 @@ impl ChatTokenizer {
     }
 }
 
-#[allow(clippy::single_range_in_vec_init, reason = "a list of ranges is meant")]
+/// Whether text may be cut after a special token and its parts tokenised one by one: an added token takes
+/// no neighbouring white space, none overlaps another, and no word depends on being the first.
+fn has_parts(tokenizer: &Tokenizer) -> bool {
+    let added: Vec<_> = tokenizer.get_added_tokens_decoder().into_values().collect();
+    let plain = added
+        .iter()
+        .all(|t| !(t.lstrip || t.rstrip || t.single_word || t.special && t.normalized));
+    let names: HashSet<&str> = added.iter().map(|t| t.content.as_str()).collect();
+    let cuts = |t: &str| -> Vec<usize> { t.char_indices().map(|(i, _)| i).collect() };
+    let beginnings: HashSet<&str> = names
+        .iter()
+        .flat_map(|t| cuts(t).into_iter().skip(1).map(|n| &t[..n]))
+        .collect();
+    let apart = names.iter().all(|t| {
+        let mut ends = cuts(t);
+        ends.push(t.len());
+        // None ends as another (or itself) begins, and none stands within another.
+        ends.iter()
+            .skip(1)
+            .all(|&i| i == t.len() || !beginnings.contains(&t[i..]))
+            && ends.iter().enumerate().all(|(k, &i)| {
+                ends[k + 1..]
+                    .iter()
+                    .all(|&j| j - i == t.len() || !names.contains(&t[i..j]))
+            })
+    });
+    let words = tokenizer
+        .get_pre_tokenizer()
+        .and_then(|p| serde_json::to_string(p).ok())
+        .is_none_or(|json| !json.contains("Metaspace"));
+    plain && apart && words
+}
+
 fn hash_files(dir: &Path, date: (i32, u32, u32)) -> Result<[u8; 32]> {
     let mut hash = Sha256::new();
     let mut dated = false;
@@ -882,6 +984,7 @@ fn hash_files(dir: &Path, date: (i32, u32, u32)) -> Result<[u8; 32]> {
     Ok(hash.finalize().into())
 }
 
+#[allow(clippy::single_range_in_vec_init, reason = "a list of ranges is meant")]
 fn ranges(trained: &[bool]) -> Vec<Range<usize>> {
     let mut all: Vec<Range<usize>> = Vec::new();
     for (i, _) in trained.iter().enumerate().filter(|(_, t)| **t) {

@@ -110,6 +110,48 @@ fn through_parquet<R: rlhf_data::record::Record + 'static>(
     source::read(&path).unwrap().map(Result::unwrap).collect()
 }
 
+fn folder(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// What a conversation shares with its prompt is tokenised once; the ids are those of the whole text,
+    /// encoded piece by piece by a tokenizer that knows nothing of this.
+    #[test]
+    fn shared_beginnings_change_no_id(p in prompt(), a in message(Role::Assistant), b in message(Role::Assistant)) {
+        for dir in ["tests/golden/tokenizer", "tests/golden/tokenizer_bos", "../../datasets/help/tokenizer"] {
+            let t = ChatTokenizer::load(&folder(dir)).unwrap();
+            let bare = tokenizers::Tokenizer::from_file(folder(dir).join("tokenizer.json")).unwrap();
+            let ids = |messages: &[Message], open: bool| {
+                let r = t.template().unwrap().render(messages, open).unwrap();
+                let mut bounds = vec![0];
+                bounds.extend(&r.cuts);
+                bounds.push(r.text.len());
+                bounds
+                    .windows(2)
+                    .flat_map(|w| bare.encode(&r.text[w[0]..w[1]], false).unwrap().get_ids().to_vec())
+                    .collect::<Vec<u32>>()
+            };
+            let record = PreferenceRecord {
+                prompt: Text::Messages(p.clone()),
+                chosen: Text::Messages(vec![a.clone()]),
+                rejected: Text::Messages(vec![b.clone()]),
+                margin: None,
+            };
+            prop_assert_eq!(t.prompt_ids(&record.prompt).unwrap(), ids(&p, true));
+            if let Outcome::Kept(g) = t.preference_group(0, &record, &LIMITS).unwrap() {
+                for (c, m) in g.completions.iter().zip([&a, &b]) {
+                    let whole = ids(&[p.clone(), vec![m.clone()]].concat(), false);
+                    let own = [g.prompt.clone(), c.ids.clone()].concat();
+                    prop_assert!(whole.starts_with(&own), "{:?} {:?}", whole, own);
+                }
+            }
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 

@@ -198,3 +198,17 @@ fn tool_calls_and_names_reach_the_template() {
     let end = t.eos_ids()[0];
     assert_eq!(ids.iter().filter(|i| **i == end).count(), 3);
 }
+
+#[test]
+fn truncation_and_padding_of_the_tokenizers_file_are_not_applied() {
+    let (dir, t) = with_template("{{ messages[0].content }}", "{}");
+    let path = dir.path().join("tokenizer.json");
+    let mut json: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    json["truncation"] = serde_json::json!({"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0});
+    json["padding"] = serde_json::json!({"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 3, "pad_type_id": 0, "pad_token": "<|pad|>"});
+    std::fs::write(&path, json.to_string()).unwrap();
+    let cut = ChatTokenizer::load(dir.path()).unwrap();
+    let text = Text::Plain("a somewhat longer text than four tokens".into());
+    assert_eq!(cut.prompt_ids(&text).unwrap(), t.prompt_ids(&text).unwrap());
+    assert!(t.prompt_ids(&text).unwrap().len() > 4);
+}
