@@ -75,12 +75,16 @@ fn tokenize(c: &mut Criterion) {
     });
     group.bench_function("the same from a Parquet file", |b| {
         b.iter(|| {
-            let records: Vec<PreferenceRecord> = source::read_preference(&file)
-                .unwrap()
+            let records = source::read_preference(&file).unwrap();
+            let groups: Vec<_> = t
+                .preference_stream(records, &limits)
                 .collect::<Result<_, _>>()
                 .unwrap();
-            PackedBatch::pack(&t.preference_groups(&records, &limits).unwrap().0).unwrap()
+            PackedBatch::pack(&groups).unwrap()
         });
+    });
+    group.bench_function("reading the Parquet file alone", |b| {
+        b.iter(|| source::read_preference(&file).unwrap().count());
     });
     let cache = TokenCache::new(work.path());
     let key = CacheKey::new(&file, "preference", None, &t, &limits).unwrap();

@@ -127,10 +127,19 @@ impl TokenCache {
         groups: &[PromptGroup],
         report: &TokenizeReport,
     ) -> Result<()> {
-        let report = serde_json::to_string(report).map_err(|e| Error::Invalid {
-            what: format!("the report cannot be written: {e}"),
-            mend: "report this".into(),
-        })?;
+        let mut writer = self.writer(key)?;
+        for groups in groups.chunks(CHUNK) {
+            writer.write(groups)?;
+        }
+        writer.finish(report)
+    }
+
+    /// Keeps the groups of a key as they are made, in bounded memory. The file appears, whole, with
+    /// [`CacheWriter::finish`], and not at all without.
+    ///
+    /// # Errors
+    /// When the folder cannot be written.
+    pub fn writer(&self, key: &CacheKey) -> Result<CacheWriter> {
         let fields = vec![
             Field::new("row", DataType::UInt64, false),
             Field::new("prompt", DataType::Binary, false),
@@ -138,8 +147,15 @@ impl TokenCache {
             Field::new("layout", DataType::Binary, false),
             Field::new("check", DataType::UInt32, false),
         ];
-        let schema = with_metadata(fields, [("rlhf.report", report)]);
-        self.write(&self.path(key, None), schema, groups, group_batch)
+        let path = self.path(key, None);
+        let schema = marked(fields);
+        std::fs::create_dir_all(&self.dir).map_err(Error::io(&self.dir))?;
+        Ok(CacheWriter {
+            out: ParquetOut::create_plain(&path, schema.clone())?,
+            path,
+            schema,
+            waiting: Vec::new(),
+        })
     }
 
     /// A column of numbers beside the groups of a key: for each group, for each of its completions, one a
@@ -196,7 +212,7 @@ impl TokenCache {
             Field::new("values", DataType::Binary, false),
             Field::new("check", DataType::UInt32, false),
         ];
-        let schema = with_metadata(fields, []);
+        let schema = marked(fields);
         self.write(
             &self.path(key, Some(name)),
             schema,
@@ -259,14 +275,56 @@ impl TokenCache {
     }
 }
 
-fn with_metadata<const N: usize>(fields: Vec<Field>, more: [(&str, String); N]) -> SchemaRef {
-    let own = [("rlhf.cache", VERSION.to_owned())];
-    let metadata: HashMap<String, String> = own
-        .into_iter()
-        .chain(more)
-        .map(|(k, v)| (k.to_owned(), v))
-        .collect();
+fn marked(fields: Vec<Field>) -> SchemaRef {
+    let metadata = HashMap::from([("rlhf.cache".to_owned(), VERSION.to_owned())]);
     Arc::new(Schema::new_with_metadata(fields, metadata))
+}
+
+/// A table of groups that is being written.
+#[derive(Debug)]
+pub struct CacheWriter {
+    path: PathBuf,
+    schema: SchemaRef,
+    out: ParquetOut,
+    waiting: Vec<PromptGroup>,
+}
+
+impl CacheWriter {
+    /// Adds a group.
+    ///
+    /// # Errors
+    /// When the disk is full.
+    pub fn push(&mut self, group: PromptGroup) -> Result<()> {
+        self.waiting.push(group);
+        if self.waiting.len() < CHUNK {
+            return Ok(());
+        }
+        let waiting = std::mem::take(&mut self.waiting);
+        self.write(&waiting)
+    }
+
+    fn write(&mut self, groups: &[PromptGroup]) -> Result<()> {
+        let batch = group_batch(self.schema.clone(), groups)
+            .map_err(|e| Error::io(&self.path)(std::io::Error::other(e)))?;
+        self.out.write(&batch)
+    }
+
+    /// Puts the file in its place, with what became of the rows.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn finish(mut self, report: &TokenizeReport) -> Result<()> {
+        if !self.waiting.is_empty() {
+            let waiting = std::mem::take(&mut self.waiting);
+            self.write(&waiting)?;
+        }
+        let report = serde_json::to_string(report).map_err(|e| Error::Invalid {
+            what: format!("the report cannot be written: {e}"),
+            mend: "report this".into(),
+        })?;
+        self.out.note("rlhf.report", report);
+        self.out.finish()
+    }
 }
 
 fn finish_code(f: Finish) -> u32 {

@@ -252,9 +252,9 @@ struct Head {
     ids: Vec<u32>,
     text: String,
     cuts: Vec<usize>,
-    /// Those of `ids` that `text` gives, and where each begins.
+    /// Those of `ids` that `text` gives, and where each begins, if that is asked for.
     text_ids: usize,
-    starts: Vec<usize>,
+    starts: Option<Vec<usize>>,
 }
 
 type Parted<T> = std::result::Result<T, DropReason>;
@@ -438,7 +438,7 @@ impl ChatTokenizer {
     pub fn prompt_ids(&self, prompt: &Text) -> Result<Vec<u32>> {
         match prompt {
             Text::Plain(s) => self.encode(s),
-            Text::Messages(m) => Ok(self.before(m)?.ids),
+            Text::Messages(m) => Ok(self.before(m, false)?.ids),
         }
     }
 
@@ -494,6 +494,25 @@ impl ChatTokenizer {
         limits: &Limits,
     ) -> Result<(Vec<PromptGroup>, TokenizeReport)> {
         collect(records, |r| self.preference(r, limits))
+    }
+
+    /// The groups of demonstrations that come one by one, in bounded memory: while a chunk of them is
+    /// tokenised on all threads, the next one is read.
+    pub fn sft_stream<I: Iterator<Item = Result<SftRecord>> + Send>(
+        &self,
+        records: I,
+        limits: &Limits,
+    ) -> GroupStream<'_, SftRecord, I> {
+        GroupStream::new(self, Self::sft, records, limits)
+    }
+
+    /// The same for preference pairs.
+    pub fn preference_stream<I: Iterator<Item = Result<PreferenceRecord>> + Send>(
+        &self,
+        records: I,
+        limits: &Limits,
+    ) -> GroupStream<'_, PreferenceRecord, I> {
+        GroupStream::new(self, Self::preference, records, limits)
     }
 
     fn sft(&self, record: &SftRecord, limits: &Limits) -> Result<Parted<Made>> {
@@ -618,7 +637,7 @@ impl ChatTokenizer {
             Turns::Last => last,
             Turns::All => first,
         };
-        let head = self.before(&messages[..first])?;
+        let head = self.before(&messages[..first], false)?;
         Ok(self
             .conversation(&messages[..first], &messages[first..=last], &head)?
             .map(|answer| Split {
@@ -634,7 +653,10 @@ impl ChatTokenizer {
             Text::Messages(before) => before,
             Text::Plain(text) => return self.plain(text, completions),
         };
-        let head = self.before(before)?;
+        // Where tokens begin is asked only for turns whose trained parts the template marks.
+        let marks = self.template()?.marks_generation();
+        let several = |c: &&Text| matches!(c, Text::Messages(m) if m.len() > 1);
+        let head = self.before(before, marks && completions.iter().any(several))?;
         let mut answers = Vec::with_capacity(completions.len());
         for completion in completions {
             let Text::Messages(turns) = completion else {
@@ -679,19 +701,21 @@ impl ChatTokenizer {
         }))
     }
 
-    fn before(&self, messages: &[Message]) -> Result<Head> {
+    /// A conversation up to where the assistant begins; `offsets` asks for where tokens begin.
+    fn before(&self, messages: &[Message], offsets: bool) -> Result<Head> {
         let rendered = self.template()?.render(messages, true)?;
         let seam = self.seam(&rendered);
-        let (mut ids, mut starts) = (Vec::new(), Vec::new());
-        self.encode_part(&rendered, 0..seam, &mut ids, &mut starts)?;
-        let (text_ids, head_starts) = (ids.len(), starts.clone());
-        self.encode_part(&rendered, seam..rendered.text.len(), &mut ids, &mut starts)?;
+        let mut ids = Vec::new();
+        let mut starts = offsets.then(Vec::new);
+        self.encode_part(&rendered, 0..seam, &mut ids, starts.as_mut())?;
+        let text_ids = ids.len();
+        self.encode_part(&rendered, seam..rendered.text.len(), &mut ids, None)?;
         Ok(Head {
             ids,
             text: rendered.text[..seam].to_owned(),
             cuts: rendered.cuts.into_iter().filter(|c| *c < seam).collect(),
             text_ids,
-            starts: head_starts,
+            starts,
         })
     }
 
@@ -729,8 +753,9 @@ impl ChatTokenizer {
         let trained = match turns {
             [only] if only.role == Role::Assistant => vec![self.up_to_end(rest, 0)],
             _ if template.marks_generation() => {
-                let marked: Vec<bool> = starts[prompt.len()..]
+                let marked: Vec<bool> = starts
                     .iter()
+                    .skip(prompt.len())
                     .map(|s| rendered.generated.iter().any(|r| r.contains(s)))
                     .collect();
                 ranges(&marked)
@@ -766,10 +791,9 @@ impl ChatTokenizer {
             .skip(first)
             .filter(|(_, m)| m.role == Role::Assistant)
         {
-            let begin = self.before(&all[..i])?.ids;
-            let end = self
-                .encode_rendered(&template.render(&all[..=i], false)?)?
-                .0;
+            let begin = self.before(&all[..i], false)?.ids;
+            let rendered = template.render(&all[..=i], false)?;
+            let end = self.encode_after(&Head::default(), &rendered)?.0;
             if !ids.starts_with(&begin) || !ids.starts_with(&end) || begin.len() < skip {
                 return Ok(Err(DropReason::NoPrefix));
             }
@@ -794,7 +818,13 @@ impl ChatTokenizer {
     /// A conversation parted before the first token inside `{% generation %}`.
     fn marked(&self, messages: &[Message]) -> Result<Parted<Split>> {
         let rendered = self.template()?.render(messages, false)?;
-        let (ids, starts) = self.encode_rendered(&rendered)?;
+        let (mut ids, mut starts) = (Vec::new(), Vec::new());
+        self.encode_part(
+            &rendered,
+            0..rendered.text.len(),
+            &mut ids,
+            Some(&mut starts),
+        )?;
         let inside = |at: &usize| rendered.generated.iter().any(|r| r.contains(at));
         let trained: Vec<bool> = starts.iter().map(inside).collect();
         let (Some(first), Some(last)) = (
@@ -868,12 +898,8 @@ impl ChatTokenizer {
         }
     }
 
-    /// Ids of rendered text and the byte offset at which each begins.
-    fn encode_rendered(&self, rendered: &Rendered) -> Result<(Vec<u32>, Vec<usize>)> {
-        self.encode_after(&Head::default(), rendered)
-    }
-
-    /// The same for text that may begin as `head` does: what is known of it is not made again.
+    /// Ids of rendered text that may begin as `head` does, of which what is known is not made again.
+    /// Also where each begins, if the head says so.
     fn encode_after(&self, head: &Head, rendered: &Rendered) -> Result<(Vec<u32>, Vec<usize>)> {
         let end = head.text.len();
         let cuts = rendered.cuts.iter().filter(|c| **c < end);
@@ -881,18 +907,24 @@ impl ChatTokenizer {
         let (mut ids, mut starts, from) = if known {
             (head.ids[..head.text_ids].to_vec(), head.starts.clone(), end)
         } else {
-            (Vec::new(), Vec::new(), 0)
+            (Vec::new(), head.starts.as_ref().map(|_| Vec::new()), 0)
         };
-        self.encode_part(rendered, from..rendered.text.len(), &mut ids, &mut starts)?;
-        Ok((ids, starts))
+        self.encode_part(
+            rendered,
+            from..rendered.text.len(),
+            &mut ids,
+            starts.as_mut(),
+        )?;
+        Ok((ids, starts.unwrap_or_default()))
     }
 
+    /// Adds the ids of a part of the text, and the byte offset at which each begins.
     fn encode_part(
         &self,
         rendered: &Rendered,
         part: Range<usize>,
         ids: &mut Vec<u32>,
-        starts: &mut Vec<usize>,
+        mut starts: Option<&mut Vec<usize>>,
     ) -> Result<()> {
         let inside = rendered
             .cuts
@@ -902,11 +934,14 @@ impl ChatTokenizer {
         bounds.extend(inside);
         bounds.push(part.end);
         for w in bounds.windows(2).filter(|w| w[0] < w[1]) {
-            let encoding = self
-                .tokenizer
-                .encode(&rendered.text[w[0]..w[1]], false)
-                .map_err(|e| self.failed(&e))?;
+            let text = &rendered.text[w[0]..w[1]];
+            let encoding = match starts {
+                None => self.tokenizer.encode_fast(text, false),
+                Some(_) => self.tokenizer.encode(text, false),
+            }
+            .map_err(|e| self.failed(&e))?;
             ids.extend_from_slice(encoding.get_ids());
+            let Some(starts) = &mut starts else { continue };
             // Offsets may leave out a token's white space; where the token before ends is where this
             // one begins, unless both are parts of one character.
             let mut before = w[0];
@@ -1101,21 +1136,157 @@ fn collect<R: Sync>(
     let mut report = TokenizeReport::default();
     let mut kept = Vec::with_capacity(rows.len());
     for (row, made) in (0u64..).zip(rows) {
-        match made.map_err(|e| e.at_row(row))? {
-            Err(reason) => report.drop(row, reason),
+        kept.extend(report.count(row, made.map_err(|e| e.at_row(row))?));
+    }
+    Ok((kept, report))
+}
+
+impl TokenizeReport {
+    /// Counts a row; its group, if it is kept.
+    fn count(&mut self, row: u64, made: Parted<Made>) -> Option<PromptGroup> {
+        match &made {
+            Err(reason) => self.drop(row, *reason),
             Ok(m) => {
-                report.shared_boundary += usize::from(m.shared_boundary);
-                report.truncated += usize::from(m.cut);
-                report.shortened_prompts += usize::from(m.shortened);
-                kept.push(PromptGroup {
-                    row,
-                    prompt: m.prompt,
-                    completions: m.completions,
-                });
+                self.shared_boundary += usize::from(m.shared_boundary);
+                self.truncated += usize::from(m.cut);
+                self.shortened_prompts += usize::from(m.shortened);
+            }
+        }
+        match outcome(row, made) {
+            Outcome::Kept(group) | Outcome::Truncated(group) => Some(group),
+            Outcome::Dropped(_) => None,
+        }
+    }
+}
+
+/// Rows that are read while as many before them are tokenised.
+const STREAM_ROWS: usize = 256;
+
+/// Groups in the order of their records, which are read as the groups are asked for. The first error, of
+/// reading or of tokenising, comes after the groups before it and is the last item.
+pub struct GroupStream<'a, R, I> {
+    tokenizer: &'a ChatTokenizer,
+    one: fn(&ChatTokenizer, &R, &Limits) -> Result<Parted<Made>>,
+    limits: Limits,
+    records: std::iter::Fuse<I>,
+    /// Records that are read and not yet tokenised, and what ended the reading.
+    chunk: Vec<R>,
+    failed: Option<Error>,
+    ready: std::vec::IntoIter<PromptGroup>,
+    report: TokenizeReport,
+    rows: u64,
+    done: bool,
+}
+
+impl<R, I> fmt::Debug for GroupStream<'_, R, I> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GroupStream")
+            .field("rows", &self.rows)
+            .field("report", &self.report)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'a, R: Send + Sync, I: Iterator<Item = Result<R>> + Send> GroupStream<'a, R, I> {
+    fn new(
+        tokenizer: &'a ChatTokenizer,
+        one: fn(&ChatTokenizer, &R, &Limits) -> Result<Parted<Made>>,
+        records: I,
+        limits: &Limits,
+    ) -> Self {
+        let mut records = records.fuse();
+        let (chunk, failed) = read(&mut records);
+        Self {
+            tokenizer,
+            one,
+            limits: *limits,
+            records,
+            chunk,
+            failed,
+            ready: Vec::new().into_iter(),
+            report: TokenizeReport::default(),
+            rows: 0,
+            done: false,
+        }
+    }
+
+    /// What became of the rows whose groups were given so far, and of those up to a chunk after them.
+    #[must_use]
+    pub fn report(&self) -> &TokenizeReport {
+        &self.report
+    }
+
+    /// Rows tokenised so far, kept or dropped.
+    #[must_use]
+    pub fn rows(&self) -> u64 {
+        self.rows
+    }
+
+    /// Tokenises a chunk and reads the next. The error of either that the groups lead up to.
+    fn advance(&mut self) -> Option<Error> {
+        let chunk = std::mem::take(&mut self.chunk);
+        let ended = self.failed.take();
+        let (tokenizer, one, limits) = (self.tokenizer, self.one, &self.limits);
+        let records = &mut self.records;
+        let ((next, failed), made) = rayon::join(
+            || match &ended {
+                None => read(records),
+                Some(_) => (Vec::new(), None),
+            },
+            || -> Vec<_> {
+                chunk
+                    .par_iter()
+                    .map(|record| one(tokenizer, record, limits))
+                    .collect()
+            },
+        );
+        (self.chunk, self.failed) = (next, failed);
+        let mut groups = Vec::with_capacity(made.len());
+        let mut wrong = None;
+        for made in made {
+            match made {
+                Ok(made) => groups.extend(self.report.count(self.rows, made)),
+                Err(e) => {
+                    wrong = Some(e.at_row(self.rows));
+                    break;
+                }
+            }
+            self.rows += 1;
+        }
+        self.ready = groups.into_iter();
+        wrong.or(ended)
+    }
+}
+
+/// Up to a chunk of records, and the error that came instead of the next.
+fn read<R>(records: &mut impl Iterator<Item = Result<R>>) -> (Vec<R>, Option<Error>) {
+    let mut chunk = Vec::with_capacity(STREAM_ROWS);
+    for record in records.take(STREAM_ROWS) {
+        match record {
+            Ok(record) => chunk.push(record),
+            Err(e) => return (chunk, Some(e)),
+        }
+    }
+    (chunk, None)
+}
+
+impl<R: Send + Sync, I: Iterator<Item = Result<R>> + Send> Iterator for GroupStream<'_, R, I> {
+    type Item = Result<PromptGroup>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if let Some(group) = self.ready.next() {
+                return Some(Ok(group));
+            }
+            if self.done {
+                return self.failed.take().map(Err);
+            }
+            match self.advance() {
+                Some(e) => (self.done, self.failed) = (true, Some(e)),
+                None => self.done = self.chunk.is_empty() && self.failed.is_none(),
             }
         }
     }
-    Ok((kept, report))
 }
 
 fn json(path: &Path) -> Result<serde_json::Value> {

@@ -72,9 +72,10 @@ impl Inputs {
             &self.sft,
             data,
             |path, limits| {
-                let records = collect::<SftRecord>(source::read_sft(path)?, data.limit)?;
-                let (rows, report) = self.tokenizer.sft_groups(&records, limits)?;
-                Ok((rows, report, records.len()))
+                let records = source::read_sft(path)?.take(data.limit.unwrap_or(usize::MAX));
+                let mut stream = self.tokenizer.sft_stream(records, limits);
+                let rows = stream.by_ref().collect::<Result<Vec<_>, _>>()?;
+                Ok((rows, stream.report().clone(), stream.rows() as usize))
             },
             PromptGroup::num_tokens,
         )
@@ -86,10 +87,10 @@ impl Inputs {
             &self.preference,
             data,
             |path, limits| {
-                let records =
-                    collect::<PreferenceRecord>(source::read_preference(path)?, data.limit)?;
-                let (rows, report) = self.tokenizer.preference_groups(&records, limits)?;
-                Ok((rows, report, records.len()))
+                let records = source::read_preference(path)?.take(data.limit.unwrap_or(usize::MAX));
+                let mut stream = self.tokenizer.preference_stream(records, limits);
+                let rows = stream.by_ref().collect::<Result<Vec<_>, _>>()?;
+                Ok((rows, stream.report().clone(), stream.rows() as usize))
             },
             PromptGroup::num_tokens,
         )

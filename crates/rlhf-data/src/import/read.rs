@@ -34,7 +34,7 @@ pub struct Skipped {
 /// The rows of a source in canonical columns, each with the place of the source row.
 pub struct Import {
     path: PathBuf,
-    rows: Box<dyn Iterator<Item = Result<Row>>>,
+    rows: Box<dyn Iterator<Item = Result<Row>> + Send>,
     format: Option<Format>,
     bad: OnBad,
     skipped: Skipped,

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 /// The elements of an array.
 pub(super) struct Elements {
     path: PathBuf,
-    reader: Box<dyn BufRead>,
+    reader: Box<dyn BufRead + Send>,
     element: usize,
     state: State,
 }
@@ -26,7 +26,7 @@ enum State {
 }
 
 /// The elements of an array that begins at the reader's next byte that is no white space.
-pub(super) fn rows(path: &Path, reader: Box<dyn BufRead>) -> Elements {
+pub(super) fn rows(path: &Path, reader: Box<dyn BufRead + Send>) -> Elements {
     Elements {
         path: path.to_owned(),
         reader,

@@ -3,10 +3,10 @@
 //! Invariant: a file that ends within a quoted cell, or a row with too few or too many cells, is an
 //! error.
 
-use std::cell::Cell;
 use std::io::{BufRead, Read};
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use csv::{Reader, ReaderBuilder, StringRecord};
 use serde_json::{Map, Value};
@@ -22,7 +22,7 @@ const END: &str = "\u{0}end of the file\u{0}";
 pub(super) struct Rows {
     path: PathBuf,
     reader: Reader<Bounded>,
-    left: Rc<Cell<u64>>,
+    left: Arc<AtomicU64>,
     header: Vec<String>,
     row: Option<u64>,
     done: bool,
@@ -30,22 +30,23 @@ pub(super) struct Rows {
 
 /// Reads no more than what is left for one row.
 struct Bounded {
-    inner: Box<dyn Read>,
-    left: Rc<Cell<u64>>,
+    inner: Box<dyn Read + Send>,
+    left: Arc<AtomicU64>,
 }
 
 impl Read for Bounded {
     fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
         let n = self.inner.read(into)?;
-        let left = self.left.get().checked_sub(n as u64);
-        self.left.set(left.ok_or_else(|| {
+        let left = self.left.load(Ordering::Relaxed);
+        let left = left.checked_sub(n as u64).ok_or_else(|| {
             std::io::Error::other(format!("a row of more than {} MiB", MAX_LINE >> 20))
-        })?);
+        })?;
+        self.left.store(left, Ordering::Relaxed);
         Ok(n)
     }
 }
 
-pub(super) fn rows(path: &Path, mut text: Box<dyn BufRead>, delimiter: u8) -> Result<Rows> {
+pub(super) fn rows(path: &Path, mut text: Box<dyn BufRead + Send>, delimiter: u8) -> Result<Rows> {
     if text
         .fill_buf()
         .map_err(Error::io(path))?
@@ -53,7 +54,7 @@ pub(super) fn rows(path: &Path, mut text: Box<dyn BufRead>, delimiter: u8) -> Re
     {
         text.consume(3);
     }
-    let left = Rc::new(Cell::new(MAX_LINE));
+    let left = Arc::new(AtomicU64::new(MAX_LINE));
     let end = std::io::Cursor::new(format!("\n{END}\n").into_bytes());
     let inner = Box::new(text.chain(end));
     let reader = ReaderBuilder::new()
@@ -62,7 +63,7 @@ pub(super) fn rows(path: &Path, mut text: Box<dyn BufRead>, delimiter: u8) -> Re
         .flexible(true)
         .from_reader(Bounded {
             inner,
-            left: Rc::clone(&left),
+            left: Arc::clone(&left),
         });
     let mut rows = Rows {
         path: path.to_owned(),
@@ -96,7 +97,7 @@ impl Rows {
 
     /// The next record and its place; `None` at the end.
     fn record(&mut self) -> Result<Option<(String, StringRecord)>> {
-        self.left.set(MAX_LINE);
+        self.left.store(MAX_LINE, Ordering::Relaxed);
         let mut record = StringRecord::new();
         let more = self.reader.read_record(&mut record);
         // The header is no row. Lines are not counted, since a cell may hold several.

@@ -10,7 +10,7 @@ use super::Row;
 use super::open::MAX_LINE;
 use crate::error::{Error, Result};
 
-pub(super) fn rows(path: &Path, reader: Box<dyn BufRead>) -> Lines {
+pub(super) fn rows(path: &Path, reader: Box<dyn BufRead + Send>) -> Lines {
     Lines {
         path: path.to_owned(),
         reader,
@@ -22,7 +22,7 @@ pub(super) fn rows(path: &Path, reader: Box<dyn BufRead>) -> Lines {
 /// The rows of a JSON Lines file.
 pub(super) struct Lines {
     path: PathBuf,
-    reader: Box<dyn BufRead>,
+    reader: Box<dyn BufRead + Send>,
     line: usize,
     done: bool,
 }

@@ -96,7 +96,7 @@ fn lower_name(path: &Path) -> String {
 /// # Errors
 /// When the file cannot be opened, its ending is unknown, or it is not what its ending says. Errors of
 /// later rows come from the iterator.
-pub fn rows(path: &Path) -> Result<Box<dyn Iterator<Item = Result<Row>>>> {
+pub fn rows(path: &Path) -> Result<Box<dyn Iterator<Item = Result<Row>> + Send>> {
     match files::of(path)? {
         Some(files) => Ok(Box::new(files::rows(files, path))),
         None => one_file(path),
@@ -104,7 +104,7 @@ pub fn rows(path: &Path) -> Result<Box<dyn Iterator<Item = Result<Row>>>> {
 }
 
 /// Rows, whatever they come from.
-type Rows = Box<dyn Iterator<Item = Result<Row>>>;
+type Rows = Box<dyn Iterator<Item = Result<Row>> + Send>;
 
 fn one_file(path: &Path) -> Result<Rows> {
     let Some(kind) = Kind::of(&lower_name(path)) else {

@@ -33,7 +33,7 @@ impl Packing {
 }
 
 /// The unpacked bytes of a file.
-pub(super) fn text(path: &Path, packing: Packing) -> Result<Box<dyn BufRead>> {
+pub(super) fn text(path: &Path, packing: Packing) -> Result<Box<dyn BufRead + Send>> {
     let mut file = BufReader::new(File::open(path).map_err(Error::io(path))?);
     let start = file.fill_buf().map_err(Error::io(path))?;
     let expected = |magic: &[u8], name: &str, ending: &str| {

@@ -7,6 +7,7 @@ use arrow_array::RecordBatch;
 use arrow_schema::SchemaRef;
 use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, ZstdLevel};
+use parquet::file::metadata::KeyValue;
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use serde::Serialize;
 use tempfile::NamedTempFile;
@@ -99,6 +100,12 @@ impl ParquetOut {
             self.writer.flush().map_err(arrow(&self.path))?;
         }
         Ok(())
+    }
+
+    /// Adds to the file's metadata.
+    pub(crate) fn note(&mut self, key: &str, value: String) {
+        self.writer
+            .append_key_value_metadata(KeyValue::new(key.to_owned(), value));
     }
 
     /// Syncs and renames the file into place.

@@ -47,7 +47,8 @@ pub(super) fn rows(path: &Path) -> Result<Rows> {
 }
 
 /// Batches as they are read.
-pub(super) type Batches = Box<dyn Iterator<Item = std::result::Result<RecordBatch, ArrowError>>>;
+pub(super) type Batches =
+    Box<dyn Iterator<Item = std::result::Result<RecordBatch, ArrowError>> + Send>;
 
 /// The rows of batches of a file.
 pub(super) fn from_batches(path: &Path, reader: Batches) -> Rows {

@@ -201,3 +201,33 @@ fn damage_is_a_miss_or_an_error_and_never_other_tokens() {
     std::fs::write(&file, &whole[..whole.len() / 2]).unwrap();
     assert!(cache.get(&key).unwrap().is_none());
 }
+
+/// What is written as it is made is what is written at once.
+#[test]
+fn streamed_groups_are_the_same_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = data(dir.path());
+    let (key, t, limits) = (key(&path), tokenizer(), Limits::new(9, 9));
+    let records: Vec<SftRecord> = source::read_sft(&path)
+        .unwrap()
+        .collect::<Result<_, _>>()
+        .unwrap();
+    let (groups, report) = t.sft_groups(&records, &limits).unwrap();
+    let (whole, parts) = (dir.path().join("whole"), dir.path().join("parts"));
+    TokenCache::new(&whole).put(&key, &groups, &report).unwrap();
+
+    let cache = TokenCache::new(&parts);
+    let mut stream = t.sft_stream(source::read_sft(&path).unwrap(), &limits);
+    let mut writer = cache.writer(&key).unwrap();
+    for group in stream.by_ref() {
+        writer.push(group.unwrap()).unwrap();
+    }
+    assert!(cache.get(&key).unwrap().is_none(), "before it is finished");
+    writer.finish(stream.report()).unwrap();
+    let (cached, said) = cache.get(&key).unwrap().unwrap();
+    assert_eq!(cached.collect::<Result<Vec<_>, _>>().unwrap(), groups);
+    assert_eq!(said, report);
+    let name = format!("{}.parquet", key.as_str());
+    let read = |dir: &Path| std::fs::read(dir.join(&name)).unwrap();
+    assert_eq!(read(&whole), read(&parts));
+}

@@ -21,6 +21,7 @@ mod order;
 mod props;
 mod records;
 mod stats;
+mod stream;
 mod synth;
 mod templates;
 

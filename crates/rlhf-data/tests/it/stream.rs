@@ -1,0 +1,96 @@
+//! Groups that come one by one are those that come at once; errors come after what was good.
+
+use std::path::Path;
+
+use rlhf_data::conversation::{Message, Role, Text};
+use rlhf_data::error::Error;
+use rlhf_data::group::PromptGroup;
+use rlhf_data::record::PreferenceRecord;
+use rlhf_data::tokenize::{ChatTokenizer, Limits};
+
+fn tokenizer() -> ChatTokenizer {
+    ChatTokenizer::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokenizer"))
+        .unwrap()
+}
+
+/// Every seventh row is dropped, every fifth is cut.
+fn records(n: usize) -> Vec<PreferenceRecord> {
+    let say = |role, text: String| Text::Messages(vec![Message::new(role, text)]);
+    (0..n)
+        .map(|i| PreferenceRecord {
+            prompt: say(Role::User, format!("question {i}")),
+            chosen: say(
+                Role::Assistant,
+                "yes ".repeat(if i % 5 == 0 { 60 } else { 3 }),
+            ),
+            rejected: say(
+                Role::Assistant,
+                if i % 7 == 0 {
+                    "  ".into()
+                } else {
+                    format!("no {i}")
+                },
+            ),
+            margin: None,
+        })
+        .collect()
+}
+
+fn refused() -> Error {
+    Error::Invalid {
+        what: "a bad row".into(),
+        mend: "none".into(),
+    }
+}
+
+#[test]
+fn the_stream_gives_what_the_whole_gives() {
+    let (t, limits) = (tokenizer(), Limits::new(64, 40));
+    // Around the sizes of a chunk.
+    for n in [0, 1, 255, 256, 257, 512, 700] {
+        let records = records(n);
+        let (groups, report) = t.preference_groups(&records, &limits).unwrap();
+        let mut stream = t.preference_stream(records.into_iter().map(Ok), &limits);
+        let streamed: Vec<PromptGroup> = stream.by_ref().collect::<Result<_, _>>().unwrap();
+        assert_eq!(streamed, groups);
+        assert_eq!(*stream.report(), report);
+        assert_eq!(stream.rows(), n as u64);
+        assert!(stream.next().is_none());
+        if n > 7 {
+            assert!(report.truncated > 0 && !report.dropped.is_empty());
+        }
+    }
+}
+
+#[test]
+fn an_error_comes_after_the_groups_before_it() {
+    let (t, limits) = (tokenizer(), Limits::new(64, 40));
+    for bad in [0, 10, 256, 300] {
+        let good = records(400);
+        let (before, _) = t.preference_groups(&good[..bad], &limits).unwrap();
+
+        // One that the reader finds.
+        let rows = good.iter().cloned().enumerate();
+        let read = rows.map(|(i, r)| if i == bad { Err(refused()) } else { Ok(r) });
+        let mut stream = t.preference_stream(read, &limits);
+        let given: Vec<_> = stream.by_ref().map_while(Result::ok).collect();
+        assert_eq!(given, before);
+        assert_eq!(stream.rows(), bad as u64);
+        assert!(stream.next().is_none());
+
+        // One that the tokenizer finds.
+        let mut rows = good.clone();
+        rows[bad].chosen = Text::Plain("another form".into());
+        let mut stream = t.preference_stream(rows.into_iter().map(Ok), &limits);
+        let mut given = Vec::new();
+        let e = loop {
+            match stream.next().unwrap() {
+                Ok(group) => given.push(group),
+                Err(e) => break e.to_string(),
+            }
+        };
+        assert_eq!(given, before);
+        assert!(e.contains(&format!("row {bad}")), "{e}");
+        assert!(stream.next().is_none());
+    }
+}
