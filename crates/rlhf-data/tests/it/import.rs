@@ -141,7 +141,7 @@ fn examples() -> Vec<(Format, Value, Vec<Value>)> {
             vec![
                 json!({"prompt": [u("Name a fish.")], "completions": [[a("Cod.")], [a("A carp.")]],
                         "scores": [-2.0, -1.0], "ranks": [2, 1],
-                        "source": {"dataset": ["made"], "models": ["x", "y"]}}),
+                        "source": {"dataset": "made", "models": ["x", "y"]}}),
             ],
         ),
         (
@@ -204,6 +204,19 @@ fn examples() -> Vec<(Format, Value, Vec<Value>)> {
             vec![
                 json!({"prompt": [u("Write two words.")], "instruction_id_list": ["a:b", "c:d"],
                         "kwargs": [{"num_words": 2}, {}], "key": 5}),
+            ],
+        ),
+        (
+            Format::Oasst1,
+            json!({"message_tree_id": "t", "tree_state": "ready_for_export", "prompt": {
+                "message_id": "t", "role": "prompter", "text": "Tea?", "lang": "en", "replies": [
+                    {"message_id": "a", "role": "assistant", "text": "Green.", "rank": 1, "replies": [
+                        {"message_id": "c", "role": "prompter", "text": "Why?", "replies": [
+                            {"message_id": "d", "role": "assistant", "text": "So.", "rank": 0}]}]},
+                    {"message_id": "b", "role": "assistant", "text": "Black.", "rank": 0}]}}),
+            vec![
+                json!({"prompt": [u("Tea?")], "completions": [[a("Green.")], [a("Black.")]],
+                       "scores": [-1.0, 0.0], "ranks": [1, 0], "source": {"id": "t", "tree": "t"}}),
             ],
         ),
     ]

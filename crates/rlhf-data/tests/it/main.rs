@@ -12,11 +12,13 @@ mod cache;
 mod formats;
 mod golden;
 mod hostile;
+mod hostile_templates;
 #[cfg(feature = "hub")]
 mod hub;
 mod import;
 mod limits;
 mod lint;
+mod oasst;
 mod order;
 mod props;
 mod records;
