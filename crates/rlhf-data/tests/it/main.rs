@@ -25,6 +25,7 @@ mod records;
 mod stats;
 mod synth;
 mod templates;
+mod tokenizers;
 
 /// The folder that several projects share, which may be absent.
 fn shared() -> std::path::PathBuf {
