@@ -627,6 +627,32 @@ fn arrow(footer: bool) -> Vec<u8> {
 }
 
 #[test]
+fn a_footer_that_speaks_of_more_than_the_file_is_refused() {
+    let good = arrow(true);
+    let length = u32::from_le_bytes(good[good.len() - 10..][..4].try_into().unwrap());
+    let start = good.len() - 10 - length as usize;
+    let footer = arrow_ipc::root_as_footer(&good[start..good.len() - 10]).unwrap();
+    let block = footer.recordBatches().unwrap().get(0);
+    // 2 GiB would be allocated before anything is read.
+    let [from, to] = [block.bodyLength(), 1 << 31].map(i64::to_le_bytes);
+    let at = good[start..].windows(8).rposition(|w| w == from).unwrap();
+    let mut bad = good.clone();
+    bad[start + at..start + at + 8].copy_from_slice(&to);
+    let dir = Dir::new();
+    assert!(rows(&dir.write("good.arrow", &good)).is_ok());
+    let e = rows(&dir.write("bad.arrow", &bad)).unwrap_err();
+    assert!(
+        e.contains("bad.arrow") && e.contains("outside the file"),
+        "{e}"
+    );
+    let mut bad = good;
+    let end = bad.len() - 10;
+    bad[end..end + 4].copy_from_slice(&u32::MAX.to_le_bytes());
+    let e = rows(&dir.write("long.arrow", &bad)).unwrap_err();
+    assert!(e.contains("longer than the file"), "{e}");
+}
+
+#[test]
 fn folders_and_patterns_are_read_in_order() {
     let dir = Dir::new();
     dir.write("d/2.jsonl", b"{\"text\":\"c\"}\n");
