@@ -5,6 +5,7 @@
     reason = "these commands speak to the terminal"
 )]
 
+use std::cell::Cell;
 use std::io::IsTerminal as _;
 use std::path::Path;
 use std::process::ExitCode;
@@ -282,6 +283,20 @@ fn whole<R: Record>(input: &Path, out: &Path, options: &ImportOptions) -> anyhow
     })
 }
 
+/// A thumb as it is, or the two of a pair.
+fn thumbs(row: Map<String, Value>) -> Result<Vec<Annotated<UnpairedRecord>>, Fault> {
+    if row.contains_key("label") || !row.contains_key("chosen") {
+        return Ok(vec![Annotated::from_row(row)?]);
+    }
+    let pair = Annotated::<PreferenceRecord>::from_row(row)?;
+    let thumbs = pair_to_unpaired(&pair.record).map(|record| Annotated {
+        record,
+        weight: pair.weight,
+        source: pair.source.clone(),
+    });
+    Ok(thumbs.into())
+}
+
 fn import(
     input: &Path,
     out: &Path,
@@ -322,18 +337,22 @@ fn import(
             |_, row| Ok(vec![PromptRecord::from_row(row)?]),
         ),
         KindArg::Ranked => whole::<RankedRecord>(input, out, options),
-        KindArg::Unpaired => copy(input, out, options, Layout::Whole, |_, row| {
-            if row.contains_key("label") || !row.contains_key("chosen") {
-                return Ok(vec![Annotated::<UnpairedRecord>::from_row(row)?]);
+        KindArg::Unpaired => {
+            let seen = [Cell::new(false), Cell::new(false)];
+            let code = copy(input, out, options, Layout::Whole, |_, row| {
+                let thumbs = thumbs(row)?;
+                for thumb in &thumbs {
+                    seen[usize::from(thumb.record.label)].set(true);
+                }
+                Ok(thumbs)
+            })?;
+            for (label, seen) in ["false", "true"].into_iter().zip(&seen) {
+                if !seen.get() {
+                    eprintln!("warning: no row has the label {label}");
+                }
             }
-            let pair = Annotated::<PreferenceRecord>::from_row(row)?;
-            let thumbs = pair_to_unpaired(&pair.record).map(|record| Annotated {
-                record,
-                weight: pair.weight,
-                source: pair.source.clone(),
-            });
-            Ok(thumbs.into())
-        }),
+            Ok(code)
+        }
         KindArg::Stepwise => whole::<StepwiseRecord>(input, out, options),
         KindArg::Rated => whole::<RatedRecord>(input, out, options),
     }

@@ -131,7 +131,8 @@ fn tag(source: &str, mut at: usize, close: &[u8]) -> Option<Tag> {
             });
         }
         let letter = b.is_ascii_alphanumeric() || b == b'_' || !b.is_ascii();
-        words += usize::from(!b.is_ascii_whitespace() && !(letter && in_word));
+        let goes_on = b.is_ascii_whitespace() || (letter && in_word);
+        words += usize::from(!goes_on);
         in_word = letter;
         match b {
             b'"' | b'\'' => {

@@ -78,6 +78,19 @@ fn thumbs_as_they_are_and_out_of_pairs() {
 }
 
 #[test]
+fn thumbs_of_one_kind_are_a_warning() {
+    let dir = tempfile::tempdir().unwrap();
+    let row = r#"{"prompt": "p", "completion": "c", "label": true}"#;
+    let (code, _, err) = import(&dir, row, "unpaired", "jsonl");
+    assert!(
+        code == 0 && err.contains("no row has the label false"),
+        "{err}"
+    );
+    let (_, _, err) = import(&dir, PAIR, "unpaired", "jsonl");
+    assert!(!err.contains("warning"), "{err}");
+}
+
+#[test]
 fn steps_and_ratings() {
     let steps = r#"{"labeler": "l", "question": {"problem": "1+1?"}, "label": {"steps": [{"completions": [{"text": "2.", "rating": 1}, {"text": "3.", "rating": -1}], "chosen_completion": 0}]}}"#;
     let rows = both::<StepwiseRecord>(steps);
