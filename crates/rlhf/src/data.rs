@@ -146,7 +146,7 @@ enum Layout<R> {
 
 /// A file of records to be written, which begins with the first of them.
 enum Out<R> {
-    Parquet(Layout<R>, Option<(SchemaRef, ParquetOut)>),
+    Parquet(Layout<R>, Option<Box<(SchemaRef, ParquetOut)>>),
     Jsonl(Option<JsonlOut>),
 }
 
@@ -168,14 +168,15 @@ impl<R: Record> Out<R> {
         };
         match self {
             Self::Parquet(layout, file) => {
-                let (schema, file) = match file {
+                let (schema, file) = &mut **match file {
                     Some(begun) => begun,
                     None => {
                         let schema = match layout {
                             Layout::Trl(schema, _) => schema.clone(),
                             Layout::Whole => record::schema_of(first),
                         };
-                        file.insert((schema.clone(), ParquetOut::create(path, schema)?))
+                        let begun = (schema.clone(), ParquetOut::create(path, schema)?);
+                        file.insert(Box::new(begun))
                     }
                 };
                 let batch = match layout {
@@ -199,7 +200,7 @@ impl<R: Record> Out<R> {
 
     fn finish(self) -> anyhow::Result<()> {
         match self {
-            Self::Parquet(_, Some((_, file))) => file.finish()?,
+            Self::Parquet(_, Some(begun)) => begun.1.finish()?,
             Self::Jsonl(Some(file)) => file.finish()?,
             Self::Parquet(_, None) | Self::Jsonl(None) => {}
         }
