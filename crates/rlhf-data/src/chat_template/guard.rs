@@ -16,7 +16,7 @@ const MAX_ELIF: usize = 200;
 /// Levels of lists and maps in a value.
 const MAX_DEPTH: usize = 32;
 /// Values that the filter may look at in one rendering.
-const MAX_VISITS: u64 = 1_000_000;
+const MAX_VISITS: u64 = 4_000_000;
 /// The filter's name, and that of its count.
 pub(super) const FILTER: &str = "__kept";
 

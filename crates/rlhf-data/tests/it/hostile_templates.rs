@@ -100,6 +100,23 @@ fn values_do_not_nest_without_end() {
 }
 
 #[test]
+fn templates_do_not_call_themselves_without_end() {
+    for source in [
+        "{% include 'chat' %}",
+        "{% import 'chat' as c %}{{ c }}",
+        "{% extends 'chat' %}",
+        "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+        "{% macro f(n) %}{% call g() %}{{ f(n) }}{% endcall %}{% endmacro %}{% macro g() %}{{ caller() }}{% endmacro %}{{ f(1) }}",
+        "{% for x in [[]] recursive %}{{ loop([x]) }}{% endfor %}",
+        "{% macro f(x) %}{{ f([x]) }}{% endmacro %}{{ f([]) }}",
+        "{% macro f(x) %}{{ f(x | map('list')) }}{% endmacro %}{{ f(messages) }}",
+        "{% block a %}{{ self.a() }}{% endblock %}",
+    ] {
+        assert!(render(source).is_err(), "{source}");
+    }
+}
+
+#[test]
 fn widths_and_indents_are_bounded() {
     for source in [
         "{{ '{:2000000000d}'.format(1) }}",
@@ -135,6 +152,31 @@ b{% endset -%}
         render(source).unwrap(),
         "2 [{\"role\": \"user\", \"n\": 1}, {\"role\": \"assistant\", \"n\": 2}] hi x%} 1 BLOCK ho! False a\n  b"
     );
+    for (set, show, want) in [
+        ("x = nothing", "[x is defined, x is none]", "[False, False]"),
+        ("x = none", "[x is defined, x is none]", "[True, True]"),
+        ("x = 1 if false", "x is defined", "False"),
+        (
+            "x = messages[0].tool_calls",
+            "[x is defined, not x]",
+            "[False, True]",
+        ),
+        ("x = 'a=b' ~ \"%}\"", "x", "a=b%}"),
+        (
+            "x=messages|map(attribute='role')",
+            "[x|first, x|length]",
+            "['user', 2]",
+        ),
+        ("x = {'a': {'b': 1}}", "x.a.b", "1"),
+        ("x = range(3)", "x|list", "[0, 1, 2]"),
+        ("x, y = messages", "y.role", "assistant"),
+        ("x = messages[0]", "x['content'] ~ x.role", "hiuser"),
+        ("x = 'é'", "x", "é"),
+        ("x = 1 == 1", "x", "True"),
+    ] {
+        let source = format!("{{% set {set} %}}{{{{ {show} }}}}");
+        assert_eq!(render(&source).unwrap(), want, "{set}");
+    }
     // Lines of errors are those of the template as it was written.
     let e = render("{% set a =\n 1\n%}\n{{ raise_exception('here') }}").unwrap_err();
     assert!(e.contains("test, line 4"), "{e}");
