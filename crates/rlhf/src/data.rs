@@ -284,6 +284,28 @@ fn whole<R: Record>(input: &Path, out: &Path, options: &ImportOptions) -> anyhow
     })
 }
 
+/// Whether the pairs of one ranking fit into memory: each repeats the prompt.
+fn pairs_fit(ranked: &RankedRecord, pairing: Pairing) -> Result<(), Fault> {
+    const MAX_BYTES: usize = 256 << 20;
+    let k = ranked.completions.len();
+    let pairs = match pairing {
+        Pairing::All => k.saturating_mul(k.saturating_sub(1)) / 2,
+        Pairing::Adjacent => k.saturating_sub(1),
+        Pairing::BestVsRandom => 1,
+    };
+    let longest = ranked.completions.iter().map(|c| c.joined().len()).max();
+    let bytes = ranked.prompt.joined().len() + 2 * longest.unwrap_or_default();
+    if pairs.saturating_mul(bytes.max(64)) <= MAX_BYTES {
+        return Ok(());
+    }
+    Err(Fault {
+        rule: "over_long",
+        column: "completions".into(),
+        what: format!("{pairs} pairs of up to {bytes} bytes each"),
+        mend: "drop the row, or make fewer pairs of it with --pairs".into(),
+    })
+}
+
 /// A thumb as it is, or the two of a pair.
 fn thumbs(row: Map<String, Value>) -> Result<Vec<Annotated<UnpairedRecord>>, Fault> {
     if row.contains_key("label") || !row.contains_key("chosen") {
@@ -320,6 +342,7 @@ fn import(
             |number, row| {
                 if row.contains_key("completions") && !row.contains_key("chosen") {
                     let ranked = RankedRecord::from_row(row)?;
+                    pairs_fit(&ranked, options.pairing)?;
                     return Ok(ranked_to_pairs(
                         &ranked,
                         options.pairing,

@@ -91,7 +91,13 @@ fn node<'a>(
     // CSV has no null.
     let given = |name: &str| maybe(name).filter(|c| c.value() != "");
     let role = must("role")?;
-    let truth = |name: &str| given(name).map(|c| c.value() == true || c.value() == "true");
+    // Nor has it truth values.
+    let is = |name: &str, wanted: bool| {
+        given(name).is_some_and(|c| match c.value() {
+            Value::String(s) => s.eq_ignore_ascii_case(&wanted.to_string()),
+            v => *v == wanted,
+        })
+    };
     Ok(Node {
         id: must("message_id")?.filled()?.to_owned(),
         parent: match given("parent_id") {
@@ -108,7 +114,7 @@ fn node<'a>(
             Some(c) => Some(c.number()?),
             None => None,
         },
-        kept: truth("deleted") != Some(true) && truth("review_result") != Some(false),
+        kept: !is("deleted", true) && !is("review_result", false),
         place: place.to_owned(),
     })
 }

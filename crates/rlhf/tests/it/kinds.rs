@@ -58,6 +58,16 @@ fn rankings() {
 }
 
 #[test]
+fn pairs_of_a_ranking_without_end_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let many = vec!["\"x\""; 20_000].join(", ");
+    let row = format!(r#"{{"prompt": "p", "completions": [{many}]}}"#);
+    let (code, out, err) = import(&dir, &row, "preference", "jsonl");
+    assert!(code == 2 && err.contains("199990000 pairs"), "{err}");
+    assert!(!out.exists());
+}
+
+#[test]
 fn thumbs_as_they_are_and_out_of_pairs() {
     let rows = both::<UnpairedRecord>(
         "{\"prompt\": \"p\", \"completion\": \"c\", \"label\": true}\n{\"prompt\": \"p\", \"completion\": \"d\", \"label\": \"false\"}",
