@@ -10,6 +10,7 @@
 mod guard;
 
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use minijinja::syntax::SyntaxConfig;
@@ -187,8 +188,18 @@ impl ChatTemplate {
             .iter()
             .map(|(name, token)| (*name, token.as_str()));
         let variables = merge_maps([Value::from_pairs(named), variables]);
-        match template.render_captured_to(variables, &mut sink) {
-            Ok(_) => {}
+        // Some formats of text make the engine panic: `'%(é' | format(1)`.
+        let rendered = catch_unwind(AssertUnwindSafe(|| {
+            template.render_captured_to(variables, &mut sink).map(drop)
+        }));
+        let rendered = rendered.map_err(|_| {
+            bad(
+                "the template engine gave up on it",
+                "correct the template: look at what it formats",
+            )
+        })?;
+        match rendered {
+            Ok(()) => {}
             Err(_) if sink.text.len() >= MAX_TEXT => {
                 return Err(bad(
                     "it gives more than 64 MiB of text",

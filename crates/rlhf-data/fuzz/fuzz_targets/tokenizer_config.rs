@@ -19,7 +19,12 @@ static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
     dir
 });
 
-fuzz_target!(|data: &[u8]| {
+fuzz_target!(
+    init: {
+        // As in `template`.
+        std::panic::set_hook(Box::new(|_| {}));
+    },
+    |data: &[u8]| {
     std::fs::write(FOLDER.join("tokenizer_config.json"), data).expect("a temporary file");
     let Ok(t) = ChatTokenizer::load_dated(&FOLDER, (2024, 7, 9)) else {
         return;
@@ -46,4 +51,5 @@ fuzz_target!(|data: &[u8]| {
         },
         &limits,
     );
-});
+}
+);

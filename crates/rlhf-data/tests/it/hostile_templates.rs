@@ -117,6 +117,12 @@ fn templates_do_not_call_themselves_without_end() {
 }
 
 #[test]
+fn a_panic_of_the_engine_is_an_error() {
+    let e = render("{{ '%(\n\u{383}(noen' | format(3) }}").unwrap_err();
+    assert!(e.contains("do: correct the template"), "{e}");
+}
+
+#[test]
 fn widths_and_indents_are_bounded() {
     for source in [
         "{{ '{:2000000000d}'.format(1) }}",
