@@ -7,7 +7,10 @@
 //! first character before rendering; the rendered text is cut at the marks, and its parts are tokenised
 //! one by one. Added tokens that the tokenizer does not call special (`<think>`) are left alone.
 
+mod guard;
+
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use minijinja::syntax::SyntaxConfig;
@@ -67,7 +70,12 @@ impl ChatTemplate {
         special: Vec<String>,
         date: (i32, u32, u32),
     ) -> Result<Self> {
-        let (source, marks_generation) = mark_generation(source);
+        let source = guard::guard(source).map_err(|what| Error::Template {
+            place: place.into(),
+            what,
+            mend: "correct the template".into(),
+        })?;
+        let (source, marks_generation) = mark_generation(&source);
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder()
             .trim_blocks(true)
@@ -75,8 +83,15 @@ impl ChatTemplate {
             .build();
         environment.set_syntax(syntax.map_err(|e| template_error(place, &e))?);
         environment.set_fuel(Some(FUEL));
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(|state, value, method, args| {
+            if method == "format" && value.as_str().is_some_and(guard::is_wide) {
+                return Err(JinjaError::new(
+                    ErrorKind::InvalidOperation,
+                    "a width of more than four digits",
+                ));
+            }
+            minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
+        });
         environment.add_function(
             "raise_exception",
             |what: String| -> std::result::Result<String, JinjaError> {
@@ -88,6 +103,7 @@ impl ChatTemplate {
                 .map_err(|what| JinjaError::new(ErrorKind::InvalidOperation, what))
         });
         environment.add_filter("tojson", tojson);
+        environment.add_filter(guard::FILTER, guard::kept);
         environment
             .add_template_owned("chat", source)
             .map_err(|e| template_error(place, &e))?;
@@ -172,8 +188,18 @@ impl ChatTemplate {
             .iter()
             .map(|(name, token)| (*name, token.as_str()));
         let variables = merge_maps([Value::from_pairs(named), variables]);
-        match template.render_captured_to(variables, &mut sink) {
-            Ok(_) => {}
+        // Some formats of text make the engine panic: `'%(é' | format(1)`.
+        let rendered = catch_unwind(AssertUnwindSafe(|| {
+            template.render_captured_to(variables, &mut sink).map(drop)
+        }));
+        let rendered = rendered.map_err(|_| {
+            bad(
+                "the template engine gave up on it",
+                "correct the template: look at what it formats",
+            )
+        })?;
+        match rendered {
+            Ok(()) => {}
             Err(_) if sink.text.len() >= MAX_TEXT => {
                 return Err(bad(
                     "it gives more than 64 MiB of text",
@@ -320,10 +346,11 @@ fn mark_generation(source: &str) -> (String, bool) {
             rest = &rest[end..];
             continue;
         }
-        let Some(len) = rest[start..].find("%}") else {
+        // The end stands behind the beginning: `{%}` is no tag.
+        let Some(len) = rest[start + 2..].find("%}") else {
             break;
         };
-        let tag = &rest[start..start + len + 2];
+        let tag = &rest[start..start + len + 4];
         let inner = &tag[2..tag.len() - 2];
         let (open, inner) = inner
             .strip_prefix(['-', '+'])
@@ -342,7 +369,7 @@ fn mark_generation(source: &str) -> (String, bool) {
             }
             _ => out.push_str(tag),
         }
-        rest = &rest[start + len + 2..];
+        rest = &rest[start + len + 4..];
     }
     out.push_str(rest);
     (out, found)
@@ -426,18 +453,36 @@ fn tojson(value: Value, kwargs: Kwargs) -> std::result::Result<String, JinjaErro
     };
     let json = serde_json::to_value(&value).map_err(|e| bad(e.to_string()))?;
     let mut out = String::new();
-    dump(&json, &layout, 0, &mut out);
+    dump(&json, &layout, 0, &mut out)
+        .map_err(|TooLong| bad("tojson gives too much text".into()))?;
     // Marks are no control characters, so JSON leaves them as they are.
     Ok(out)
 }
 
-fn dump(v: &serde_json::Value, layout: &Layout, depth: usize, out: &mut String) {
+/// More than [`MAX_TEXT`].
+struct TooLong;
+
+fn dump(
+    v: &serde_json::Value,
+    layout: &Layout,
+    depth: usize,
+    out: &mut String,
+) -> std::result::Result<(), TooLong> {
     let newline = |depth: usize, out: &mut String| {
-        if let Some(n) = layout.indent {
-            out.push('\n');
-            out.push_str(&" ".repeat(n * depth));
+        let Some(n) = layout.indent else {
+            return Ok(());
+        };
+        let width = n.saturating_mul(depth);
+        if out.len().saturating_add(width) > MAX_TEXT {
+            return Err(TooLong);
         }
+        out.push('\n');
+        out.extend(std::iter::repeat_n(' ', width));
+        Ok(())
     };
+    if out.len() > MAX_TEXT {
+        return Err(TooLong);
+    }
     match v {
         serde_json::Value::Array(a) if !a.is_empty() => {
             out.push('[');
@@ -445,10 +490,10 @@ fn dump(v: &serde_json::Value, layout: &Layout, depth: usize, out: &mut String) 
                 if i > 0 {
                     out.push_str(&layout.item);
                 }
-                newline(depth + 1, out);
-                dump(x, layout, depth + 1, out);
+                newline(depth + 1, out)?;
+                dump(x, layout, depth + 1, out)?;
             }
-            newline(depth, out);
+            newline(depth, out)?;
             out.push(']');
         }
         serde_json::Value::Object(o) if !o.is_empty() => {
@@ -461,17 +506,18 @@ fn dump(v: &serde_json::Value, layout: &Layout, depth: usize, out: &mut String) 
                 if i > 0 {
                     out.push_str(&layout.item);
                 }
-                newline(depth + 1, out);
+                newline(depth + 1, out)?;
                 quote(k, layout.ascii, out);
                 out.push_str(&layout.key);
-                dump(x, layout, depth + 1, out);
+                dump(x, layout, depth + 1, out)?;
             }
-            newline(depth, out);
+            newline(depth, out)?;
             out.push('}');
         }
         serde_json::Value::String(s) => quote(s, layout.ascii, out),
         other => out.push_str(&other.to_string()),
     }
+    Ok(())
 }
 
 fn quote(text: &str, ascii: bool, out: &mut String) {

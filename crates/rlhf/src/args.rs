@@ -194,19 +194,38 @@ pub enum PurposeArg {
     Prompts,
 }
 
+/// What rows become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum KindArg {
+    /// Demonstrations, in TRL's columns
+    Sft,
+    /// Chosen and rejected completions, in TRL's columns
+    Preference,
+    /// Prompts with what a verifier needs
+    Prompts,
+    /// Several completions of a prompt, scored or best first
+    Ranked,
+    /// A completion with a thumb up or down
+    Unpaired,
+    /// A solution in steps, each right or wrong
+    Stepwise,
+    /// A completion with a number for each of several attributes
+    Rated,
+}
+
 /// `rlhf data`
 #[derive(Debug, Subcommand)]
 pub enum DataCommand {
-    /// Read a file, refuse what is wrong, write it as Parquet
+    /// Read a file of any known format, refuse what is wrong, write one kind of rows
     Import {
         /// The file, a folder of files, or a glob in quotes
         input: PathBuf,
-        /// The file to write: .parquet or .jsonl, in TRL's columns
+        /// The file to write: .parquet or .jsonl
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
-        /// What it is for
+        /// What the rows become
         #[arg(long, value_enum)]
-        purpose: PurposeArg,
+        purpose: KindArg,
         /// The format, as docs/importers.md names them [default: told by the first row's columns]
         #[arg(long, value_name = "FORMAT")]
         from: Option<String>,

@@ -5,24 +5,26 @@
     reason = "these commands speak to the terminal"
 )]
 
+use std::cell::Cell;
 use std::io::IsTerminal as _;
 use std::path::Path;
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use arrow_array::RecordBatch;
 use arrow_schema::{ArrowError, SchemaRef};
 use rlhf_data::check::{CheckOptions, FindingsOut, Purpose, check_each};
 use rlhf_data::group::PromptGroup;
 use rlhf_data::import::{self, Format, OnBad};
 use rlhf_data::record::{
-    self, Fault, Pairing, PreferenceRecord, PromptRecord, RankedRecord, Record, SftRecord,
-    ranked_to_pairs,
+    self, Annotated, Fault, Pairing, PreferenceRecord, PromptRecord, RankedRecord, RatedRecord,
+    Record, SftRecord, StepwiseRecord, UnpairedRecord, pair_to_unpaired, ranked_to_pairs,
 };
 use rlhf_data::source::{self, JsonlOut, ParquetOut};
 use rlhf_data::tokenize::{ChatTokenizer, Limits, Outcome};
 use serde_json::{Map, Value, json};
 
-use crate::args::{DataCommand, PairsArg, PurposeArg};
+use crate::args::{DataCommand, KindArg, PairsArg, PurposeArg};
 use crate::terminal::escape;
 use crate::usage::usage;
 
@@ -134,21 +136,73 @@ struct ImportOptions {
 /// Makes a batch of records.
 type ToBatch<R> = fn(&[R]) -> Result<RecordBatch, ArrowError>;
 
-/// A file of records to be written: Parquet or JSON Lines.
+/// The columns of a Parquet file.
+enum Layout<R> {
+    /// Those that TRL reads.
+    Trl(SchemaRef, ToBatch<R>),
+    /// All that the records hold, in the form of the first.
+    Whole,
+}
+
+/// A file of records to be written, which begins with the first of them.
 enum Out<R> {
-    Parquet(Box<ParquetOut>, ToBatch<R>),
-    Jsonl(JsonlOut),
+    Parquet(Layout<R>, Option<Box<(SchemaRef, ParquetOut)>>),
+    Jsonl(Option<JsonlOut>),
 }
 
 impl<R: Record> Out<R> {
-    fn write(&mut self, rows: &[R]) -> anyhow::Result<()> {
+    fn of(path: &Path, layout: Layout<R>) -> anyhow::Result<Self> {
+        match path.extension().and_then(|e| e.to_str()) {
+            Some("parquet") => Ok(Self::Parquet(layout, None)),
+            Some("jsonl") => Ok(Self::Jsonl(None)),
+            _ => {
+                let place = path.display().to_string();
+                Err(usage("unknown kind of file", place, "name it .parquet or .jsonl").into())
+            }
+        }
+    }
+
+    fn write(&mut self, path: &Path, rows: &[R]) -> anyhow::Result<()> {
+        let Some(first) = rows.first() else {
+            return Ok(());
+        };
         match self {
-            Self::Parquet(file, batch) => file.write(&batch(rows)?)?,
+            Self::Parquet(layout, file) => {
+                let (schema, file) = &mut **match file {
+                    Some(begun) => begun,
+                    None => {
+                        let schema = match layout {
+                            Layout::Trl(schema, _) => schema.clone(),
+                            Layout::Whole => record::schema_of(first),
+                        };
+                        let begun = (schema.clone(), ParquetOut::create(path, schema)?);
+                        file.insert(Box::new(begun))
+                    }
+                };
+                let batch = match layout {
+                    Layout::Trl(_, batch) => batch(rows)?,
+                    Layout::Whole => record::batch(schema, rows)?,
+                };
+                file.write(&batch)?;
+            }
             Self::Jsonl(file) => {
+                let file = match file {
+                    Some(begun) => begun,
+                    None => file.insert(JsonlOut::create(path)?),
+                };
                 for row in rows {
                     file.write(&row.to_row())?;
                 }
             }
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> anyhow::Result<()> {
+        match self {
+            Self::Parquet(_, Some(begun)) => begun.1.finish()?,
+            Self::Jsonl(Some(file)) => file.finish()?,
+            Self::Parquet(_, None) | Self::Jsonl(None) => {}
         }
         Ok(())
     }
@@ -159,21 +213,21 @@ fn copy<R: Record>(
     input: &Path,
     out: &Path,
     options: &ImportOptions,
-    (schema, batch): (SchemaRef, ToBatch<R>),
+    layout: Layout<R>,
     records: impl Fn(u64, Map<String, Value>) -> Result<Vec<R>, Fault>,
 ) -> anyhow::Result<ExitCode> {
     const CHUNK: usize = 1024;
-    let mut file = match out.extension().and_then(|e| e.to_str()) {
-        Some("parquet") => Out::Parquet(Box::new(ParquetOut::create(out, schema)?), batch),
-        Some("jsonl") => Out::Jsonl(JsonlOut::create(out)?),
-        _ => {
-            let place = out.display().to_string();
-            return Err(usage("unknown kind of file", place, "name it .parquet or .jsonl").into());
-        }
-    };
+    let mut file = Out::of(out, layout)?;
     let mut rows = import::read(input, options.from, options.bad)?;
     let (mut n, mut chunk) = (0, Vec::new());
     let (mut skipped, mut first) = (0, None);
+    let mut write = |n: &mut usize, chunk: &mut Vec<R>| {
+        let from = *n;
+        *n += chunk.len();
+        let written = file.write(out, chunk);
+        chunk.clear();
+        written.with_context(|| format!("{}: the records from {from} on", out.display()))
+    };
     for (number, row) in (0..).zip(rows.by_ref()) {
         let (_, row) = row?;
         match records(number, row.columns) {
@@ -194,15 +248,10 @@ fn copy<R: Record>(
             }
         }
         if chunk.len() >= CHUNK {
-            n += chunk.len();
-            file.write(&chunk)?;
-            chunk.clear();
+            write(&mut n, &mut chunk)?;
         }
     }
-    n += chunk.len();
-    if !chunk.is_empty() {
-        file.write(&chunk)?;
-    }
+    write(&mut n, &mut chunk)?;
     let bad = rows.skipped();
     if let Some(e) = bad.first.first().or(first.as_ref()) {
         let e = e.to_string().replace("\n  ", "; ");
@@ -219,10 +268,7 @@ fn copy<R: Record>(
         )
         .into());
     }
-    match file {
-        Out::Parquet(file, _) => file.finish()?,
-        Out::Jsonl(file) => file.finish()?,
-    }
+    file.finish()?;
     let format = rows.format().map_or("", Format::name);
     eprintln!(
         "{n} rows of the format {format} written to {}",
@@ -231,28 +277,72 @@ fn copy<R: Record>(
     Ok(ExitCode::SUCCESS)
 }
 
+/// The rows as they are, each with its weight and source.
+fn whole<R: Record>(input: &Path, out: &Path, options: &ImportOptions) -> anyhow::Result<ExitCode> {
+    copy(input, out, options, Layout::Whole, |_, row| {
+        Ok(vec![Annotated::<R>::from_row(row)?])
+    })
+}
+
+/// Whether the pairs of one ranking fit into memory: each repeats the prompt.
+fn pairs_fit(ranked: &RankedRecord, pairing: Pairing) -> Result<(), Fault> {
+    const MAX_BYTES: usize = 256 << 20;
+    let k = ranked.completions.len();
+    let pairs = match pairing {
+        Pairing::All => k.saturating_mul(k.saturating_sub(1)) / 2,
+        Pairing::Adjacent => k.saturating_sub(1),
+        Pairing::BestVsRandom => 1,
+    };
+    let longest = ranked.completions.iter().map(|c| c.joined().len()).max();
+    let bytes = ranked.prompt.joined().len() + 2 * longest.unwrap_or_default();
+    if pairs.saturating_mul(bytes.max(64)) <= MAX_BYTES {
+        return Ok(());
+    }
+    Err(Fault {
+        rule: "over_long",
+        column: "completions".into(),
+        what: format!("{pairs} pairs of up to {bytes} bytes each"),
+        mend: "drop the row, or make fewer pairs of it with --pairs".into(),
+    })
+}
+
+/// A thumb as it is, or the two of a pair.
+fn thumbs(row: Map<String, Value>) -> Result<Vec<Annotated<UnpairedRecord>>, Fault> {
+    if row.contains_key("label") || !row.contains_key("chosen") {
+        return Ok(vec![Annotated::from_row(row)?]);
+    }
+    let pair = Annotated::<PreferenceRecord>::from_row(row)?;
+    let thumbs = pair_to_unpaired(&pair.record).map(|record| Annotated {
+        record,
+        weight: pair.weight,
+        source: pair.source.clone(),
+    });
+    Ok(thumbs.into())
+}
+
 fn import(
     input: &Path,
     out: &Path,
-    purpose: PurposeArg,
+    purpose: KindArg,
     options: &ImportOptions,
 ) -> anyhow::Result<ExitCode> {
     match purpose {
-        PurposeArg::Sft => copy(
+        KindArg::Sft => copy(
             input,
             out,
             options,
-            (record::sft_schema(), record::sft_batch),
+            Layout::Trl(record::sft_schema(), record::sft_batch),
             |_, row| Ok(vec![SftRecord::from_row(row)?]),
         ),
-        PurposeArg::Preference => copy(
+        KindArg::Preference => copy(
             input,
             out,
             options,
-            (record::preference_schema(), record::preference_batch),
+            Layout::Trl(record::preference_schema(), record::preference_batch),
             |number, row| {
                 if row.contains_key("completions") && !row.contains_key("chosen") {
                     let ranked = RankedRecord::from_row(row)?;
+                    pairs_fit(&ranked, options.pairing)?;
                     return Ok(ranked_to_pairs(
                         &ranked,
                         options.pairing,
@@ -263,13 +353,32 @@ fn import(
                 Ok(vec![PreferenceRecord::from_row(row)?])
             },
         ),
-        PurposeArg::Prompts => copy(
+        KindArg::Prompts => copy(
             input,
             out,
             options,
-            (record::prompt_schema(), record::prompt_batch),
+            Layout::Trl(record::prompt_schema(), record::prompt_batch),
             |_, row| Ok(vec![PromptRecord::from_row(row)?]),
         ),
+        KindArg::Ranked => whole::<RankedRecord>(input, out, options),
+        KindArg::Unpaired => {
+            let seen = [Cell::new(false), Cell::new(false)];
+            let code = copy(input, out, options, Layout::Whole, |_, row| {
+                let thumbs = thumbs(row)?;
+                for thumb in &thumbs {
+                    seen[usize::from(thumb.record.label)].set(true);
+                }
+                Ok(thumbs)
+            })?;
+            for (label, seen) in ["false", "true"].into_iter().zip(&seen) {
+                if !seen.get() {
+                    eprintln!("warning: no row has the label {label}");
+                }
+            }
+            Ok(code)
+        }
+        KindArg::Stepwise => whole::<StepwiseRecord>(input, out, options),
+        KindArg::Rated => whole::<RatedRecord>(input, out, options),
     }
 }
 

@@ -172,6 +172,15 @@ pub(super) fn row<const N: usize>(columns: [(&str, Value); N]) -> Columns {
         .collect()
 }
 
+/// A name as text: of several, one after the other.
+fn text_of(v: &Value) -> String {
+    match v {
+        Value::String(s) => s.clone(),
+        Value::Array(names) => names.iter().map(text_of).collect::<Vec<_>>().join(", "),
+        other => other.to_string(),
+    }
+}
+
 /// Adds to the row's `source`, which says where it comes from, the columns of the original that it has.
 pub(super) fn provenance(to: &mut Columns, from: &Columns, columns: &[(&str, &str)]) {
     let mut source = match to.remove("source") {
@@ -180,7 +189,11 @@ pub(super) fn provenance(to: &mut Columns, from: &Columns, columns: &[(&str, &st
     };
     for (column, name) in columns {
         if let Some(c) = optional(from, column) {
-            source.insert((*name).to_owned(), c.value().clone());
+            let value = match *name {
+                "dataset" | "annotator" | "model" => text_of(c.value()).into(),
+                _ => c.value().clone(),
+            };
+            source.insert((*name).to_owned(), value);
         }
     }
     if !source.is_empty() {

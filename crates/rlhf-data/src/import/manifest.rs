@@ -87,6 +87,7 @@ pub fn shipped() -> &'static [(&'static str, &'static str)] {
         "ifeval",
         "nectar",
         "no-robots",
+        "oasst1",
         "prm800k",
         "shp",
         "tldr-comparisons",

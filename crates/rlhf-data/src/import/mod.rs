@@ -14,6 +14,7 @@ mod chat;
 #[cfg(feature = "hub")]
 pub mod hub;
 mod manifest;
+mod oasst;
 mod pairs;
 mod ranked;
 mod read;
@@ -59,11 +60,13 @@ pub enum Format {
     Prm800k,
     /// `prompt`, `instruction_id_list`, `kwargs`.
     IfEval,
+    /// Messages with `message_id`, `parent_id`, `message_tree_id`, or whole trees of them.
+    Oasst1,
 }
 
 impl Format {
     /// Every format.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Canonical,
         Self::HhRlhf,
         Self::Alpaca,
@@ -79,6 +82,7 @@ impl Format {
         Self::TldrComparisons,
         Self::Prm800k,
         Self::IfEval,
+        Self::Oasst1,
     ];
 
     /// The name in recipes and manifests.
@@ -100,6 +104,7 @@ impl Format {
             Self::TldrComparisons => "tldr-comparisons",
             Self::Prm800k => "prm800k",
             Self::IfEval => "ifeval",
+            Self::Oasst1 => "oasst1",
         }
     }
 
@@ -132,7 +137,12 @@ pub fn sniff(columns: &Map<String, Value>) -> Option<Format> {
             .and_then(Value::as_str)
             .is_some_and(|a| a.contains("####"))
     };
+    let message_of_tree = ["message_id", "parent_id", "text", "role"];
     let table = [
+        (
+            text("message_tree_id") && (object("prompt") || has(&message_of_tree)),
+            Format::Oasst1,
+        ),
         (
             text("prompt")
                 && list("chosen")
@@ -194,6 +204,10 @@ pub fn sniff(columns: &Map<String, Value>) -> Option<Format> {
 /// - TL;DR: plain text; only Reddit posts are understood, not the news articles of its other splits.
 /// - PRM800K: one row a path: for each step, one for every rated completion that was not taken, and the
 ///   taken path at the end. Neutral counts as good, and so does a step that the labeller wrote.
+/// - OASST1: one row for each message of the prompter with two or more ranked replies; rank 0 is the
+///   best, the score is the rank, negated. Messages that are deleted or were found bad, and what follows
+///   them, are left out. Only a whole tree gives rows: [`read`] puts single messages together, which
+///   must stand tree by tree.
 /// - OpenAI messages: every other column is kept but `prompt`, which `messages` begins with.
 /// - Canonical: text that must be a number, a truth value, a list or an object, as in CSV, is read as one.
 /// - What names a person, a model, a dataset or an id goes to `source`; but for the last two formats,
@@ -219,5 +233,6 @@ pub fn convert(format: Format, row: Map<String, Value>) -> Result<Vec<Map<String
         Format::TldrComparisons => pairs::tldr(&row).map(one),
         Format::Prm800k => steps::prm800k(&row),
         Format::IfEval => chat::ifeval(&row).map(one),
+        Format::Oasst1 => oasst::nested(&row),
     }
 }

@@ -3,8 +3,12 @@
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 
+use serde_json::{Map, Value};
+
+use super::oasst::{Tree, Trees};
 use super::{Format, convert, sniff};
 use crate::error::{Error, Result};
+use crate::record::Fault;
 use crate::source::{self, Row};
 
 /// How many places of skipped rows are remembered.
@@ -39,6 +43,8 @@ pub struct Import {
     bad: OnBad,
     skipped: Skipped,
     ready: VecDeque<Row>,
+    /// Of a format whose rows make sense together.
+    trees: Trees,
     done: bool,
 }
 
@@ -67,6 +73,7 @@ pub fn read(path: &Path, format: Option<Format>, bad: OnBad) -> Result<Import> {
         bad,
         skipped: Skipped::default(),
         ready: VecDeque::new(),
+        trees: Trees::default(),
         done: false,
     })
 }
@@ -108,34 +115,60 @@ impl Import {
     /// Converts one row into `ready`; a row to be skipped is counted.
     fn take(&mut self, row: Row) -> Result<()> {
         let format = self.known(&row)?;
-        let place = row.place;
+        if format == Format::Oasst1 && row.columns.contains_key("message_id") {
+            let ended = self.trees.ended_by(&row.columns);
+            self.close(ended)?;
+            return match self.trees.add(&row.place, &row.columns) {
+                Ok(()) => Ok(()),
+                Err(f) => self.bad(row.place, f),
+            };
+        }
         match convert(format, row.columns) {
             Ok(rows) => {
-                self.skipped.nothing += u64::from(rows.is_empty());
-                self.ready.extend(rows.into_iter().map(|columns| Row {
-                    place: place.clone(),
-                    columns,
-                }));
+                self.give(&row.place, rows);
                 Ok(())
             }
-            Err(f) => {
-                let error = Error::Row {
-                    path: self.path.clone(),
-                    place,
-                    column: f.column,
-                    what: f.what,
-                    mend: f.mend,
-                };
-                if self.bad == OnBad::Refuse {
-                    return Err(error);
-                }
-                self.skipped.count += 1;
-                if self.skipped.first.len() < MAX_PLACES {
-                    self.skipped.first.push(error);
-                }
-                Ok(())
-            }
+            Err(f) => self.bad(row.place, f),
         }
+    }
+
+    /// Converts a tree, whose messages have all been read.
+    fn close(&mut self, tree: Option<Tree>) -> Result<()> {
+        let Some(tree) = tree else { return Ok(()) };
+        match tree.rows() {
+            Ok(rows) => {
+                self.give(tree.place(), rows);
+                Ok(())
+            }
+            Err((place, f)) => self.bad(place, f),
+        }
+    }
+
+    fn give(&mut self, place: &str, rows: Vec<Map<String, Value>>) {
+        self.skipped.nothing += u64::from(rows.is_empty());
+        self.ready.extend(rows.into_iter().map(|columns| Row {
+            place: place.to_owned(),
+            columns,
+        }));
+    }
+
+    /// Refuses or counts a bad row.
+    fn bad(&mut self, place: String, f: Fault) -> Result<()> {
+        let error = Error::Row {
+            path: self.path.clone(),
+            place,
+            column: f.column,
+            what: f.what,
+            mend: f.mend,
+        };
+        if self.bad == OnBad::Refuse {
+            return Err(error);
+        }
+        self.skipped.count += 1;
+        if self.skipped.first.len() < MAX_PLACES {
+            self.skipped.first.push(error);
+        }
+        Ok(())
     }
 }
 
@@ -150,14 +183,15 @@ impl Iterator for Import {
             if self.done {
                 return None;
             }
-            let row = match self.rows.next() {
-                Some(row) => row,
+            let taken = match self.rows.next() {
+                Some(row) => row.and_then(|row| self.take(row)),
                 None => {
                     self.done = true;
-                    return None;
+                    let last = self.trees.end();
+                    self.close(last)
                 }
             };
-            if let Err(e) = row.and_then(|row| self.take(row)) {
+            if let Err(e) = taken {
                 self.done = true;
                 return Some(Err(e));
             }

@@ -5,10 +5,13 @@ use serde_json::Value;
 use super::cell::{Cell, Columns, cell, optional, provenance, row};
 use crate::record::Fault;
 
+/// Bytes that the paths of one problem may have together: each repeats what it goes on from.
+const MAX_BYTES: usize = 64 << 20;
+
 pub(super) fn prm800k(from: &Columns) -> Result<Vec<Columns>, Fault> {
     let problem = cell(from, "question")?.field("problem")?.filled()?;
     let mut taken: Vec<(String, bool)> = Vec::new();
-    let mut rows = Vec::new();
+    let (mut rows, mut bytes) = (Vec::new(), 0);
     // Whether a row that was made already holds all of the taken path.
     let mut covered = true;
     for step in cell(from, "label")?.field("steps")?.items()? {
@@ -25,6 +28,11 @@ pub(super) fn prm800k(from: &Columns) -> Result<Vec<Columns>, Fault> {
                 && let Some(judged) = judged(other)?
             {
                 let path: Vec<_> = taken.iter().cloned().chain([judged]).collect();
+                bytes += problem.len() + path.iter().map(|(t, _)| t.len() + 64).sum::<usize>();
+                if bytes > MAX_BYTES {
+                    let what = format!("paths of more than {} MiB together", MAX_BYTES >> 20);
+                    return Err(step.fault("over_long", what));
+                }
                 rows.push(path_row(from, problem, &path));
                 covered = true;
             }

@@ -70,6 +70,10 @@ pub fn batch<R: Record>(schema: &SchemaRef, records: &[R]) -> Result<RecordBatch
                 format!("it has no column `{}`", field.name()),
             ));
         }
+        if let Some(i) = cells.iter().position(|c| is_other_form(field, *c)) {
+            let what = format!("column `{}`: messages, not plain text", field.name());
+            return Err(other_form(i, what));
+        }
         arrays
             .push(array(&cells, field.data_type()).map_err(|(i, what)| {
                 other_form(i, format!("column `{}`: {what}", field.name()))
@@ -79,6 +83,18 @@ pub fn batch<R: Record>(schema: &SchemaRef, records: &[R]) -> Result<RecordBatch
         what: format!("Arrow refuses the rows: {e}"),
         mend: "write rows of one form to a file".into(),
     })
+}
+
+/// Whether plain text was to stand here, and a list does: only values without a fixed shape become JSON
+/// text.
+fn is_other_form(field: &Field, cell: Option<&Value>) -> bool {
+    match (field.data_type(), cell) {
+        (DataType::Utf8, Some(v)) => v.is_array(),
+        (DataType::List(item), Some(Value::Array(list))) if *item.data_type() == DataType::Utf8 => {
+            list.iter().any(Value::is_array)
+        }
+        _ => false,
+    }
 }
 
 fn other_form(row: usize, what: String) -> Error {

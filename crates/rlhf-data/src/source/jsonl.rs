@@ -110,8 +110,11 @@ impl Lines {
                 "write each element on a line of its own",
             ));
         }
-        let object: Object = serde_json::from_str(text)
-            .map_err(|e| self.bad(format!("no JSON object: {e}"), "correct or drop the line"))?;
+        let object: Object = serde_json::from_str(text).map_err(|e| {
+            // The place names the line; serde_json counts it as the first.
+            let what = format!("no JSON object: {e}").replace(" at line 1 column ", " at column ");
+            self.bad(what, "correct or drop the line")
+        })?;
         Ok(Some(object.0))
     }
 }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use rlhf_data::check::{Purpose, check};
+use rlhf_data::record::UnpairedRecord;
 use rlhf_data::source;
 
 fn shared() -> Option<PathBuf> {
@@ -115,6 +116,34 @@ fn shared_files_are_refused_or_read_as_told() {
     }
     println!("{} files", expected.len());
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn thumbs_of_the_shared_folder() {
+    let Some(dir) = shared() else {
+        println!("skipped: no shared folder");
+        return;
+    };
+    let read = |name: &str| {
+        let rows = source::read::<UnpairedRecord>(&dir.join("bad/parquet").join(name)).unwrap();
+        rows.collect::<Result<Vec<_>, _>>()
+            .map_err(|e| e.to_string())
+    };
+    // One class alone is read; who trains on it must have both.
+    assert!(
+        read("kto_one_class.parquet")
+            .unwrap()
+            .iter()
+            .all(|r| r.label)
+    );
+    let e = read("kto_label_text.parquet").unwrap_err();
+    let words = [
+        "kto_label_text.parquet",
+        "row 0",
+        "`label`",
+        "text, expected true or false",
+    ];
+    assert!(words.iter().all(|w| e.contains(w)), "{e}");
 }
 
 #[test]

@@ -4,9 +4,11 @@
 //! - a blank completion drops its row (TRL trains a lone end-of-sequence token);
 //! - what follows the last trained end-of-sequence token (ChatML's line end) is no part of a completion;
 //! - names of special tokens in plain text stay text;
-//! - a pair that is equal after truncation drops its row.
+//! - a pair that is equal after truncation drops its row;
+//! - truncation from the start (`keep_end`) cuts the prompt alone: where TRL goes on to cut the
+//!   completion's start, the completion loses its end instead, or the row is dropped.
 //!
-//! Not offered, so counted as unknown: truncation from the start (`keep_end`), training on prompts.
+//! Not offered, so counted as unknown: training on prompts.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,7 +16,7 @@ use std::path::{Path, PathBuf};
 use rlhf_data::conversation::{Message, Text};
 use rlhf_data::group::{Finish, PromptGroup};
 use rlhf_data::record::{PreferenceRecord, Record, SftRecord};
-use rlhf_data::tokenize::{ChatTokenizer, DropReason, Limits, Outcome};
+use rlhf_data::tokenize::{ChatTokenizer, DropReason, Limits, LongPrompt, Outcome, Truncation};
 use serde_json::{Value, json};
 
 const NO_LIMITS: Limits = Limits::new(usize::MAX, usize::MAX);
@@ -126,12 +128,96 @@ fn dropped(case: &Value, row: usize) -> bool {
         .contains(&json!(row))
 }
 
+/// One side of a pair as it stands in the peer's batch of four, without padding: ids, and which are
+/// trained. The first half of a batch are chosen, the others rejected.
+fn in_batch(case: &Value, row: usize, side: usize) -> (Vec<u32>, Vec<bool>) {
+    let batch = &case["batches_of_4"][row / 4];
+    let half = batch["input_ids"].as_array().unwrap().len() / 2;
+    let at = row % 4 + side * half;
+    let column = |name: &str| serde_json::from_value::<Vec<u32>>(batch[name][at].clone()).unwrap();
+    let real = column("attention_mask").iter().sum::<u32>() as usize;
+    let trained = column("completion_mask").into_iter().take(real);
+    (
+        column("input_ids")[..real].to_vec(),
+        trained.map(|m| m == 1).collect(),
+    )
+}
+
+/// A row that the peer cuts from the start, to `limit` tokens of prompt and completion together.
+struct Cut<'a> {
+    whole: &'a PromptGroup,
+    side: usize,
+    /// The peer's completion, with what follows its end.
+    completion: usize,
+    limit: usize,
+}
+
+impl Cut<'_> {
+    fn check(
+        &self,
+        t: &ChatTokenizer,
+        (peer, trained): &(Vec<u32>, Vec<bool>),
+        group: impl Fn(&Limits) -> Outcome<PromptGroup>,
+    ) {
+        let limits = |prompt: usize, completion: usize| Limits {
+            truncation: Truncation {
+                prompt: LongPrompt::KeepEnd,
+                ..Truncation::default()
+            },
+            ..Limits::new(prompt, completion)
+        };
+        let row = self.whole.row;
+        let own = &self.whole.completions[self.side].ids;
+        if self.completion < self.limit || self.whole.prompt.len() + own.len() <= self.limit {
+            // Room for the completion and some of the prompt: the same tokens.
+            let room = self.limit.saturating_sub(self.completion);
+            let (Outcome::Kept(got) | Outcome::Truncated(got)) = group(&limits(room, usize::MAX))
+            else {
+                panic!("row {row}: dropped")
+            };
+            let c = &got.completions[self.side];
+            let all = [got.prompt.clone(), c.ids.clone()].concat();
+            assert_eq!(all, peer[..all.len()], "row {row}");
+            let mut own = vec![false; all.len()];
+            for at in c.trained.iter().cloned().flatten() {
+                own[got.prompt.len() + at] = true;
+            }
+            assert_eq!(own, trained[..all.len()], "row {row}");
+            let beyond = &peer[all.len()..];
+            assert!(
+                beyond.len() <= 1 && beyond.iter().all(|b| !t.eos_ids().contains(b)),
+                "row {row}: {beyond:?} is missing"
+            );
+            return;
+        }
+        // The peer trains the end of a completion after no prompt at all; here its start stays, after
+        // the prompt's end.
+        assert!(
+            peer.len() == self.limit && !own.starts_with(peer),
+            "row {row}"
+        );
+        let half = self.limit / 2;
+        if let Outcome::Kept(got) | Outcome::Truncated(got) = group(&limits(half, half)) {
+            let prompt = &self.whole.prompt;
+            let kept = prompt.len().min(half);
+            assert_eq!(got.prompt, prompt[prompt.len() - kept..], "row {row}");
+            assert_eq!(
+                got.completions[self.side].ids,
+                own[..own.len().min(half)],
+                "row {row}"
+            );
+        }
+    }
+}
+
 /// DPO and reward rows; `false` when the case asks for something not offered.
 fn preference(t: &ChatTokenizer, case: &Value, data: &Value) -> bool {
-    if case["max_length"].is_number() && case["truncation_mode"] == "keep_end" {
+    let limit = case["max_length"].as_u64().map(|n| n as usize);
+    let keeps_end = case["truncation_mode"] == "keep_end";
+    // Only the batches show what is left of a pair.
+    if limit.is_some() && keeps_end && case.get("batches_of_4").is_none() {
         return false;
     }
-    let limit = case["max_length"].as_u64().map(|n| n as usize);
     for (i, row) in data.as_array().unwrap().iter().enumerate() {
         let record = pair(row);
         if record.chosen.is_blank() || record.rejected.is_blank() {
@@ -148,6 +234,22 @@ fn preference(t: &ChatTokenizer, case: &Value, data: &Value) -> bool {
             .any(|x| names_special(t, x))
         {
             assert_only_the_end(t, &whole);
+            continue;
+        }
+        if let Some(l) = limit.filter(|_| keeps_end) {
+            let want = row_of(case, i).unwrap();
+            for (side, key) in ["chosen_ids", "rejected_ids"].iter().enumerate() {
+                let cut = Cut {
+                    whole: &whole,
+                    side,
+                    completion: ids(&want[*key]).len(),
+                    limit: l,
+                };
+                let peer = in_batch(case, i, side);
+                cut.check(t, &peer, |limits| {
+                    t.preference_group(i as u64, &record, limits).unwrap()
+                });
+            }
             continue;
         }
         let limits = limit.map_or(NO_LIMITS, |l| {
@@ -215,9 +317,10 @@ fn sft(t: &ChatTokenizer, case: &Value, data: &Value) -> bool {
     let chat = matches!(variant, "prompt_completion_chat" | "messages");
     let limit = case["max_length"].as_u64().map(|n| n as usize);
     let trains_prompts = chat && !completion_only && !assistant_only;
-    if trains_prompts || (limit.is_some() && case["truncation_mode"] == "keep_end") {
+    if trains_prompts {
         return false;
     }
+    let keeps_end = case["truncation_mode"] == "keep_end";
     let source = if chat {
         &data["conversational_explicit"]
     } else {
@@ -253,6 +356,22 @@ fn sft(t: &ChatTokenizer, case: &Value, data: &Value) -> bool {
             .any(|x| names_special(t, x))
         {
             assert_only_the_end(t, &whole);
+            continue;
+        }
+        if let Some(l) = limit.filter(|_| keeps_end) {
+            let want = row_of(case, i).unwrap();
+            let peer = ids(&want["input_ids"]);
+            let trained: Vec<i64> = serde_json::from_value(want["labels"].clone()).unwrap();
+            let trained = trained.iter().map(|l| *l != -100).collect();
+            let cut = Cut {
+                whole: &whole,
+                side: 0,
+                completion: whole.completions[0].ids.len() + peer.len() - ended(t, &peer).len(),
+                limit: l,
+            };
+            cut.check(t, &(peer, trained), |limits| {
+                t.sft_group(i as u64, &record, limits).unwrap()
+            });
             continue;
         }
         let limits = limit.map_or(NO_LIMITS, |l| {
@@ -369,90 +488,4 @@ fn g_tokenization_texts() {
     }
     println!("{ran} texts");
     assert!(ran > 0);
-}
-
-/// An i64 or i32 tensor of a safetensors file, flat, with its last dimension.
-fn tensor(file: &[u8], name: &str) -> Option<(Vec<i64>, usize)> {
-    let n = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
-    let header: Value = serde_json::from_slice(&file[8..8 + n]).unwrap();
-    let entry = header.get(name)?;
-    assert_eq!(entry["dtype"], "I64");
-    let at = |i: usize| 8 + n + entry["data_offsets"][i].as_u64().unwrap() as usize;
-    let values = file[at(0)..at(1)]
-        .chunks_exact(8)
-        .map(|b| i64::from_le_bytes(b.try_into().unwrap()))
-        .collect();
-    let width = entry["shape"].as_array().unwrap().last().unwrap();
-    Some((values, width.as_u64().unwrap() as usize))
-}
-
-#[test]
-fn model_folders_have_the_peers_ids() {
-    let dir = std::env::var_os("RLHF_MODELS")
-        .map_or_else(|| crate::shared().join("models"), PathBuf::from);
-    let Ok(list) = std::fs::read_dir(&dir) else {
-        println!("skipped: no {}", dir.display());
-        return;
-    };
-    let (mut chats, mut texts) = (0, 0);
-    for model in list.map(|e| e.unwrap().path()) {
-        let (text, tensors) = (
-            model.join("golden_text.json"),
-            model.join("golden.safetensors"),
-        );
-        if !text.is_file() || !tensors.is_file() {
-            continue;
-        }
-        let golden: Value = serde_json::from_str(&std::fs::read_to_string(text).unwrap()).unwrap();
-        let file = std::fs::read(tensors).unwrap();
-        let t = ChatTokenizer::load(&model).unwrap();
-        let name = model.display();
-        let (input, width) = tensor(&file, "right.input_ids").unwrap();
-        let (mask, _) = tensor(&file, "right.attention_mask").unwrap();
-        for (i, text) in golden["texts"].as_array().unwrap().iter().enumerate() {
-            let row = i * width..(i + 1) * width;
-            let want: Vec<u32> = input[row.clone()]
-                .iter()
-                .zip(&mask[row])
-                .filter(|(_, m)| **m == 1)
-                .map(|(id, _)| *id as u32)
-                .collect();
-            assert_eq!(
-                t.encode(text.as_str().unwrap()).unwrap(),
-                want,
-                "{name}: {text}"
-            );
-            texts += 1;
-        }
-        let Some((prompt, _)) = tensor(&file, "chat.prompt_ids") else {
-            continue;
-        };
-        let unsigned = |v: Vec<i64>| v.into_iter().map(|i| i as u32).collect::<Vec<_>>();
-        let messages: Vec<Message> = serde_json::from_value(golden["messages"].clone()).unwrap();
-        let template = t.template().unwrap();
-        let rendered = template.render(&messages, true).unwrap().text;
-        assert_eq!(rendered, golden["with_generation_prompt"], "{name}");
-        let rendered = template.render(&messages[..2], false).unwrap().text;
-        assert_eq!(rendered, golden["first_two_without"], "{name}");
-        let got = t.prompt_ids(&Text::Messages(messages.clone())).unwrap();
-        assert_eq!(got, unsigned(prompt), "{name}");
-        let full = unsigned(tensor(&file, "chat.full_ids").unwrap().0);
-        let record = SftRecord {
-            prompt: None,
-            completion: Text::Messages(messages[..2].to_vec()),
-        };
-        let Outcome::Kept(g) = t.sft_group(0, &record, &NO_LIMITS).unwrap() else {
-            panic!("{name}: not kept")
-        };
-        let got = [g.prompt, g.completions[0].ids.clone()].concat();
-        assert_eq!(got, full[..got.len()], "{name}");
-        let beyond = &full[got.len()..];
-        assert!(
-            beyond.iter().all(|i| !t.eos_ids().contains(i)),
-            "{name}: {beyond:?}"
-        );
-        chats += 1;
-    }
-    println!("{chats} conversations, {texts} texts");
-    assert!(texts > 0, "{} holds no model", dir.display());
 }

@@ -141,7 +141,7 @@ fn examples() -> Vec<(Format, Value, Vec<Value>)> {
             vec![
                 json!({"prompt": [u("Name a fish.")], "completions": [[a("Cod.")], [a("A carp.")]],
                         "scores": [-2.0, -1.0], "ranks": [2, 1],
-                        "source": {"dataset": ["made"], "models": ["x", "y"]}}),
+                        "source": {"dataset": "made", "models": ["x", "y"]}}),
             ],
         ),
         (
@@ -204,6 +204,19 @@ fn examples() -> Vec<(Format, Value, Vec<Value>)> {
             vec![
                 json!({"prompt": [u("Write two words.")], "instruction_id_list": ["a:b", "c:d"],
                         "kwargs": [{"num_words": 2}, {}], "key": 5}),
+            ],
+        ),
+        (
+            Format::Oasst1,
+            json!({"message_tree_id": "t", "tree_state": "ready_for_export", "prompt": {
+                "message_id": "t", "role": "prompter", "text": "Tea?", "lang": "en", "replies": [
+                    {"message_id": "a", "role": "assistant", "text": "Green.", "rank": 1, "replies": [
+                        {"message_id": "c", "role": "prompter", "text": "Why?", "replies": [
+                            {"message_id": "d", "role": "assistant", "text": "So.", "rank": 0}]}]},
+                    {"message_id": "b", "role": "assistant", "text": "Black.", "rank": 0}]}}),
+            vec![
+                json!({"prompt": [u("Tea?")], "completions": [[a("Green.")], [a("Black.")]],
+                       "scores": [-1.0, 0.0], "ranks": [1, 0], "source": {"id": "t", "tree": "t"}}),
             ],
         ),
     ]
@@ -611,6 +624,32 @@ fn arrow(footer: bool) -> Vec<u8> {
         w.finish().unwrap();
     }
     bytes
+}
+
+#[test]
+fn a_footer_that_speaks_of_more_than_the_file_is_refused() {
+    let good = arrow(true);
+    let length = u32::from_le_bytes(good[good.len() - 10..][..4].try_into().unwrap());
+    let start = good.len() - 10 - length as usize;
+    let footer = arrow_ipc::root_as_footer(&good[start..good.len() - 10]).unwrap();
+    let block = footer.recordBatches().unwrap().get(0);
+    // 2 GiB would be allocated before anything is read.
+    let [from, to] = [block.bodyLength(), 1 << 31].map(i64::to_le_bytes);
+    let at = good[start..].windows(8).rposition(|w| w == from).unwrap();
+    let mut bad = good.clone();
+    bad[start + at..start + at + 8].copy_from_slice(&to);
+    let dir = Dir::new();
+    assert!(rows(&dir.write("good.arrow", &good)).is_ok());
+    let e = rows(&dir.write("bad.arrow", &bad)).unwrap_err();
+    assert!(
+        e.contains("bad.arrow") && e.contains("outside the file"),
+        "{e}"
+    );
+    let mut bad = good;
+    let end = bad.len() - 10;
+    bad[end..end + 4].copy_from_slice(&u32::MAX.to_le_bytes());
+    let e = rows(&dir.write("long.arrow", &bad)).unwrap_err();
+    assert!(e.contains("longer than the file"), "{e}");
 }
 
 #[test]

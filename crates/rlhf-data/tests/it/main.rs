@@ -12,11 +12,13 @@ mod cache;
 mod formats;
 mod golden;
 mod hostile;
+mod hostile_templates;
 #[cfg(feature = "hub")]
 mod hub;
 mod import;
 mod limits;
 mod lint;
+mod oasst;
 mod order;
 mod props;
 mod records;
@@ -24,6 +26,7 @@ mod stats;
 mod stream;
 mod synth;
 mod templates;
+mod tokenizers;
 
 /// The folder that several projects share, which may be absent.
 fn shared() -> std::path::PathBuf {

@@ -495,6 +495,23 @@ fn a_file_has_rows_of_one_form() {
         rejected: turn(Role::Assistant),
         margin: None,
     };
-    let e = batch(&schema_of(&b), &[b, a]).unwrap_err().to_string();
-    assert!(e.contains("record 1") && e.contains("another form"), "{e}");
+    for rows in [[a.clone(), b.clone()], [b, a]] {
+        let e = batch(&schema_of(&rows[0]), &rows).unwrap_err().to_string();
+        assert!(e.contains("record 1") && e.contains("another form"), "{e}");
+    }
+    let ranked = |prompt: Text, completion: Text| RankedRecord {
+        prompt,
+        completions: vec![completion.clone(), completion],
+        scores: None,
+    };
+    // Messages where plain text was to stand, in one column or within a list.
+    let plain_first = ranked(plain("p"), plain("c"));
+    for other in [
+        ranked(turn(Role::User), turn(Role::Assistant)),
+        ranked(plain("p"), turn(Role::Assistant)),
+    ] {
+        let rows = [plain_first.clone(), other];
+        let e = batch(&schema_of(&rows[0]), &rows).unwrap_err().to_string();
+        assert!(e.contains("record 1") && e.contains("another form"), "{e}");
+    }
 }

@@ -3,10 +3,13 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
+    clippy::print_stdout,
     reason = "tests"
 )]
 
+mod bad;
 mod cli;
+mod kinds;
 mod report;
 
 use std::path::{Path, PathBuf};
