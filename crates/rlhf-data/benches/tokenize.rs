@@ -1,8 +1,11 @@
 //! Chat pairs to groups, beside the bound: the bare tokenizer on the same text.
+//!
+//! `RLHF_BENCH_PAIRS` names a file of pairs and `RLHF_BENCH_TOKENIZER` a tokenizer's folder, where those
+//! of the benchmark are not wanted.
 #![allow(missing_docs, reason = "criterion writes the entry point")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a benchmark")]
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use rlhf_data::cache::{CacheKey, TokenCache};
@@ -51,10 +54,18 @@ fn rendered(t: &ChatTokenizer, records: &[PreferenceRecord]) -> Vec<String> {
 }
 
 fn tokenize(c: &mut Criterion) {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../datasets/help/tokenizer");
+    let shipped = concat!(env!("CARGO_MANIFEST_DIR"), "/../../datasets/help/tokenizer");
+    let dir =
+        std::env::var_os("RLHF_BENCH_TOKENIZER").map_or_else(|| shipped.into(), PathBuf::from);
     let t = ChatTokenizer::load(&dir).unwrap();
     let bare = tokenizers::Tokenizer::from_file(dir.join("tokenizer.json")).unwrap();
-    let records = pairs(10_000);
+    let records = std::env::var_os("RLHF_BENCH_PAIRS").map_or_else(
+        || pairs(10_000),
+        |file| {
+            let rows = source::read_preference(file.as_ref()).unwrap();
+            rows.collect::<Result<_, _>>().unwrap()
+        },
+    );
     let texts = rendered(&t, &records);
     let limits = Limits::new(4096, 4096);
     let work = tempfile::tempdir().unwrap();

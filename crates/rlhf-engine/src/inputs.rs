@@ -11,7 +11,7 @@ use std::rc::Rc;
 use anyhow::Context as _;
 use rlhf_data::conversation::Text;
 use rlhf_data::group::PromptGroup;
-use rlhf_data::record::{PreferenceRecord, PromptRecord, SftRecord};
+use rlhf_data::record::PromptRecord;
 use rlhf_data::source;
 use rlhf_data::tokenize::{ChatTokenizer, Limits, Outcome, TokenizeReport};
 use rlhf_policy::rollout::Prompt;

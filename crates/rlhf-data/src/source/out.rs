@@ -16,6 +16,8 @@ use crate::error::{Error, Result};
 
 /// Bytes held before a row group is written, so that memory stays bounded.
 const MAX_ROW_GROUP: usize = 64 << 20;
+/// The same where nothing is gained by large groups: files without compression or dictionaries.
+const MAX_PLAIN_ROW_GROUP: usize = 4 << 20;
 
 fn temporary(path: &Path) -> Result<NamedTempFile> {
     let dir = folder(path);
@@ -57,6 +59,7 @@ fn arrow(path: &Path) -> impl FnOnce(parquet::errors::ParquetError) -> Error {
 pub struct ParquetOut {
     path: PathBuf,
     writer: ArrowWriter<NamedTempFile>,
+    max_row_group: usize,
 }
 
 impl ParquetOut {
@@ -68,7 +71,7 @@ impl ParquetOut {
         let properties = WriterProperties::builder()
             .set_compression(Compression::ZSTD(ZstdLevel::default()))
             .set_created_by("rlhf".into());
-        Self::begin(path, schema, properties.build())
+        Self::begin(path, schema, properties.build(), MAX_ROW_GROUP)
     }
 
     /// Begins a file that is quick to read: not compressed, without dictionaries and statistics.
@@ -78,15 +81,21 @@ impl ParquetOut {
             .set_dictionary_enabled(false)
             .set_statistics_enabled(EnabledStatistics::None)
             .set_created_by("rlhf".into());
-        Self::begin(path, schema, properties.build())
+        Self::begin(path, schema, properties.build(), MAX_PLAIN_ROW_GROUP)
     }
 
-    fn begin(path: &Path, schema: SchemaRef, properties: WriterProperties) -> Result<Self> {
+    fn begin(
+        path: &Path,
+        schema: SchemaRef,
+        properties: WriterProperties,
+        max_row_group: usize,
+    ) -> Result<Self> {
         let writer = ArrowWriter::try_new(temporary(path)?, schema, Some(properties))
             .map_err(arrow(path))?;
         Ok(Self {
             path: path.to_owned(),
             writer,
+            max_row_group,
         })
     }
 
@@ -96,7 +105,7 @@ impl ParquetOut {
     /// When the disk is full or the batch has another schema; the file then never appears.
     pub fn write(&mut self, batch: &RecordBatch) -> Result<()> {
         self.writer.write(batch).map_err(arrow(&self.path))?;
-        if self.writer.in_progress_size() > MAX_ROW_GROUP {
+        if self.writer.in_progress_size() > self.max_row_group {
             self.writer.flush().map_err(arrow(&self.path))?;
         }
         Ok(())

@@ -81,6 +81,7 @@ fn an_error_comes_after_the_groups_before_it() {
         // One that the tokenizer finds.
         let mut rows = good.clone();
         rows[bad].chosen = Text::Plain("another form".into());
+        rows[bad].rejected = Text::Plain("and another".into());
         let mut stream = t.preference_stream(rows.into_iter().map(Ok), &limits);
         let mut given = Vec::new();
         let e = loop {
