@@ -41,6 +41,7 @@ fn main() {
         [
             "attention",
             "cpu_dispatch",
+            "linear_kl",
             "linear_logprobs",
             "optim",
             "recompute",
@@ -61,7 +62,7 @@ fn main() {
             loops.flag(flag);
         }
         loops
-            .file("csrc/cpu_kernels.cpp")
+            .files(["csrc/cpu_kernels.cpp", "csrc/loss_kernels.cpp"])
             .compile(&format!("rlhf_{name}"));
     }
 

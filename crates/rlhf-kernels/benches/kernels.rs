@@ -5,10 +5,11 @@
 use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use rlhf_kernels::kl::{Divergence, KlOptions, Logits, Tail};
 use rlhf_kernels::optim::{AdamW, AdamWConfig};
 use rlhf_kernels::{
-    AttentionGroup, AttentionLayout, LogprobOptions, linear_logprobs, reference,
-    shared_prefix_attention,
+    AttentionGroup, AttentionLayout, LogprobOptions, linear_kl, linear_kl_top, linear_logprobs,
+    reference, shared_prefix_attention, top_logprobs,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -83,6 +84,59 @@ fn logprobs(c: &mut Criterion) {
         group.bench_function("bound: one product", |b| {
             let _guard = tch::no_grad_guard();
             b.iter(|| hidden.mm_out(&logits, &weight.tr()));
+        });
+    }
+}
+
+/// Two products make both sides' logits; with a frozen head a third is the student's gradient, with a
+/// trained one there are six in all (the logits twice).
+fn divergences(c: &mut Criterion) {
+    let (m, h, v) = (512i64, 576i64, 49152i64);
+    let student = filled(&[m, h]).set_requires_grad(true);
+    let weight = filled(&[v, h]) * 0.1;
+    let (teacher, other) = (filled(&[m, h]) * 0.9, filled(&[v, h]) * 0.11);
+    let t = Logits::new(&teacher, &other);
+    let cached = top_logprobs(t, 64, 1.0, None).unwrap();
+    let backward = |out: Tensor, leaves: &[&Tensor]| {
+        drop(Tensor::run_backward(&[out.sum(None)], leaves, false, false));
+    };
+    let mut group = c.benchmark_group(format!("linear_kl M{m} H{h} V{v}"));
+    group.sample_size(10);
+    let product = 2 * (m * h * v) as u64;
+    let js = Divergence::JensenShannon { beta: 0.5 };
+    for (name, d) in [
+        ("forward KL", Divergence::Forward),
+        ("reverse KL", Divergence::Reverse),
+        ("Jensen-Shannon", js),
+    ] {
+        let options = KlOptions::new(d);
+        group.throughput(Throughput::Elements(3 * product));
+        group.bench_function(format!("{name}, forward + backward, frozen head"), |b| {
+            let s = Logits::new(&student, &weight);
+            b.iter(|| backward(linear_kl(s, t, &options).unwrap(), &[&student]));
+        });
+    }
+    let options = KlOptions::new(Divergence::Reverse);
+    group.bench_function("reverse KL, forward + backward, frozen head, plain", |b| {
+        let s = Logits::new(&student, &weight);
+        b.iter(|| backward(reference::linear_kl(s, t, &options).unwrap(), &[&student]));
+    });
+    let trained = weight.copy().set_requires_grad(true);
+    let s = Logits::new(&student, &trained);
+    group.throughput(Throughput::Elements(6 * product));
+    group.bench_function("reverse KL, forward + backward", |b| {
+        b.iter(|| backward(linear_kl(s, t, &options).unwrap(), &[&student, &trained]));
+    });
+    for (tail, name, products) in [
+        (Tail::Bucket, "bucket", 4 * product),
+        (Tail::Dropped, "dropped", 6 * (m * h * 64) as u64),
+    ] {
+        group.throughput(Throughput::Elements(products));
+        group.bench_function(format!("reverse KL, teacher's 64 words, {name}"), |b| {
+            b.iter(|| {
+                let out = linear_kl_top(s, &cached, tail, &options).unwrap();
+                backward(out, &[&student, &trained]);
+            });
         });
     }
 }
@@ -187,5 +241,5 @@ fn adamw(c: &mut Criterion) {
     group.bench_function("bound: a copy", |b| b.iter(|| to.copy_(&from)));
 }
 
-criterion_group!(benches, logprobs, attention, adamw);
+criterion_group!(benches, logprobs, divergences, attention, adamw);
 criterion_main!(benches);

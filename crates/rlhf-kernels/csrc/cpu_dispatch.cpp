@@ -1,12 +1,15 @@
 // Picks the inner loops for this machine's instruction set.
 #include "cpu_kernels.h"
+#include "loss_kernels.h"
 #include "shim.h"
 #include <atomic>
 
 namespace rlhf {
 extern const CpuKernels cpu_plain;
+extern const LossKernels cpu_plain_losses;
 #if defined(__x86_64__)
 extern const CpuKernels cpu_avx2, cpu_avx512;
+extern const LossKernels cpu_avx2_losses, cpu_avx512_losses;
 #endif
 
 namespace {
@@ -31,6 +34,15 @@ const CpuKernels &cpu_kernels() {
   case 1: return cpu_avx2;
 #endif
   default: return cpu_plain;
+  }
+}
+const LossKernels &loss_kernels() {
+  switch (level.load(std::memory_order_relaxed)) {
+#if defined(__x86_64__)
+  case 2: return cpu_avx512_losses;
+  case 1: return cpu_avx2_losses;
+#endif
+  default: return cpu_plain_losses;
   }
 }
 } // namespace rlhf

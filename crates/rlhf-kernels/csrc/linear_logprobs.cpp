@@ -3,44 +3,30 @@
 // From (hidden, weight) the [M,V] logits are never whole: forward keeps four numbers a row; backward
 // computes each chunk of logits again and turns it into its own gradient in place. So memory is
 // O(chunk·V) both ways, in one buffer. Where only `hidden` wants a gradient, each row's is a fixed
-// vector times the incoming number: forward makes that vector and backward recomputes nothing.
-#include "cpu_kernels.h"
-#include "shim.h"
+// vector times the incoming number: forward makes that vector and backward recomputes nothing, unless
+// the entropy's gradient is asked for.
+#include "rows.h"
 #include <ATen/Parallel.h>
-#include <ATen/TensorOperators.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/custom_function.h>
 
-namespace {
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-// As in the kernels: below it a probability is 0.
-constexpr double kFloor = -1e4;
-
-// Only what the inner loops take.
-bool fast(const Tensor &z) { return z.is_cpu() && z.scalar_type() == at::kFloat; }
-
-// Rows a thread should take at least, so that starting it pays.
-int64_t grain(int64_t v) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(v, 1)); }
-
-// stats [n,4] and logp [n] of logits z [n,V]; `ids` may be undefined, then so is logp.
+namespace rlhf {
 void row_stats(const Tensor &z, const Tensor &ids, double inv_t, bool entropy, Tensor stats, Tensor logp) {
   const int64_t n = z.size(0), v = z.size(1);
   if (fast(z)) {
     const float *x = z.const_data_ptr<float>();
     float *s = stats.mutable_data_ptr<float>(), *lp = ids.defined() ? logp.mutable_data_ptr<float>() : nullptr;
     const int64_t *id = ids.defined() ? ids.const_data_ptr<int64_t>() : nullptr;
-    const auto &kernels = rlhf::cpu_kernels();
+    const auto &kernels = cpu_kernels();
     at::parallel_for(0, n, grain(v), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        kernels.stats(x + i * v, v, (float)inv_t, entropy, s + i * rlhf::kStats);
-        if (id) lp[i] = (x[i * v + id[i]] - s[i * rlhf::kStats]) * (float)inv_t - s[i * rlhf::kStats + 1];
+        kernels.stats(x + i * v, v, (float)inv_t, entropy, s + i * kStats);
+        if (id) lp[i] = (x[i * v + id[i]] - s[i * kStats]) * (float)inv_t - s[i * kStats + 1];
       }
     });
     return;
@@ -56,30 +42,26 @@ void row_stats(const Tensor &z, const Tensor &ids, double inv_t, bool entropy, T
   if (ids.defined()) logp.copy_(d.gather(1, ids.unsqueeze(1)).squeeze(1) - total.log());
 }
 
-// The gradient of Σ g·logp + ge·H with respect to the uncapped logits; g and ge [n] may be undefined.
-// It comes in two parts: `out` (may be z itself), and, where g is defined, own [n] that belongs to the
-// chosen ids. Apart, because a product that sums over the vocabulary would add thousands of small
-// terms to one large one.
-Tensor row_grad(const Tensor &z, const Tensor &ids, const Tensor &stats, double inv_t, double cap, const Tensor &g,
-                const Tensor &ge, Tensor out) {
-  Tensor own;
-  if (g.defined()) {
-    own = g * inv_t;
-    if (cap > 0) own.mul_((z.gather(1, ids.unsqueeze(1)).squeeze(1) / cap).square_().neg_().add_(1.0));
-  }
+Tensor own_slope(const Tensor &z, const Tensor &ids, double inv_t, double cap) {
+  if (cap <= 0) return at::full({z.size(0)}, inv_t, z.options());
+  return (z.gather(1, ids.unsqueeze(1)).squeeze(1) / cap).square_().neg_().add_(1.0).mul_(inv_t);
+}
+
+void row_grad(const Tensor &z, const Tensor &stats, double inv_t, double cap, const Tensor &g, const Tensor &ge,
+              Tensor out) {
   if (fast(z)) {
     const int64_t n = z.size(0), v = z.size(1);
     const float *x = z.const_data_ptr<float>(), *s = stats.const_data_ptr<float>();
     const float *gp = g.defined() ? g.const_data_ptr<float>() : nullptr;
     const float *gep = ge.defined() ? ge.const_data_ptr<float>() : nullptr;
     float *o = out.mutable_data_ptr<float>();
-    const auto &kernels = rlhf::cpu_kernels();
+    const auto &kernels = cpu_kernels();
     at::parallel_for(0, n, grain(v), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        kernels.grad(x + i * v, o + i * v, v, s + i * rlhf::kStats, (float)inv_t, (float)cap, gp ? gp[i] : 0.f,
+        kernels.grad(x + i * v, o + i * v, v, s + i * kStats, (float)inv_t, (float)cap, gp ? gp[i] : 0.f,
                      gep ? gep[i] : 0.f);
     });
-    return own;
+    return;
   }
   // d logp/dz = 1[id] − p ;  d H/dz = −p (log p + H)
   const auto d = (z - stats.narrow(1, 0, 1)).mul_(inv_t);
@@ -93,8 +75,54 @@ Tensor row_grad(const Tensor &z, const Tensor &ids, const Tensor &stats, double 
   }
   if (cap > 0) y.mul_((z / cap).square_().neg_().add_(1.0));
   out.copy_(y);
-  return own;
 }
+Tensor buffer(int slot, int64_t rows, int64_t v, const at::TensorOptions &options) {
+  constexpr int64_t most = 16 << 20;
+  if (!options.device().is_cpu() || options.dtype() != at::kFloat || rows * v > most) return at::empty({rows, v}, options);
+  static thread_local Tensor slots[2];
+  auto &kept = slots[slot];
+  if (!kept.defined() || kept.numel() < rows * v) kept = at::empty({rows * v}, options);
+  return kept.narrow(0, 0, rows * v).view({rows, v});
+}
+
+void Linear::logits(Tensor out, const Tensor &h, const Tensor &wt, const Tensor &bias) const {
+  if (bias.defined()) at::addmm_out(out, bias, h, wt);
+  else at::mm_out(out, h, wt);
+  if (cap > 0) out.div_(cap).tanh_().mul_(cap);
+}
+} // namespace rlhf
+
+namespace {
+using namespace rlhf;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Which of equal largest words comes first is what an argmax means.
+void row_top1(const Tensor &z, const Tensor &ids, const Tensor &stats, Tensor out) {
+  if (!fast(z)) {
+    const auto top = z == stats.narrow(1, 0, 1).to(z.scalar_type());
+    const auto before = at::arange(z.size(1), ids.options()).unsqueeze(0) < ids.unsqueeze(1);
+    out.copy_(top.gather(1, ids.unsqueeze(1)).squeeze(1).logical_and_(top.logical_and(before).any(1).logical_not_()));
+    return;
+  }
+  const int64_t n = z.size(0), v = z.size(1);
+  const float *x = z.const_data_ptr<float>(), *s = stats.const_data_ptr<float>();
+  const int64_t *id = ids.const_data_ptr<int64_t>();
+  bool *o = out.mutable_data_ptr<bool>();
+  at::parallel_for(0, n, grain(v), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float *row = x + i * v, top = s[i * rlhf::kStats];
+      bool first = row[id[i]] == top;
+      for (int64_t j = 0; first && j < id[i]; j += 1024) {
+        int found = 0;
+        for (int64_t k = j, stop = std::min(j + 1024, id[i]); k < stop; ++k) found |= row[k] == top;
+        first = !found;
+      }
+      o[i] = first;
+    }
+  });
+}
+
 // Joins the two parts.
 void join(Tensor grad, const Tensor &ids, const Tensor &own) {
   if (own.defined()) grad.scatter_add_(1, ids.unsqueeze(1), own.unsqueeze(1));
@@ -105,100 +133,126 @@ void hidden_grad(Tensor out, const Tensor &grad, const Tensor &ids, const Tensor
   if (own.defined()) out.addcmul_(w.index_select(0, ids), own.unsqueeze(1));
 }
 
-// A chunk's buffer, kept by its thread between calls up to 64 MiB: fresh pages cost more than the
-// arithmetic on them.
-Tensor buffer(int64_t rows, int64_t v, const at::TensorOptions &options) {
-  constexpr int64_t most = 16 << 20;
-  if (!options.device().is_cpu() || options.dtype() != at::kFloat || rows * v > most) return at::empty({rows, v}, options);
-  static thread_local Tensor kept;
-  if (!kept.defined() || kept.numel() < rows * v) kept = at::empty({rows * v}, options);
-  return kept.narrow(0, 0, rows * v).view({rows, v});
-}
-
-struct Settings {
-  double inv_t, cap;
-  int64_t rows;
-  void save(AutogradContext *ctx) const {
-    ctx->saved_data["inv_t"] = inv_t;
-    ctx->saved_data["cap"] = cap;
-    ctx->saved_data["rows"] = rows;
+// What forward gives beside the differentiable results.
+struct Extras {
+  bool top1, moments;
+  Tensor is_top1, top1_logprobs, log_sum_sq_probs, mean_logits;
+  void prepare(int64_t m, const at::TensorOptions &options) {
+    if (top1) {
+      is_top1 = at::empty({m}, options.dtype(at::kBool));
+      top1_logprobs = at::empty({m}, options);
+    }
+    if (moments) {
+      log_sum_sq_probs = at::empty({m}, options);
+      mean_logits = at::empty({m}, options);
+    }
   }
-  static Settings of(AutogradContext *ctx) {
-    return {ctx->saved_data["inv_t"].toDouble(), ctx->saved_data["cap"].toDouble(), ctx->saved_data["rows"].toInt()};
-  }
-  void logits(Tensor out, const Tensor &h, const Tensor &wt) const {
-    at::mm_out(out, h, wt);
-    if (cap > 0) out.div_(cap).tanh_().mul_(cap);
+  void of_chunk(int64_t r, const Tensor &z, const Tensor &ids, const Tensor &stats, double inv_t) {
+    const int64_t n = z.size(0);
+    if (top1) {
+      row_top1(z, ids, stats, is_top1.narrow(0, r, n));
+      top1_logprobs.narrow(0, r, n).copy_(-stats.select(1, 1));
+    }
+    if (moments) {
+      const auto squares = (z - stats.narrow(1, 0, 1)).mul_(2 * inv_t).exp_().sum(1);
+      log_sum_sq_probs.narrow(0, r, n).copy_(squares.log_() - stats.select(1, 1) * 2);
+      mean_logits.narrow(0, r, n).copy_(z.mean(1) * inv_t);
+    }
   }
 };
 
+// Gives logp, then the entropy and the log-sum-exp where they are asked for.
 struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
-  static variable_list forward(AutogradContext *ctx, const Tensor &hidden, const Tensor &weight, const Tensor &ids,
-                               Settings set, bool entropy, bool ahead) {
+  static variable_list forward(AutogradContext *ctx, const Tensor &hidden, const Tensor &weight,
+                               const std::optional<Tensor> &bias, const Tensor &ids, Linear set, bool entropy,
+                               bool lse, bool ahead, Extras *extras) {
     const auto acc = rlhf::accumulation(hidden);
-    const auto w = weight.detach().to(acc), all = hidden.detach().to(acc);
+    const auto w = wide(weight, acc), all = wide(hidden, acc), b = wide(bias.value_or(Tensor()), acc);
     const auto wt = w.t();
     const int64_t m = hidden.size(0), v = weight.size(0);
     auto logp = at::empty({m}, w.options()), stats = at::empty({m, rlhf::kStats}, w.options());
-    const auto fixed = ahead ? at::empty(all.sizes(), w.options()) : Tensor();
-    const auto one = ahead ? at::empty({std::min(m, set.rows)}, w.options()).fill_(1.0) : Tensor();
-    const auto whole = buffer(std::min(m, set.rows), v, w.options());
+    extras->prepare(m, w.options());
+    Tensor fixed, slope, one;
+    if (ahead) {
+      fixed = at::empty(all.sizes(), w.options());
+      slope = at::empty({m}, w.options());
+      one = at::full({std::min(m, set.rows)}, 1.0, w.options());
+    }
+    const auto whole = buffer(0, std::min(m, set.rows), v, w.options());
     for (int64_t r = 0; r < m; r += set.rows) {
       const int64_t n = std::min(set.rows, m - r);
       const auto z = whole.narrow(0, 0, n), i = ids.narrow(0, r, n), s = stats.narrow(0, r, n);
-      set.logits(z, all.narrow(0, r, n), wt);
+      set.logits(z, all.narrow(0, r, n), wt, b);
       row_stats(z, i, set.inv_t, entropy, s, logp.narrow(0, r, n));
+      extras->of_chunk(r, z, i, s, set.inv_t);
       if (ahead) {
-        const auto own = row_grad(z, i, s, set.inv_t, set.cap, one.narrow(0, 0, n), Tensor(), z);
+        const auto own = slope.narrow(0, r, n).copy_(own_slope(z, i, set.inv_t, set.cap));
+        row_grad(z, s, set.inv_t, set.cap, one.narrow(0, 0, n), Tensor(), z);
         hidden_grad(fixed.narrow(0, r, n), z, i, own, w);
       }
     }
     ctx->set_materialize_grads(false);
     set.save(ctx);
+    ctx->saved_data["entropy"] = entropy;
+    ctx->saved_data["lse"] = lse;
     ctx->saved_data["ahead"] = ahead;
-    if (ahead) ctx->save_for_backward({fixed, hidden});
-    else ctx->save_for_backward({hidden, weight, ids, stats});
-    if (!entropy) return {logp};
-    return {logp, stats.select(1, 2).clone()};
+    ctx->save_for_backward({hidden, weight, bias.value_or(Tensor()), ids, stats, fixed, slope});
+    variable_list out{logp};
+    if (entropy) out.push_back(stats.select(1, 2).clone());
+    if (lse) out.push_back((stats.select(1, 0) * set.inv_t).add_(stats.select(1, 1)));
+    return out;
   }
 
   static variable_list backward(AutogradContext *ctx, variable_list grads) {
     rlhf::once_differentiable("linear_logprobs");
     const auto saved = ctx->get_saved_variables();
-    const auto set = Settings::of(ctx);
-    variable_list result(6);
-    const auto g_logp = grads[0].defined() ? grads[0].contiguous() : Tensor();
-    const auto g_entropy = grads.size() > 1 && grads[1].defined() ? grads[1].contiguous() : Tensor();
-    if (!g_logp.defined() && !g_entropy.defined()) return result;
-    if (ctx->saved_data["ahead"].toBool()) {
-      result[0] = (saved[0] * g_logp.unsqueeze(1)).to(saved[1].scalar_type());
+    const auto set = Linear::of(ctx);
+    variable_list result(9);
+    size_t next = 0;
+    auto take = [&](bool there) {
+      return there && grads[next++].defined() ? grads[next - 1].contiguous() : Tensor();
+    };
+    const auto g_logp = take(true), g_entropy = take(ctx->saved_data["entropy"].toBool()),
+               g_lse = take(ctx->saved_data["lse"].toBool());
+    if (!g_logp.defined() && !g_entropy.defined() && !g_lse.defined()) return result;
+    const auto &hidden = saved[0], &weight = saved[1], &bias = saved[2], &ids = saved[3], &stats = saved[4];
+    const auto acc = rlhf::accumulation(hidden);
+    const bool need_h = ctx->needs_input_grad(0), need_w = ctx->needs_input_grad(1);
+    const bool need_b = bias.defined() && ctx->needs_input_grad(2);
+    if (!need_h && !need_w && !need_b) return result;
+    // Of the softmax: what logp takes away, the log-sum-exp brings.
+    const auto dense = !g_lse.defined() ? g_logp : g_logp.defined() ? g_logp - g_lse : -g_lse;
+    if (ctx->saved_data["ahead"].toBool() && !g_entropy.defined()) {
+      auto gh = saved[5] * dense.unsqueeze(1);
+      if (g_lse.defined()) gh.addcmul_(wide(weight.index_select(0, ids), acc), (saved[6] * g_lse).unsqueeze(1));
+      result[0] = gh.to(hidden.scalar_type());
       return result;
     }
-    const auto &hidden = saved[0], &weight = saved[1], &ids = saved[2], &stats = saved[3];
-    const bool need_h = ctx->needs_input_grad(0), need_w = ctx->needs_input_grad(1);
-    if (!need_h && !need_w) return result;
-    const auto acc = rlhf::accumulation(hidden);
-    const auto w = weight.detach().to(acc), all = hidden.detach().to(acc);
+    const auto w = wide(weight, acc), all = wide(hidden, acc), b = wide(bias, acc);
     const auto wt = w.t();
     const int64_t m = hidden.size(0), v = weight.size(0);
     Tensor gh = need_h ? at::empty(all.sizes(), w.options()) : Tensor();
     Tensor gw = need_w ? (m == 0 ? at::zeros(w.sizes(), w.options()) : at::empty(w.sizes(), w.options())) : Tensor();
-    const auto whole = buffer(std::min(m, set.rows), v, w.options());
+    Tensor gb = need_b ? at::zeros({v}, w.options()) : Tensor();
+    const auto whole = buffer(0, std::min(m, set.rows), v, w.options());
     for (int64_t r = 0; r < m; r += set.rows) {
       const int64_t n = std::min(set.rows, m - r);
       const auto z = whole.narrow(0, 0, n), h = all.narrow(0, r, n), i = ids.narrow(0, r, n);
       auto part = [&](const Tensor &t) { return t.defined() ? t.narrow(0, r, n) : Tensor(); };
-      set.logits(z, h, wt);
-      const auto own =
-          row_grad(z, i, stats.narrow(0, r, n), set.inv_t, set.cap, part(g_logp), part(g_entropy), z);
+      set.logits(z, h, wt, b);
+      const auto own = g_logp.defined() ? own_slope(z, i, set.inv_t, set.cap).mul_(part(g_logp)) : Tensor();
+      row_grad(z, stats.narrow(0, r, n), set.inv_t, set.cap, part(dense), part(g_entropy), z);
       if (need_h) hidden_grad(gh.narrow(0, r, n), z, i, own, w);
-      if (!need_w) continue;
+      if (!need_w && !need_b) continue;
       join(z, i, own);
+      if (need_b) gb.add_(z.sum(0));
+      if (!need_w) continue;
       if (r == 0) at::mm_out(gw, z.t(), h);
       else at::addmm_out(gw, gw, z.t(), h);
     }
     if (need_h) result[0] = gh.to(hidden.scalar_type());
     if (need_w) result[1] = gw.to(weight.scalar_type());
+    if (need_b) result[2] = gb.to(bias.scalar_type());
     return result;
   }
 };
@@ -225,25 +279,39 @@ struct LogitLogprobs : torch::autograd::Function<LogitLogprobs> {
     const auto &logits = saved[0], &ids = saved[1], &stats = saved[2];
     const auto z = logits.detach().to(rlhf::accumulation(logits)).contiguous(), g = grads[0].contiguous();
     auto out = at::empty_like(z);
-    join(out, ids, row_grad(z, ids, stats, 1.0, 0.0, ids.defined() ? g : Tensor(), ids.defined() ? Tensor() : g, out));
+    row_grad(z, stats, 1.0, 0.0, ids.defined() ? g : Tensor(), ids.defined() ? Tensor() : g, out);
+    if (ids.defined()) join(out, ids, g);
     result[0] = out.to(logits.scalar_type());
     return result;
   }
 };
 } // namespace
 
-// out[0] log-probabilities, out[1] entropies where asked for.
-RLHF_API char *rlhf_linear_logprobs(Tensor **out, const Tensor *hidden, const Tensor *weight, const Tensor *ids,
-                                    double temperature, double softcap, int entropy, int64_t chunk) {
+// As in ffi.rs.
+struct RlhfLogprobOptions {
+  double temperature, softcap;
+  int64_t chunk_rows;
+  int entropy, log_sum_exp, top1, moments;
+};
+
+// out: log-probabilities; then, null unless asked for, entropies, log-sum-exps, whether the id is the
+// argmax, the largest log-probability, log Σ p², the mean of the logits. `bias` may be null.
+RLHF_API char *rlhf_linear_logprobs(Tensor **out, const Tensor *hidden, const Tensor *weight, const Tensor *bias,
+                                    const Tensor *ids, const RlhfLogprobOptions *o) {
   return rlhf::guard([&] {
-    const bool grad = at::GradMode::is_enabled();
-    const bool ahead = grad && hidden->requires_grad() && !weight->requires_grad() && !entropy;
-    // Chunks of equal length, so that none is a thin rest.
-    const int64_t m = hidden->size(0), parts = std::max<int64_t>(1, (m + chunk - 1) / chunk);
-    const Settings set{1.0 / temperature, softcap, std::max<int64_t>(1, (m + parts - 1) / parts)};
-    auto r = LinearLogprobs::apply(*hidden, *weight, ids->contiguous(), set, entropy != 0, ahead);
-    out[0] = rlhf::give(r[0]);
-    out[1] = entropy ? rlhf::give(r[1]) : nullptr;
+    const bool trained = weight->requires_grad() || (bias && bias->requires_grad());
+    const bool ahead = at::GradMode::is_enabled() && hidden->requires_grad() && !trained;
+    const Linear set{1.0 / o->temperature, o->softcap, even_rows(hidden->size(0), o->chunk_rows)};
+    Extras extras{o->top1 != 0, o->moments != 0, {}, {}, {}, {}};
+    auto r = LinearLogprobs::apply(*hidden, *weight, bias ? std::optional<Tensor>(*bias) : std::nullopt,
+                                   ids->contiguous(), set, o->entropy != 0, o->log_sum_exp != 0, ahead, &extras);
+    size_t next = 0;
+    out[0] = rlhf::give(r[next++]);
+    if (o->entropy) out[1] = rlhf::give(r[next++]);
+    if (o->log_sum_exp) out[2] = rlhf::give(r[next++]);
+    const Tensor *rest[] = {&extras.is_top1, &extras.top1_logprobs, &extras.log_sum_sq_probs, &extras.mean_logits};
+    for (int i = 0; i < 4; ++i)
+      if (rest[i]->defined()) out[3 + i] = rlhf::give(*rest[i]);
   });
 }
 

@@ -3,6 +3,7 @@
 //! Invariant: tensors go in borrowed and come out owned; a message that comes out is copied and freed.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use tch::Tensor;
@@ -19,11 +20,30 @@ unsafe extern "C" {
         out: *mut *mut C_tensor,
         hidden: *const C_tensor,
         weight: *const C_tensor,
+        bias: *const C_tensor,
         ids: *const C_tensor,
+        options: *const RawLogprobOptions,
+    ) -> *mut c_char;
+    fn rlhf_linear_kl(
+        out: *mut *mut C_tensor,
+        student: *const RawHead,
+        teacher: *const RawHead,
+        options: *const RawKlOptions,
+    ) -> *mut c_char;
+    fn rlhf_linear_kl_top(
+        out: *mut *mut C_tensor,
+        student: *const RawHead,
+        ids: *const C_tensor,
+        logprobs: *const C_tensor,
+        bucket: c_int,
+        options: *const RawKlOptions,
+    ) -> *mut c_char;
+    fn rlhf_top_logprobs(
+        out: *mut *mut C_tensor,
+        teacher: *const RawHead,
+        k: i64,
         temperature: f64,
-        softcap: f64,
-        entropy: c_int,
-        chunk: i64,
+        chunk_rows: i64,
     ) -> *mut c_char;
     fn rlhf_prefix_attention(
         out: *mut *mut C_tensor,
@@ -89,35 +109,140 @@ fn take(raw: *mut C_tensor) -> Tensor {
     unsafe { Tensor::from_ptr(raw) }
 }
 
+fn maybe(tensor: Option<&Tensor>) -> *const C_tensor {
+    tensor.map_or(std::ptr::null(), Tensor::as_ptr)
+}
+
 fn pointers(tensors: &[&Tensor]) -> Vec<*const C_tensor> {
     tensors.iter().map(|t| t.as_ptr()).collect()
 }
 
+/// As in csrc/linear_logprobs.cpp.
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct RawLogprobOptions {
+    pub(crate) temperature: f64,
+    /// 0 for none.
+    pub(crate) softcap: f64,
+    pub(crate) chunk_rows: i64,
+    pub(crate) entropy: c_int,
+    pub(crate) log_sum_exp: c_int,
+    pub(crate) top1: c_int,
+    pub(crate) moments: c_int,
+}
+
+/// Log-probabilities, then what the options ask for: entropies, log-sum-exps, whether the id is the
+/// argmax, the largest log-probability, log Σ p², the mean logit.
 pub(crate) fn linear_logprobs(
     hidden: &Tensor,
     weight: &Tensor,
+    bias: Option<&Tensor>,
     ids: &Tensor,
-    temperature: f64,
-    softcap: f64,
-    entropy: bool,
-    chunk: i64,
-) -> Result<(Tensor, Option<Tensor>)> {
-    let mut out = [std::ptr::null_mut(); 2];
-    // SAFETY: the three tensors are alive for the call; `out` has room for two results.
+    options: &RawLogprobOptions,
+) -> Result<[Option<Tensor>; 7]> {
+    let mut out = [std::ptr::null_mut(); 7];
+    // SAFETY: the tensors are alive for the call, `bias` may be null; `out` has room for seven results,
+    // of which those not asked for stay null; the options' layout is the shim's.
     let message = unsafe {
         rlhf_linear_logprobs(
             out.as_mut_ptr(),
             hidden.as_ptr(),
             weight.as_ptr(),
+            maybe(bias),
             ids.as_ptr(),
-            temperature,
-            softcap,
-            c_int::from(entropy),
-            chunk,
+            options,
         )
     };
     check("linear_logprobs", message)?;
-    Ok((take(out[0]), entropy.then(|| take(out[1]))))
+    Ok(out.map(|raw| (!raw.is_null()).then(|| take(raw))))
+}
+
+/// As in csrc/linear_kl.cpp. Its tensors are borrowed: the lifetime keeps them alive.
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct RawHead<'a> {
+    hidden: *const C_tensor,
+    weight: *const C_tensor,
+    bias: *const C_tensor,
+    softcap: f64,
+    tensors: PhantomData<&'a Tensor>,
+}
+
+impl<'a> RawHead<'a> {
+    pub(crate) fn new(
+        hidden: &'a Tensor,
+        weight: &'a Tensor,
+        bias: Option<&'a Tensor>,
+        softcap: f64,
+    ) -> Self {
+        Self {
+            hidden: hidden.as_ptr(),
+            weight: weight.as_ptr(),
+            bias: maybe(bias),
+            softcap,
+            tensors: PhantomData,
+        }
+    }
+}
+
+/// As in csrc/linear_kl.cpp.
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct RawKlOptions {
+    pub(crate) temperature: f64,
+    pub(crate) beta: f64,
+    /// 0 forward, 1 reverse, 2 Jensen-Shannon.
+    pub(crate) divergence: i64,
+    pub(crate) chunk_rows: i64,
+}
+
+pub(crate) fn linear_kl(
+    student: &RawHead<'_>,
+    teacher: &RawHead<'_>,
+    options: &RawKlOptions,
+) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: the heads borrow live tensors; the structs' layouts are the shim's.
+    let message = unsafe { rlhf_linear_kl(&raw mut out, student, teacher, options) };
+    check("linear_kl", message)?;
+    Ok(take(out))
+}
+
+pub(crate) fn linear_kl_top(
+    student: &RawHead<'_>,
+    ids: &Tensor,
+    logprobs: &Tensor,
+    bucket: bool,
+    options: &RawKlOptions,
+) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: the head borrows live tensors, as are the other two; the structs' layouts are the shim's.
+    let message = unsafe {
+        rlhf_linear_kl_top(
+            &raw mut out,
+            student,
+            ids.as_ptr(),
+            logprobs.as_ptr(),
+            c_int::from(bucket),
+            options,
+        )
+    };
+    check("linear_kl_top", message)?;
+    Ok(take(out))
+}
+
+pub(crate) fn top_logprobs(
+    teacher: &RawHead<'_>,
+    k: i64,
+    temperature: f64,
+    chunk_rows: i64,
+) -> Result<(Tensor, Tensor)> {
+    let mut out = [std::ptr::null_mut(); 2];
+    // SAFETY: the head borrows live tensors; `out` has room for two results.
+    let message =
+        unsafe { rlhf_top_logprobs(out.as_mut_ptr(), teacher, k, temperature, chunk_rows) };
+    check("top_logprobs", message)?;
+    Ok((take(out[0]), take(out[1])))
 }
 
 /// Log-probabilities of `ids` under `logits`, or without ids the entropies.
@@ -127,9 +252,8 @@ pub(crate) fn logit_logprobs(
     ids: Option<&Tensor>,
 ) -> Result<Tensor> {
     let mut out = std::ptr::null_mut();
-    let ids = ids.map_or(std::ptr::null(), Tensor::as_ptr);
     // SAFETY: the tensors are alive for the call; the shim allows `ids` to be null.
-    let message = unsafe { rlhf_logit_logprobs(&raw mut out, logits.as_ptr(), ids) };
+    let message = unsafe { rlhf_logit_logprobs(&raw mut out, logits.as_ptr(), maybe(ids)) };
     check(op, message)?;
     Ok(take(out))
 }
@@ -271,8 +395,10 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
+    use crate::kl::{Divergence, KlOptions, Logits};
     use crate::{
-        AttentionGroup, AttentionLayout, LogprobOptions, linear_logprobs, shared_prefix_attention,
+        AttentionGroup, AttentionLayout, LogprobOptions, linear_kl, linear_logprobs,
+        shared_prefix_attention,
     };
 
     /// Results and gradients of both kernels, as one row of numbers.
@@ -298,11 +424,30 @@ mod tests {
             completions: vec![5..9, 9..60],
         }])
         .unwrap();
+        let teacher = (wave(&[5, 3], 0.43), wave(&[75, 3], 0.9));
+        let divergences = [
+            Divergence::Forward,
+            Divergence::Reverse,
+            Divergence::JensenShannon { beta: 0.3 },
+        ]
+        .map(|d| {
+            let (s, t) = (
+                Logits::new(&hidden, &weight),
+                Logits::new(&teacher.0, &teacher.1),
+            );
+            linear_kl(s, t, &KlOptions::new(d)).unwrap()
+        });
+        let kl = Tensor::cat(&divergences, 0);
         let (q, k) = (wave(&[60, 4, 20], 0.37), wave(&[60, 2, 20], 0.53));
         let seen = shared_prefix_attention(&q, &k, &k, &layout, 0.3).unwrap();
         let entropy = out.entropy.unwrap();
-        (out.logprobs.sum(None) + entropy.sum(None) * 0.3 + (&seen * &seen).sum(None)).backward();
+        (out.logprobs.sum(None)
+            + entropy.sum(None) * 0.3
+            + kl.sum(None)
+            + (&seen * &seen).sum(None))
+        .backward();
         let all = [
+            &kl,
             &out.logprobs,
             &entropy,
             &hidden.grad(),

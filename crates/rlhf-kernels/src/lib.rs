@@ -22,6 +22,7 @@ mod attention;
 mod error;
 #[allow(unsafe_code, reason = "the one place that calls C++")]
 mod ffi;
+pub mod kl;
 mod linear_logprobs;
 pub mod optim;
 mod ragged;
@@ -31,7 +32,10 @@ mod scan;
 
 pub use attention::{AttentionGroup, AttentionLayout, shared_prefix_attention};
 pub use error::{Error, Result};
-pub use linear_logprobs::{LogprobOptions, Logprobs, entropy, linear_logprobs, token_logprobs};
+pub use kl::{linear_kl, linear_kl_top, top_logprobs};
+pub use linear_logprobs::{
+    Head, LogprobOptions, Logprobs, Moments, Top1, entropy, linear_logprobs, token_logprobs,
+};
 pub use ragged::{LossSum, Offsets, Ragged};
 pub use recompute::recompute;
 pub use scan::{discounted_returns, gae};

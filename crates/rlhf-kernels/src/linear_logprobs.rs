@@ -5,6 +5,22 @@ use tch::{Kind, Tensor};
 use crate::error::{Result, ensure};
 use crate::ffi;
 
+/// The last layer of a language model: logits = hidden · weightᵀ + bias.
+#[derive(Clone, Copy, Debug)]
+pub struct Head<'a> {
+    /// `[V, H]`.
+    pub weight: &'a Tensor,
+    /// `[V]`.
+    pub bias: Option<&'a Tensor>,
+}
+
+impl<'a> From<&'a Tensor> for Head<'a> {
+    /// A weight without a bias.
+    fn from(weight: &'a Tensor) -> Self {
+        Self { weight, bias: None }
+    }
+}
+
 /// Settings of [`linear_logprobs`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LogprobOptions {
@@ -14,7 +30,19 @@ pub struct LogprobOptions {
     pub softcap: Option<f64>,
     /// Also give the entropy of each row.
     pub entropy: bool,
-    /// Rows computed at once; by default as many as fit 32 MiB of logits.
+    /// Also give log Σ exp of each row.
+    pub log_sum_exp: bool,
+    /// Also give c·(log Σ exp)² of each row: the z-loss of PaLM (Chowdhery et al. 2022, section 5; there
+    /// c = 1e-4), which keeps the softmax's denominator near 1.
+    pub z_loss: Option<f64>,
+    /// Also give whether the id is the most likely one, and the most likely one's log-probability.
+    pub top1: bool,
+    /// Also give log Σ p² and the mean logit.
+    pub moments: bool,
+    /// Bytes of logits held at once, which decide how many rows are computed together; by default
+    /// 32 MiB on the CPU and 256 MiB elsewhere.
+    pub chunk_bytes: Option<i64>,
+    /// Rows computed at once, whatever they take.
     pub chunk_rows: Option<i64>,
 }
 
@@ -24,6 +52,11 @@ impl Default for LogprobOptions {
             temperature: 1.0,
             softcap: None,
             entropy: false,
+            log_sum_exp: false,
+            z_loss: None,
+            top1: false,
+            moments: false,
+            chunk_bytes: None,
             chunk_rows: None,
         }
     }
@@ -36,92 +69,190 @@ pub struct Logprobs {
     pub logprobs: Tensor,
     /// `[M]` entropy in nats, where it was asked for.
     pub entropy: Option<Tensor>,
+    /// `[M]` log Σ exp of the logits after soft cap and temperature, where it was asked for.
+    pub log_sum_exp: Option<Tensor>,
+    /// `[M]` c·(log Σ exp)², where a coefficient c was given: to be added to the loss.
+    pub z_loss: Option<Tensor>,
+    /// The most likely ids, where they were asked for.
+    pub top1: Option<Top1>,
+    /// Two more sums over the vocabulary, where they were asked for.
+    pub moments: Option<Moments>,
+}
+
+/// How the ids compare with the most likely ones; no gradients.
+#[derive(Debug)]
+pub struct Top1 {
+    /// `[M]` boolean: whether the id is the first of the largest logits.
+    pub agrees: Tensor,
+    /// `[M]` the largest log-probability.
+    pub logprobs: Tensor,
+}
+
+/// Sums over the vocabulary that describe a row; no gradients.
+#[derive(Debug)]
+pub struct Moments {
+    /// `[M]` log Σ p²: minus the collision entropy.
+    pub log_sum_sq_probs: Tensor,
+    /// `[M]` the mean of the logits after soft cap and temperature.
+    pub mean_logits: Tensor,
 }
 
 /// Bytes of logits held at once by default.
-const CHUNK_BYTES: i64 = 32 << 20;
+fn default_chunk_bytes(device: tch::Device) -> i64 {
+    if device == tch::Device::Cpu {
+        32 << 20
+    } else {
+        256 << 20
+    }
+}
 
-/// log softmax(cap(hidden · weightᵀ) / T) at `ids`, and optionally the entropy of each row.
+/// Rows of `vocabulary` logits whose work fits the budget, `copies` of them held at once.
+pub(crate) fn rows_of_budget(
+    hidden: &Tensor,
+    vocabulary: i64,
+    copies: i64,
+    chunk_bytes: Option<i64>,
+) -> i64 {
+    let double = hidden.kind() == Kind::Double;
+    // The special code works in place; plain composition holds about three more of the same size.
+    let plain = if double || hidden.device() != tch::Device::Cpu {
+        4
+    } else {
+        1
+    };
+    let row = (vocabulary * copies * plain * if double { 8 } else { 4 }).max(1);
+    (chunk_bytes.unwrap_or_else(|| default_chunk_bytes(hidden.device())) / row).max(1)
+}
+
+/// log softmax(cap(hidden · weightᵀ + bias) / T) at `ids`, and what else the options ask for.
 ///
-/// Forward and backward hold one chunk of logits in f32 (f64 for f64); backward computes it again. With
-/// a frozen `weight` and no entropy, forward prepares the gradient of `hidden` instead and backward
-/// recomputes nothing. A logit of −∞ contributes 0 to the entropy.
+/// Forward and backward hold one chunk of logits in f32 (f64 for f64), in a buffer that is kept; backward
+/// computes it again. With a frozen head forward prepares the gradient of `hidden` instead, and backward
+/// recomputes nothing (but for an entropy that is part of the loss). A logit of −∞ contributes 0 to the
+/// entropy. The z-loss needs no second tensor as wide as the vocabulary: d lse/dz is the softmax, which
+/// that of the log-probability holds already.
 ///
 /// # Shapes
-/// `hidden` `[M, H]`, `weight` `[V, H]` of the same type, `ids` i64 `[M]`.
+/// `hidden` `[M, H]`, the head's weight `[V, H]` and bias `[V]` of the same type, `ids` i64 `[M]`.
+/// Differentiable in all but `ids`.
 ///
 /// # Errors
 /// When shapes or types do not fit, an id lies outside `0..V` (checked on the CPU), the temperature is
 /// not positive, or libtorch fails. A second derivative is not supported.
-pub fn linear_logprobs(
+pub fn linear_logprobs<'a>(
     hidden: &Tensor,
-    weight: &Tensor,
+    head: impl Into<Head<'a>>,
     ids: &Tensor,
     options: &LogprobOptions,
 ) -> Result<Logprobs> {
     const OP: &str = "linear_logprobs";
+    let head = head.into();
+    let (m, v) = check_linear(OP, hidden, head)?;
+    check_ids(OP, ids, m, v)?;
+    check_temperature(OP, options.temperature)?;
+    check_softcap(OP, options.softcap)?;
+    for (name, value) in [
+        ("chunk_rows", options.chunk_rows),
+        ("chunk_bytes", options.chunk_bytes),
+    ] {
+        ensure(value.is_none_or(|n| n > 0), OP, || {
+            format!("{name} is {value:?}, expected at least 1")
+        })?;
+    }
+    ensure(options.z_loss.is_none_or(f64::is_finite), OP, || {
+        format!("z_loss is {:?}, expected a number", options.z_loss)
+    })?;
+    let raw = ffi::RawLogprobOptions {
+        temperature: options.temperature,
+        softcap: options.softcap.unwrap_or(0.0),
+        chunk_rows: options
+            .chunk_rows
+            .unwrap_or_else(|| rows_of_budget(hidden, v, 1, options.chunk_bytes)),
+        entropy: options.entropy.into(),
+        log_sum_exp: (options.log_sum_exp || options.z_loss.is_some()).into(),
+        top1: options.top1.into(),
+        moments: options.moments.into(),
+    };
+    let [logprobs, entropy, lse, agrees, top, squares, mean] =
+        ffi::linear_logprobs(hidden, head.weight, head.bias, ids, &raw)?;
+    Ok(Logprobs {
+        logprobs: logprobs.unwrap_or_else(Tensor::new),
+        entropy,
+        z_loss: options
+            .z_loss
+            .and_then(|c| lse.as_ref().map(|lse| lse.square() * c)),
+        log_sum_exp: lse.filter(|_| options.log_sum_exp),
+        top1: agrees
+            .zip(top)
+            .map(|(agrees, logprobs)| Top1 { agrees, logprobs }),
+        moments: squares
+            .zip(mean)
+            .map(|(log_sum_sq_probs, mean_logits)| Moments {
+                log_sum_sq_probs,
+                mean_logits,
+            }),
+    })
+}
+
+/// Checks a product of hidden states and a head; gives (M, V).
+pub(crate) fn check_linear(
+    op: &'static str,
+    hidden: &Tensor,
+    head: Head<'_>,
+) -> Result<(i64, i64)> {
+    let weight = head.weight;
     let (hs, ws) = (hidden.size(), weight.size());
-    ensure(hs.len() == 2 && ws.len() == 2 && hs[1] == ws[1], OP, || {
+    ensure(hs.len() == 2 && ws.len() == 2 && hs[1] == ws[1], op, || {
         format!("hidden is {hs:?} and weight {ws:?}, expected [M, H] and [V, H]")
     })?;
-    ensure(hidden.kind() == weight.kind(), OP, || {
+    ensure(hidden.kind() == weight.kind(), op, || {
         format!(
             "hidden is {:?} and weight {:?}, expected one type",
             hidden.kind(),
             weight.kind()
         )
     })?;
-    check_float(OP, "hidden", hidden)?;
-    ensure(hidden.device() == weight.device(), OP, || {
+    check_float(op, "hidden", hidden)?;
+    ensure(hidden.device() == weight.device(), op, || {
         format!(
             "hidden is on {:?} and weight on {:?}",
             hidden.device(),
             weight.device()
         )
     })?;
-    ensure(ws[0] > 0, OP, || "the vocabulary is empty".into())?;
-    check_ids(OP, ids, hs[0], ws[0])?;
-    ensure(
-        options.temperature > 0.0 && options.temperature.is_finite(),
-        OP,
-        || {
-            format!(
-                "temperature is {}, expected a positive number",
-                options.temperature
-            )
-        },
-    )?;
-    ensure(
-        options.softcap.is_none_or(|c| c > 0.0 && c.is_finite()),
-        OP,
-        || {
-            format!(
-                "the soft cap is {:?}, expected a positive number",
-                options.softcap
-            )
-        },
-    )?;
-    ensure(options.chunk_rows.is_none_or(|n| n > 0), OP, || {
-        format!(
-            "chunk_rows is {:?}, expected at least 1",
-            options.chunk_rows
-        )
-    })?;
-    let bytes = if hidden.kind() == Kind::Double { 8 } else { 4 };
-    let chunk = options
-        .chunk_rows
-        .unwrap_or(CHUNK_BYTES / (ws[0] * bytes).max(1))
-        .max(1);
-    let (logprobs, entropy) = ffi::linear_logprobs(
-        hidden,
-        weight,
-        ids,
-        options.temperature,
-        options.softcap.unwrap_or(0.0),
-        options.entropy,
-        chunk,
-    )?;
-    Ok(Logprobs { logprobs, entropy })
+    ensure(ws[0] > 0, op, || "the vocabulary is empty".into())?;
+    if let Some(bias) = head.bias {
+        ensure(
+            bias.size() == [ws[0]]
+                && bias.kind() == weight.kind()
+                && bias.device() == weight.device(),
+            op,
+            || {
+                format!(
+                    "the bias is {:?} {:?} on {:?}, expected {:?} [{}] on {:?}",
+                    bias.kind(),
+                    bias.size(),
+                    bias.device(),
+                    weight.kind(),
+                    ws[0],
+                    weight.device()
+                )
+            },
+        )?;
+    }
+    Ok((hs[0], ws[0]))
+}
+
+pub(crate) fn check_temperature(op: &'static str, temperature: f64) -> Result<()> {
+    ensure(temperature > 0.0 && temperature.is_finite(), op, || {
+        format!("temperature is {temperature}, expected a positive number")
+    })
+}
+
+pub(crate) fn check_softcap(op: &'static str, softcap: Option<f64>) -> Result<()> {
+    ensure(softcap.is_none_or(|c| c > 0.0 && c.is_finite()), op, || {
+        format!("the soft cap is {softcap:?}, expected a positive number")
+    })
 }
 
 /// log softmax(logits) at `ids`, in f32 or better, without a `[M, V]` tensor of log-probabilities.
@@ -161,7 +292,7 @@ fn check_logits(op: &'static str, logits: &Tensor) -> Result<Vec<i64>> {
     Ok(size)
 }
 
-fn check_float(op: &'static str, name: &str, t: &Tensor) -> Result<()> {
+pub(crate) fn check_float(op: &'static str, name: &str, t: &Tensor) -> Result<()> {
     ensure(
         matches!(
             t.kind(),
@@ -172,7 +303,7 @@ fn check_float(op: &'static str, name: &str, t: &Tensor) -> Result<()> {
     )
 }
 
-fn check_ids(op: &'static str, ids: &Tensor, m: i64, v: i64) -> Result<()> {
+pub(crate) fn check_ids(op: &'static str, ids: &Tensor, m: i64, v: i64) -> Result<()> {
     ensure(ids.size() == [m] && ids.kind() == Kind::Int64, op, || {
         format!(
             "ids are {:?} {:?}, expected Int64 [{m}]",

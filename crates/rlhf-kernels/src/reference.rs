@@ -5,36 +5,73 @@ use tch::{Kind, Tensor};
 
 use crate::attention::AttentionLayout;
 use crate::error::Result;
-use crate::linear_logprobs::{LogprobOptions, Logprobs};
+use crate::kl::{Divergence, KlOptions, Logits, Tail, TopLogprobs};
+use crate::linear_logprobs::{Head, LogprobOptions, Logprobs, Moments, Top1};
+
+/// The type that sums are made in.
+fn accumulation(x: &Tensor) -> Kind {
+    if x.kind() == Kind::Double {
+        Kind::Double
+    } else {
+        Kind::Float
+    }
+}
 
 /// [`crate::linear_logprobs`] with all logits at once.
 ///
 /// # Errors
 /// When libtorch fails.
-pub fn linear_logprobs(
+pub fn linear_logprobs<'a>(
     hidden: &Tensor,
-    weight: &Tensor,
+    head: impl Into<Head<'a>>,
     ids: &Tensor,
     options: &LogprobOptions,
 ) -> Result<Logprobs> {
-    let kind = if hidden.kind() == Kind::Double {
-        Kind::Double
-    } else {
-        Kind::Float
-    };
-    let mut logits = hidden.to_kind(kind).f_matmul(&weight.to_kind(kind).tr())?;
-    if let Some(cap) = options.softcap {
-        logits = (logits / cap).tanh() * cap;
-    }
-    let logits = logits / options.temperature;
+    let logits = linear_logits(hidden, head.into(), options.softcap)? / options.temperature;
     let entropy = if options.entropy {
         Some(entropy(&logits)?)
+    } else {
+        None
+    };
+    let lse = logits.f_logsumexp(&[1i64][..], false)?;
+    let logp = logits.detach().f_log_softmax(1, None::<Kind>)?;
+    let top1 = if options.top1 {
+        Some(Top1 {
+            agrees: logits.argmax(1, false).eq_tensor(ids),
+            logprobs: logp.amax(&[1i64][..], false),
+        })
     } else {
         None
     };
     Ok(Logprobs {
         logprobs: token_logprobs(&logits, ids)?,
         entropy,
+        z_loss: options.z_loss.map(|c| lse.square() * c),
+        top1,
+        moments: options.moments.then(|| Moments {
+            log_sum_sq_probs: (&logp * 2.0).logsumexp(&[1i64][..], false),
+            mean_logits: logits.detach().mean_dim(&[1i64][..], false, None::<Kind>),
+        }),
+        log_sum_exp: options.log_sum_exp.then_some(lse),
+    })
+}
+
+/// cap(hidden · weightᵀ + bias) in f32 or f64.
+pub(crate) fn linear_logits(
+    hidden: &Tensor,
+    head: Head<'_>,
+    softcap: Option<f64>,
+) -> Result<Tensor> {
+    let kind = accumulation(hidden);
+    let mut logits = hidden
+        .to_kind(kind)
+        .f_matmul(&head.weight.to_kind(kind).tr())?;
+    if let Some(bias) = head.bias {
+        logits = logits.f_add(&bias.to_kind(kind))?;
+    }
+    Ok(match softcap {
+        Some(cap) => (logits / cap).tanh() * cap,
+        None => logits,
     })
 }
 
@@ -43,11 +80,7 @@ pub fn linear_logprobs(
 /// # Errors
 /// When libtorch fails.
 pub fn token_logprobs(logits: &Tensor, ids: &Tensor) -> Result<Tensor> {
-    let kind = if logits.kind() == Kind::Double {
-        Kind::Double
-    } else {
-        Kind::Float
-    };
+    let kind = accumulation(logits);
     Ok(logits
         .f_log_softmax(1, kind)?
         .f_gather(1, &ids.unsqueeze(1), false)?
@@ -59,13 +92,83 @@ pub fn token_logprobs(logits: &Tensor, ids: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// When libtorch fails.
 pub fn entropy(logits: &Tensor) -> Result<Tensor> {
-    let kind = if logits.kind() == Kind::Double {
-        Kind::Double
-    } else {
-        Kind::Float
-    };
+    let kind = accumulation(logits);
     let logp = logits.f_log_softmax(1, kind)?;
     Ok(-(logp.exp() * logp.clamp_min(-1e30)).sum_dim_intlist(&[1i64][..], false, None::<Kind>))
+}
+
+/// [`crate::linear_kl`] with all logits at once.
+///
+/// # Errors
+/// When libtorch fails.
+pub fn linear_kl(student: Logits<'_>, teacher: Logits<'_>, options: &KlOptions) -> Result<Tensor> {
+    let log_probs = |side: Logits<'_>| -> Result<Tensor> {
+        let logits = linear_logits(side.hidden, side.head, side.softcap)? / options.temperature;
+        Ok(logits.f_log_softmax(1, None::<Kind>)?)
+    };
+    Ok(divergence(
+        &log_probs(student)?,
+        &log_probs(teacher)?.detach(),
+        options.divergence,
+    ))
+}
+
+/// [`crate::linear_kl_top`] with all logits at once.
+///
+/// # Errors
+/// When libtorch fails.
+pub fn linear_kl_top(
+    student: Logits<'_>,
+    teacher: &TopLogprobs,
+    tail: Tail,
+    options: &KlOptions,
+) -> Result<Tensor> {
+    let logits =
+        linear_logits(student.hidden, student.head, student.softcap)? / options.temperature;
+    let all = logits.f_log_softmax(1, None::<Kind>)?;
+    let known = all.f_gather(1, &teacher.ids, false)?;
+    let logprobs = teacher.logprobs.detach().to_kind(known.kind());
+    let bucket = tail == Tail::Bucket && teacher.ids.size()[1] < logits.size()[1];
+    Ok(if bucket {
+        let others = all
+            .f_scatter_value(1, &teacher.ids, f64::NEG_INFINITY)?
+            .f_logsumexp(&[1i64][..], true)?;
+        let mass =
+            logprobs
+                .to_kind(Kind::Double)
+                .exp()
+                .sum_dim_intlist(&[1i64][..], true, None::<Kind>);
+        let rest = (-mass + 1.0).clamp_min(0.0);
+        let rest = rest.log().to_kind(known.kind());
+        divergence(
+            &Tensor::cat(&[known, others], 1),
+            &Tensor::cat(&[logprobs, rest], 1),
+            options.divergence,
+        )
+    } else {
+        divergence(
+            &known.log_softmax(1, None::<Kind>),
+            &logprobs.log_softmax(1, None::<Kind>),
+            options.divergence,
+        )
+    })
+}
+
+/// A divergence of rows of log-probabilities, where 0 · log 0 = 0.
+fn divergence(log_s: &Tensor, log_t: &Tensor, which: Divergence) -> Tensor {
+    let kl = |log_p: &Tensor, log_q: &Tensor| {
+        let p = log_p.exp();
+        let gap = (log_p - log_q).masked_fill(&p.eq(0.0), 0.0);
+        (p * gap).sum_dim_intlist(&[1i64][..], false, None::<Kind>)
+    };
+    match which {
+        Divergence::Forward => kl(log_t, log_s),
+        Divergence::Reverse => kl(log_s, log_t),
+        Divergence::JensenShannon { beta } => {
+            let log_m = (log_t.exp() * beta + log_s.exp() * (1.0 - beta)).log();
+            kl(log_t, &log_m) * beta + kl(log_s, &log_m) * (1.0 - beta)
+        }
+    }
 }
 
 /// [`crate::shared_prefix_attention`] completion by completion, by plain matrix products.

@@ -6,15 +6,15 @@ use std::rc::Rc;
 
 use rlhf_kernels::optim::{AdamW, AdamWConfig, clip_grad_norm};
 use rlhf_kernels::{
-    LogprobOptions, Offsets, Ragged, discounted_returns, entropy, gae, linear_logprobs, recompute,
-    reference, shared_prefix_attention, token_logprobs,
+    Head, LogprobOptions, Offsets, Ragged, discounted_returns, entropy, gae, linear_logprobs,
+    recompute, reference, shared_prefix_attention, token_logprobs,
 };
 use tch::{Device, Kind, Tensor};
 
 use crate::{largest_difference, layout, wave};
 
 /// Result and gradients of the same loss of `ours` and `plain`.
-fn compare(
+pub(crate) fn compare(
     leaves: &[Tensor],
     ours: &dyn Fn() -> Tensor,
     plain: &dyn Fn() -> Tensor,
@@ -40,7 +40,7 @@ fn compare(
     }
 }
 
-fn tolerance(kind: Kind) -> f64 {
+pub(crate) fn tolerance(kind: Kind) -> f64 {
     if kind == Kind::Double { 1e-12 } else { 1e-5 }
 }
 
@@ -51,23 +51,48 @@ fn linear_logprobs_is_the_plain_one() {
         for (m, h, v) in [(1, 1, 1), (1, 3, 2), (7, 8, 16), (8, 8, 65), (9, 16, 1037)] {
             let hidden = wave(&[m, h], 1.0, kind).set_requires_grad(true);
             let weight = (wave(&[v, h], 2.0, kind) * 2.0).set_requires_grad(true);
+            let bias = wave(&[v], 3.0, kind).set_requires_grad(true);
             let ids = (Tensor::arange(m, (Kind::Int64, Device::Cpu)) * 31).remainder(v);
             for chunk_rows in [Some(1), Some(4), Some(8), None] {
                 let options = LogprobOptions {
                     temperature: 0.8,
                     softcap: Some(4.0),
                     entropy: true,
+                    log_sum_exp: true,
+                    z_loss: Some(0.1),
+                    top1: true,
+                    moments: true,
                     chunk_rows,
+                    ..Default::default()
                 };
-                let both = |out: rlhf_kernels::Logprobs| {
-                    Tensor::cat(&[out.logprobs, out.entropy.unwrap()], 0)
+                let all = |out: rlhf_kernels::Logprobs| {
+                    let (top1, moments) = (out.top1.unwrap(), out.moments.unwrap());
+                    let parts = [
+                        out.logprobs,
+                        out.entropy.unwrap(),
+                        out.log_sum_exp.unwrap(),
+                        out.z_loss.unwrap(),
+                        top1.logprobs,
+                        top1.agrees.to_kind(kind),
+                        moments.log_sum_sq_probs,
+                        moments.mean_logits,
+                    ];
+                    Tensor::cat(&parts, 0)
                 };
-                compare(
-                    &[hidden.shallow_clone(), weight.shallow_clone()],
-                    &|| both(linear_logprobs(&hidden, &weight, &ids, &options).unwrap()),
-                    &|| both(reference::linear_logprobs(&hidden, &weight, &ids, &options).unwrap()),
-                    tolerance(kind),
-                );
+                for bias in [None, Some(&bias)] {
+                    let head = Head {
+                        weight: &weight,
+                        bias,
+                    };
+                    let mut leaves = vec![hidden.shallow_clone(), weight.shallow_clone()];
+                    leaves.extend(bias.map(Tensor::shallow_clone));
+                    compare(
+                        &leaves,
+                        &|| all(linear_logprobs(&hidden, head, &ids, &options).unwrap()),
+                        &|| all(reference::linear_logprobs(&hidden, head, &ids, &options).unwrap()),
+                        tolerance(kind),
+                    );
+                }
             }
         }
     }
@@ -113,6 +138,101 @@ fn frozen_sides_get_no_gradient() {
     );
     let out = linear_logprobs(&hidden, &weight, &ids, &options).unwrap();
     assert!(!out.logprobs.requires_grad());
+}
+
+/// With a frozen head backward needs nothing that forward has not made, whatever part of the result the
+/// loss uses: entropy and z-loss included, with a bias that is frozen too or is all that is trained.
+#[test]
+fn frozen_heads_with_every_output() {
+    let ids = Tensor::from_slice(&[2i64, 0, 1, 1, 2]);
+    let hidden = wave(&[5, 4], 1.0, Kind::Float).set_requires_grad(true);
+    let weight = wave(&[3, 4], 2.0, Kind::Float);
+    for bias_wants in [false, true] {
+        let bias = wave(&[3], 4.0, Kind::Float).set_requires_grad(bias_wants);
+        let head = Head {
+            weight: &weight,
+            bias: Some(&bias),
+        };
+        let mut leaves = vec![hidden.shallow_clone()];
+        if bias_wants {
+            leaves.push(bias.shallow_clone());
+        }
+        let options = LogprobOptions {
+            chunk_rows: Some(2),
+            entropy: true,
+            log_sum_exp: true,
+            softcap: Some(1.5),
+            ..Default::default()
+        };
+        let parts: [fn(rlhf_kernels::Logprobs) -> Tensor; 5] = [
+            |o| o.logprobs,
+            |o| o.entropy.unwrap(),
+            |o| o.log_sum_exp.unwrap(),
+            |o| o.logprobs * 0.5 - o.log_sum_exp.unwrap(),
+            |o| o.logprobs * 0.5 - o.log_sum_exp.unwrap() + o.entropy.unwrap(),
+        ];
+        for part in parts {
+            compare(
+                &leaves,
+                &|| part(linear_logprobs(&hidden, head, &ids, &options).unwrap()),
+                &|| part(reference::linear_logprobs(&hidden, head, &ids, &options).unwrap()),
+                1e-6,
+            );
+        }
+    }
+}
+
+/// Of equally likely words the first is the most likely one.
+#[test]
+fn the_first_of_equals() {
+    for kind in [Kind::Float, Kind::Double] {
+        let hidden = Tensor::ones([4, 1], (kind, Device::Cpu));
+        let weight = Tensor::from_slice(&[0f64, 2., 1., 2.])
+            .view([4, 1])
+            .to_kind(kind);
+        let ids = Tensor::from_slice(&[0i64, 1, 2, 3]);
+        let options = LogprobOptions {
+            top1: true,
+            ..Default::default()
+        };
+        let top1 = linear_logprobs(&hidden, &weight, &ids, &options)
+            .unwrap()
+            .top1
+            .unwrap();
+        let agrees = Vec::<bool>::try_from(&top1.agrees).unwrap();
+        assert_eq!(agrees, [false, true, false, false]);
+        // −log(2 + e⁻¹ + e⁻²) = −.9176
+        let expected = -(2.0 + (-1f64).exp() + (-2f64).exp()).ln();
+        assert!((top1.logprobs.double_value(&[2]) - expected).abs() < 1e-6);
+    }
+}
+
+/// However small the budget, the result is the same.
+#[test]
+fn any_budget() {
+    let hidden = wave(&[6, 4], 1.0, Kind::Double).set_requires_grad(true);
+    let weight = wave(&[9, 4], 2.0, Kind::Double).set_requires_grad(true);
+    let ids = Tensor::from_slice(&[0i64, 1, 2, 3, 8, 5]);
+    for chunk_bytes in [1, 600, 1 << 30] {
+        let options = LogprobOptions {
+            chunk_bytes: Some(chunk_bytes),
+            ..Default::default()
+        };
+        compare(
+            &[hidden.shallow_clone(), weight.shallow_clone()],
+            &|| {
+                linear_logprobs(&hidden, &weight, &ids, &options)
+                    .unwrap()
+                    .logprobs
+            },
+            &|| {
+                reference::linear_logprobs(&hidden, &weight, &ids, &options)
+                    .unwrap()
+                    .logprobs
+            },
+            1e-12,
+        );
+    }
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! Log-probabilities, AdamW and clipping against TRL's and PyTorch's own numbers.
 
+use rlhf_kernels::kl::{Divergence, KlOptions, Logits, SampledKl};
 use rlhf_kernels::optim::{AdamW, AdamWConfig, clip_grad_norm};
-use rlhf_kernels::{LogprobOptions, entropy, linear_logprobs, token_logprobs};
+use rlhf_kernels::{Head, LogprobOptions, entropy, linear_kl, linear_logprobs, token_logprobs};
 use tch::{Kind, Tensor};
 
 use crate::golden_io::{Case, gradient, run};
@@ -27,7 +28,7 @@ fn a_logprobs() {
 
 fn check(case: &Case<'_>, output: &str, got: &Tensor) {
     let expected = case.output(output);
-    let got = got.view_as(&expected);
+    let got = got.view_as(&expected).to_kind(Kind::Double);
     // Entropies of rows with one possible word: 10⁻³⁰, of which the reference itself has lost parts.
     if expected.abs().max().double_value(&[]) < 1e-20 {
         assert!(
@@ -134,53 +135,96 @@ fn bf16(case: &Case<'_>) {
 
 fn linear(case: &Case<'_>) {
     let scale = case.number("logit_scale").unwrap();
-    let (mut hidden, mut weight) = (case.input("hidden") * scale, case.input("weight"));
-    // A bias is a column of the weight before a column of ones.
-    let bias = case.has("grad_bias_from_logp");
-    if bias {
-        hidden = Tensor::cat(
-            &[
-                &hidden,
-                &hidden.new_ones([hidden.size()[0], 1], (case.kind, hidden.device())),
-            ],
-            1,
-        );
-        weight = Tensor::cat(&[weight, case.input("bias").unsqueeze(1)], 1);
-    }
-    let (hidden, weight) = (
-        hidden.set_requires_grad(true),
-        weight.set_requires_grad(true),
-    );
+    let hidden = (case.input("hidden") * scale).set_requires_grad(true);
+    let weight = case.input("weight").set_requires_grad(true);
+    let bias = case
+        .has("grad_bias_from_logp")
+        .then(|| case.input("bias").set_requires_grad(true));
+    let head = Head {
+        weight: &weight,
+        bias: bias.as_ref(),
+    };
     let options = LogprobOptions {
         temperature: case.number("temperature").unwrap(),
         softcap: case.number("softcap"),
         entropy: true,
+        top1: true,
+        moments: true,
         chunk_rows: Some(4),
+        ..Default::default()
     };
-    let out = linear_logprobs(&hidden, &weight, &case.input("ids"), &options).unwrap();
-    let columns = case.input("weight").size()[1];
+    let out = linear_logprobs(&hidden, head, &case.input("ids"), &options).unwrap();
+    let moments = out.moments.unwrap();
+    check(case, "log_sum_sq_probs", &moments.log_sum_sq_probs);
+    check(case, "mean_logits", &moments.mean_logits);
+    check(case, "is_top1", &out.top1.unwrap().agrees);
     for (name, value) in [
         ("logp", &out.logprobs),
         ("entropy", out.entropy.as_ref().unwrap()),
     ] {
         check(case, name, value);
         let loss = (value * case.input(&format!("cot_{name}"))).sum(case.kind);
-        let grad_hidden = gradient(&loss, &hidden).narrow(1, 0, columns) * scale;
-        check(case, &format!("grad_hidden_from_{name}"), &grad_hidden);
-        let grad_weight = gradient(&loss, &weight);
+        let grad = |leaf| gradient(&loss, leaf);
         check(
             case,
-            &format!("grad_weight_from_{name}"),
-            &grad_weight.narrow(1, 0, columns),
+            &format!("grad_hidden_from_{name}"),
+            &(grad(&hidden) * scale),
         );
-        if bias {
-            check(
-                case,
-                &format!("grad_bias_from_{name}"),
-                &grad_weight.narrow(1, columns, 1),
-            );
+        check(case, &format!("grad_weight_from_{name}"), &grad(&weight));
+        if let Some(bias) = &bias {
+            check(case, &format!("grad_bias_from_{name}"), &grad(bias));
         }
     }
+}
+
+/// Whole divergences from given logits: hidden states through an identity as head.
+#[test]
+fn b_kl() {
+    run(&["b/"], |case| {
+        let rows = |name: &str| {
+            let t = case.input(name);
+            let v = t.size().pop().unwrap();
+            t.reshape([-1, v])
+        };
+        let (policy, reference) = (rows("policy_logits"), rows("ref_logits"));
+        let ids = case.input("ids").flatten(0, -1);
+        let mask = case.mask("mask").flatten(0, -1);
+        let leaf = policy.set_requires_grad(true);
+        let eye = Tensor::eye(leaf.size()[1], (case.kind, leaf.device()));
+        let logp = token_logprobs(&leaf, &ids).unwrap();
+        let ref_logp = token_logprobs(&reference, &ids).unwrap();
+        check(case, "logp", &logp);
+        check(case, "ref_logp", &ref_logp);
+        let exact = |divergence| {
+            let options = KlOptions {
+                chunk_rows: Some(4),
+                ..KlOptions::new(divergence)
+            };
+            linear_kl(
+                Logits::new(&leaf, &eye),
+                Logits::new(&reference, &eye),
+                &options,
+            )
+            .unwrap()
+        };
+        let sampled = |e: SampledKl| e.estimate(&logp, &ref_logp).unwrap();
+        for (name, value) in [
+            ("k1", sampled(SampledKl::K1)),
+            ("k2", sampled(SampledKl::K2)),
+            ("k3", sampled(SampledKl::K3)),
+            ("kl_exact", exact(Divergence::Reverse)),
+            ("kl_exact_reverse_args", exact(Divergence::Forward)),
+        ] {
+            check(case, name, &value);
+            let grad = gradient(&value.sum(case.kind), &leaf);
+            check(case, &format!("grad_policy_logits_{name}"), &grad);
+            let mean = format!("masked_mean_{name}");
+            if case.has(&mean) {
+                check(case, &mean, &value.masked_select(&mask).mean(case.kind));
+            }
+        }
+        true
+    });
 }
 
 /// The schedules of this section (`h/lr/`) belong to the training crate.

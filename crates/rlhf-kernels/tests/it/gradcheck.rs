@@ -1,7 +1,8 @@
 //! Every gradient against central differences in f64.
 
 use rlhf_kernels::{
-    LogprobOptions, entropy, linear_logprobs, recompute, shared_prefix_attention, token_logprobs,
+    Head, LogprobOptions, entropy, linear_logprobs, recompute, shared_prefix_attention,
+    token_logprobs,
 };
 use tch::{Kind, Tensor};
 
@@ -10,7 +11,7 @@ use crate::{largest_difference, layout, wave};
 const STEP: f64 = 1e-5;
 
 /// Checks d f / d inputs, element by element. `f` gives any tensor; a fixed pattern weighs it.
-fn check(name: &str, inputs: &[Tensor], f: &dyn Fn(&[Tensor]) -> Tensor) {
+pub(crate) fn check(name: &str, inputs: &[Tensor], f: &dyn Fn(&[Tensor]) -> Tensor) {
     let scalar = |x: &[Tensor]| {
         let y = f(x);
         let weights = wave(&y.size(), 7.3, Kind::Double);
@@ -50,6 +51,7 @@ fn linear_logprobs_all_settings() {
     let inputs = [
         wave(&[m, h], 1.0, Kind::Double),
         wave(&[v, h], 2.0, Kind::Double) * 2.0,
+        wave(&[v], 3.0, Kind::Double),
     ];
     let ids = Tensor::from_slice(&[0i64, 6, 3, 3, 1]);
     for (temperature, softcap) in [(1.0, None), (0.7, None), (1.0, Some(1.5)), (1.3, Some(0.8))] {
@@ -60,13 +62,20 @@ fn linear_logprobs_all_settings() {
                     softcap,
                     entropy,
                     chunk_rows: Some(chunk),
+                    z_loss: entropy.then_some(0.3),
+                    ..Default::default()
                 };
                 let name = format!("{options:?}");
                 check(&name, &inputs, &|x| {
-                    let out = linear_logprobs(&x[0], &x[1], &ids, &options).unwrap();
-                    out.entropy.map_or(out.logprobs.shallow_clone(), |h| {
-                        Tensor::cat(&[out.logprobs, h], 0)
-                    })
+                    let head = Head {
+                        weight: &x[1],
+                        bias: Some(&x[2]),
+                    };
+                    let out = linear_logprobs(&x[0], head, &ids, &options).unwrap();
+                    let mut parts = vec![out.logprobs];
+                    parts.extend(out.entropy);
+                    parts.extend(out.z_loss);
+                    Tensor::cat(&parts, 0)
                 });
             }
         }
@@ -90,6 +99,14 @@ fn linear_logprobs_in_part() {
             .unwrap()
             .entropy
             .unwrap()
+    });
+    let z = LogprobOptions {
+        z_loss: Some(0.7),
+        ..with(false)
+    };
+    check("frozen weight, z-loss", &[hidden.copy()], &|x| {
+        let out = linear_logprobs(&x[0], &weight, &ids, &z).unwrap();
+        out.logprobs + out.z_loss.unwrap()
     });
     for entropy in [false, true] {
         check("frozen weight", &[hidden.copy()], &|x| {

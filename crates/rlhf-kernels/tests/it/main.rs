@@ -13,6 +13,7 @@ mod golden;
 #[path = "../../../rlhf-policy/tests/it/golden_io.rs"]
 mod golden_io;
 mod gradcheck;
+mod kl;
 mod props;
 
 use rlhf_kernels::{AttentionGroup, AttentionLayout};
