@@ -12,8 +12,10 @@
 //! plain text is read by a copy of the tokenizer that knows no special tokens. Without such a name the
 //! ids are those of `apply_chat_template`.
 
-use std::collections::{BTreeMap, HashSet};
-use std::fmt;
+mod limits;
+mod load;
+mod stream;
+
 use std::ops::Range;
 use std::path::Path;
 
@@ -27,74 +29,13 @@ use crate::conversation::{Message, Role, Text};
 use crate::error::{Error, Result};
 use crate::group::{Completion, Finish, PromptGroup};
 use crate::record::{PreferenceRecord, SftRecord};
+use limits::{fit_prompt, too_long};
+use load::{eos_ids, has_parts, hash_files, json, today};
 
-/// Lengths in tokens, and what becomes of what is longer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// The longest prompt.
-    pub max_prompt: usize,
-    /// The longest completion.
-    pub max_completion: usize,
-    /// What becomes of longer ones.
-    pub truncation: Truncation,
-}
-
-impl Limits {
-    /// Limits under which a longer prompt drops its row, and a longer completion loses its end.
-    #[must_use]
-    pub const fn new(max_prompt: usize, max_completion: usize) -> Self {
-        Self {
-            max_prompt,
-            max_completion,
-            truncation: Truncation {
-                prompt: LongPrompt::Drop,
-                completion: LongCompletion::KeepStart,
-            },
-        }
-    }
-}
-
-/// What becomes of rows beyond the limits. Every such row is counted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Truncation {
-    /// Of long prompts.
-    pub prompt: LongPrompt,
-    /// Of long completions.
-    pub completion: LongCompletion,
-}
-
-/// What becomes of a prompt beyond its limit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LongPrompt {
-    /// Its row is dropped.
-    #[default]
-    Drop,
-    /// Its first tokens stay. The model then answers a question that breaks off.
-    KeepStart,
-    /// Its last tokens stay. A system message and what opens the template may be lost.
-    KeepEnd,
-    /// The oldest turns go, whole ones, until it fits; the system message and the last question stay.
-    /// Plain text has no turns, and where the last question alone is too long, the row is dropped.
-    DropTurns,
-    /// It is an error that names the row.
-    Refuse,
-}
-
-/// What becomes of a completion beyond its limit. Its end is never kept without its start: those tokens
-/// would be trained after a prompt that they do not follow.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LongCompletion {
-    /// Its first tokens stay, at least one; no end-of-sequence token is added.
-    #[default]
-    KeepStart,
-    /// Its row is dropped.
-    Drop,
-    /// It is an error that names the row.
-    Refuse,
-}
+pub use limits::{
+    DropReason, Dropped, Limits, LongCompletion, LongPrompt, Outcome, TokenizeReport, Truncation,
+};
+pub use stream::GroupStream;
 
 /// Which assistant turns of a demonstration are trained when the template does not say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,113 +46,6 @@ pub enum Turns {
     Last,
     /// Every one.
     All,
-}
-
-/// Why a row is not used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DropReason {
-    /// The prompt is longer than the limit.
-    PromptTooLong,
-    /// A completion is longer than the limit.
-    CompletionTooLong,
-    /// A completion is blank.
-    EmptyCompletion,
-    /// A completion has no trained token.
-    NothingTrained,
-    /// Chosen and rejected have the same ids (perhaps after truncation).
-    Identical,
-    /// The prompt's ids are no prefix of the conversation's ids.
-    NoPrefix,
-}
-
-impl fmt::Display for DropReason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::PromptTooLong => "prompt too long",
-            Self::CompletionTooLong => "completion too long",
-            Self::EmptyCompletion => "empty completion",
-            Self::NothingTrained => "nothing to train",
-            Self::Identical => "chosen equals rejected",
-            Self::NoPrefix => "the prompt is no token prefix",
-        })
-    }
-}
-
-/// A row that is kept, perhaps truncated, or dropped.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Outcome<T> {
-    /// Used.
-    Kept(T),
-    /// Used, with its prompt or a completion shortened to the limit.
-    Truncated(T),
-    /// Not used.
-    Dropped(DropReason),
-}
-
-/// Counts of a tokenised table.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TokenizeReport {
-    /// Rows with a truncated completion.
-    pub truncated: usize,
-    /// Rows whose prompt was cut or lost turns.
-    pub shortened_prompts: usize,
-    /// Rows of plain text in which a token spans prompt and completion.
-    pub shared_boundary: usize,
-    /// Dropped rows by reason: how many, and the first few.
-    pub dropped: BTreeMap<DropReason, Dropped>,
-}
-
-/// Dropped rows of one reason.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Dropped {
-    /// How many.
-    pub count: usize,
-    /// The first few.
-    pub first_rows: Vec<u64>,
-}
-
-impl TokenizeReport {
-    /// Counts a dropped row.
-    pub fn drop(&mut self, row: u64, reason: DropReason) {
-        let d = self.dropped.entry(reason).or_default();
-        d.count += 1;
-        if d.first_rows.len() < 5 {
-            d.first_rows.push(row);
-        }
-    }
-}
-
-impl fmt::Display for TokenizeReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut parts = Vec::new();
-        if self.truncated > 0 {
-            parts.push(format!("{} truncated", self.truncated));
-        }
-        if self.shortened_prompts > 0 {
-            parts.push(format!(
-                "{} with a shortened prompt",
-                self.shortened_prompts
-            ));
-        }
-        if self.shared_boundary > 0 {
-            parts.push(format!(
-                "{} with a token across the end of the prompt",
-                self.shared_boundary
-            ));
-        }
-        for (reason, d) in &self.dropped {
-            parts.push(format!(
-                "{} dropped ({reason}; first rows {:?})",
-                d.count, d.first_rows
-            ));
-        }
-        f.write_str(&if parts.is_empty() {
-            "all rows kept".to_owned()
-        } else {
-            parts.join(", ")
-        })
-    }
 }
 
 /// A tokenizer with its chat template.
@@ -961,64 +795,6 @@ impl ChatTokenizer {
     }
 }
 
-/// Whether text may be cut after a special token and its parts tokenised one by one: an added token takes
-/// no neighbouring white space, none overlaps another, and no word depends on being the first.
-fn has_parts(tokenizer: &Tokenizer) -> bool {
-    let added: Vec<_> = tokenizer.get_added_tokens_decoder().into_values().collect();
-    let plain = added
-        .iter()
-        .all(|t| !(t.lstrip || t.rstrip || t.single_word || t.special && t.normalized));
-    let names: HashSet<&str> = added.iter().map(|t| t.content.as_str()).collect();
-    let cuts = |t: &str| -> Vec<usize> { t.char_indices().map(|(i, _)| i).collect() };
-    let beginnings: HashSet<&str> = names
-        .iter()
-        .flat_map(|t| cuts(t).into_iter().skip(1).map(|n| &t[..n]))
-        .collect();
-    let apart = names.iter().all(|t| {
-        let mut ends = cuts(t);
-        ends.push(t.len());
-        // None ends as another (or itself) begins, and none stands within another.
-        ends.iter()
-            .skip(1)
-            .all(|&i| i == t.len() || !beginnings.contains(&t[i..]))
-            && ends.iter().enumerate().all(|(k, &i)| {
-                ends[k + 1..]
-                    .iter()
-                    .all(|&j| j - i == t.len() || !names.contains(&t[i..j]))
-            })
-    });
-    let words = tokenizer
-        .get_pre_tokenizer()
-        .and_then(|p| serde_json::to_string(p).ok())
-        .is_none_or(|json| !json.contains("Metaspace"));
-    plain && apart && words
-}
-
-fn hash_files(dir: &Path, date: (i32, u32, u32)) -> Result<[u8; 32]> {
-    let mut hash = Sha256::new();
-    let mut dated = false;
-    for name in [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "generation_config.json",
-        "chat_template.jinja",
-    ] {
-        let path = dir.join(name);
-        let bytes = match std::fs::read(&path) {
-            Ok(bytes) => bytes,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
-            Err(e) => return Err(Error::io(&path)(e)),
-        };
-        dated |= bytes.windows(12).any(|w| w == b"strftime_now");
-        hash.update((bytes.len() as u64).to_le_bytes());
-        hash.update(bytes);
-    }
-    if dated {
-        hash.update(format!("{date:?}"));
-    }
-    Ok(hash.finalize().into())
-}
-
 #[allow(clippy::single_range_in_vec_init, reason = "a list of ranges is meant")]
 fn ranges(trained: &[bool]) -> Vec<Range<usize>> {
     let mut all: Vec<Range<usize>> = Vec::new();
@@ -1067,28 +843,6 @@ fn drop_oldest_turn(text: &mut Text) -> bool {
     };
     m.drain(first..keep_from);
     true
-}
-
-/// A prompt's ids within the limits, and whether some were cut off.
-fn fit_prompt(mut ids: Vec<u32>, limits: &Limits) -> Result<Parted<(Vec<u32>, bool)>> {
-    let over = ids.len().saturating_sub(limits.max_prompt);
-    if over == 0 {
-        return Ok(Ok((ids, false)));
-    }
-    match limits.truncation.prompt {
-        LongPrompt::Drop | LongPrompt::DropTurns => return Ok(Err(DropReason::PromptTooLong)),
-        LongPrompt::KeepStart => ids.truncate(limits.max_prompt),
-        LongPrompt::KeepEnd => drop(ids.drain(..over)),
-        LongPrompt::Refuse => return Err(too_long("prompt", ids.len(), limits.max_prompt)),
-    }
-    Ok(Ok((ids, true)))
-}
-
-fn too_long(what: &str, tokens: usize, limit: usize) -> Error {
-    Error::Invalid {
-        what: format!("a {what} of {tokens} tokens, the limit is {limit}"),
-        mend: format!("raise max_{what}, or choose another truncation than refuse"),
-    }
 }
 
 fn mixed_forms() -> Error {
@@ -1157,194 +911,4 @@ impl TokenizeReport {
             Outcome::Dropped(_) => None,
         }
     }
-}
-
-/// Rows that are read while as many before them are tokenised.
-const STREAM_ROWS: usize = 256;
-
-/// Groups in the order of their records, which are read as the groups are asked for. The first error, of
-/// reading or of tokenising, comes after the groups before it and is the last item.
-pub struct GroupStream<'a, R, I> {
-    tokenizer: &'a ChatTokenizer,
-    one: fn(&ChatTokenizer, &R, &Limits) -> Result<Parted<Made>>,
-    limits: Limits,
-    records: std::iter::Fuse<I>,
-    /// Records that are read and not yet tokenised, and what ended the reading.
-    chunk: Vec<R>,
-    failed: Option<Error>,
-    ready: std::vec::IntoIter<PromptGroup>,
-    report: TokenizeReport,
-    rows: u64,
-    done: bool,
-}
-
-impl<R, I> fmt::Debug for GroupStream<'_, R, I> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("GroupStream")
-            .field("rows", &self.rows)
-            .field("report", &self.report)
-            .finish_non_exhaustive()
-    }
-}
-
-impl<'a, R: Send + Sync, I: Iterator<Item = Result<R>> + Send> GroupStream<'a, R, I> {
-    fn new(
-        tokenizer: &'a ChatTokenizer,
-        one: fn(&ChatTokenizer, &R, &Limits) -> Result<Parted<Made>>,
-        records: I,
-        limits: &Limits,
-    ) -> Self {
-        let mut records = records.fuse();
-        let (chunk, failed) = read(&mut records);
-        Self {
-            tokenizer,
-            one,
-            limits: *limits,
-            records,
-            chunk,
-            failed,
-            ready: Vec::new().into_iter(),
-            report: TokenizeReport::default(),
-            rows: 0,
-            done: false,
-        }
-    }
-
-    /// What became of the rows whose groups were given so far, and of those up to a chunk after them.
-    #[must_use]
-    pub fn report(&self) -> &TokenizeReport {
-        &self.report
-    }
-
-    /// Rows tokenised so far, kept or dropped.
-    #[must_use]
-    pub fn rows(&self) -> u64 {
-        self.rows
-    }
-
-    /// Tokenises a chunk and reads the next. The error of either that the groups lead up to.
-    fn advance(&mut self) -> Option<Error> {
-        let chunk = std::mem::take(&mut self.chunk);
-        let ended = self.failed.take();
-        let (tokenizer, one, limits) = (self.tokenizer, self.one, &self.limits);
-        let records = &mut self.records;
-        let ((next, failed), made) = rayon::join(
-            || match &ended {
-                None => read(records),
-                Some(_) => (Vec::new(), None),
-            },
-            || -> Vec<_> {
-                chunk
-                    .par_iter()
-                    .map(|record| one(tokenizer, record, limits))
-                    .collect()
-            },
-        );
-        (self.chunk, self.failed) = (next, failed);
-        let mut groups = Vec::with_capacity(made.len());
-        let mut wrong = None;
-        for made in made {
-            match made {
-                Ok(made) => groups.extend(self.report.count(self.rows, made)),
-                Err(e) => {
-                    wrong = Some(e.at_row(self.rows));
-                    break;
-                }
-            }
-            self.rows += 1;
-        }
-        self.ready = groups.into_iter();
-        wrong.or(ended)
-    }
-}
-
-/// Up to a chunk of records, and the error that came instead of the next.
-fn read<R>(records: &mut impl Iterator<Item = Result<R>>) -> (Vec<R>, Option<Error>) {
-    let mut chunk = Vec::with_capacity(STREAM_ROWS);
-    for record in records.take(STREAM_ROWS) {
-        match record {
-            Ok(record) => chunk.push(record),
-            Err(e) => return (chunk, Some(e)),
-        }
-    }
-    (chunk, None)
-}
-
-impl<R: Send + Sync, I: Iterator<Item = Result<R>> + Send> Iterator for GroupStream<'_, R, I> {
-    type Item = Result<PromptGroup>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        loop {
-            if let Some(group) = self.ready.next() {
-                return Some(Ok(group));
-            }
-            if self.done {
-                return self.failed.take().map(Err);
-            }
-            match self.advance() {
-                Some(e) => (self.done, self.failed) = (true, Some(e)),
-                None => self.done = self.chunk.is_empty() && self.failed.is_none(),
-            }
-        }
-    }
-}
-
-fn json(path: &Path) -> Result<serde_json::Value> {
-    if !path.is_file() {
-        return Ok(serde_json::Value::Null);
-    }
-    let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-    serde_json::from_str(&text).map_err(|e| {
-        Error::file(
-            path,
-            format!("no readable JSON: {e}"),
-            "correct or remove the file",
-        )
-    })
-}
-
-/// `eos_token_id` of the generation settings (one or several), then the tokenizer's `eos_token`.
-fn eos_ids(
-    tokenizer: &Tokenizer,
-    config: &serde_json::Value,
-    generation: &serde_json::Value,
-) -> Vec<u32> {
-    let mut ids: Vec<u32> = Vec::new();
-    let token = match config.get("eos_token") {
-        Some(serde_json::Value::String(s)) => Some(s.as_str()),
-        Some(v) => v.get("content").and_then(|c| c.as_str()),
-        None => None,
-    };
-    ids.extend(token.and_then(|t| tokenizer.token_to_id(t)));
-    match generation.get("eos_token_id") {
-        Some(serde_json::Value::Array(list)) => {
-            ids.extend(list.iter().filter_map(|v| v.as_u64()).map(|v| v as u32))
-        }
-        Some(v) => ids.extend(v.as_u64().map(|v| v as u32)),
-        None => {}
-    }
-    let mut seen = HashSet::new();
-    ids.retain(|id| seen.insert(*id));
-    ids
-}
-
-/// Today in UTC (days to a civil date after Howard Hinnant's public-domain algorithm).
-fn today() -> (i32, u32, u32) {
-    let seconds = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |d| d.as_secs());
-    let z = (seconds / 86_400) as i64 + 719_468;
-    let era = z.div_euclid(146_097);
-    let day_of_era = z.rem_euclid(146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let mp = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * mp + 2) / 5 + 1;
-    let month = if mp < 10 { mp + 3 } else { mp - 9 };
-    (
-        (year_of_era + era * 400 + i64::from(month <= 2)) as i32,
-        month as u32,
-        day as u32,
-    )
 }
