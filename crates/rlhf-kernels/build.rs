@@ -44,7 +44,10 @@ fn main() {
             "linear_kl",
             "linear_logprobs",
             "optim",
+            "optim8",
+            "ragged",
             "recompute",
+            "surrogate",
         ]
         .map(|f| format!("csrc/{f}.cpp")),
     );
@@ -57,6 +60,7 @@ fn main() {
         loops
             .define("RLHF_ISA", *name)
             .flag("-ffp-contract=fast")
+            .flag("-fno-math-errno")
             .flag_if_supported("-Wno-psabi");
         for flag in *flags {
             loops.flag(flag);

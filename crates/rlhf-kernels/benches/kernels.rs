@@ -5,20 +5,42 @@
 use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use rlhf_kernels::kl::{Divergence, KlOptions, Logits, Tail};
-use rlhf_kernels::optim::{AdamW, AdamWConfig};
+use rlhf_kernels::kl::{Divergence, KlOptions, Logits, SampledKl, Tail};
+use rlhf_kernels::optim::{
+    AdafactorConfig, AdamW, AdamWConfig, MuonConfig, Optimizer, OptimizerConfig, RmsPropConfig,
+};
+use rlhf_kernels::surrogate::{
+    Advantages, KlTerm, SurrogateInputs, SurrogateOptions, SurrogateOutput, TokenWeight,
+};
 use rlhf_kernels::{
-    AttentionGroup, AttentionLayout, LogprobOptions, linear_kl, linear_kl_top, linear_logprobs,
-    reference, shared_prefix_attention, top_logprobs,
+    AttentionGroup, AttentionLayout, F32_RESOLUTION, LogprobOptions, Mean, Offsets, Ragged,
+    discounted_returns, gae, linear_kl, linear_kl_top, linear_logprobs, reference,
+    shared_prefix_attention, surrogate, top_logprobs,
 };
 use tch::{Device, Kind, Tensor};
 
 const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
 
 /// A fixed pattern instead of noise: no global generator.
+fn scattered(size: &[i64]) -> Tensor {
+    let n: i64 = size.iter().product();
+    let x = (Tensor::arange(n, (Kind::Double, Device::Cpu)) * 12.9898).sin() * 437.5;
+    x.fmod(1.0).to_kind(Kind::Float).view(size)
+}
+
+/// Another, smoother and of low rank.
 fn filled(size: &[i64]) -> Tensor {
     let n: i64 = size.iter().product();
     (Tensor::arange(n, F32) * 0.618).sin().view(size)
+}
+
+/// Hidden states along their word's row of the weight, whose logit they make 40.
+fn peaked_hidden(weight: &Tensor, ids: &Tensor) -> Tensor {
+    let rows = weight.detach().index_select(0, ids);
+    let squares = rows
+        .square()
+        .sum_dim_intlist(&[1i64][..], true, None::<Kind>);
+    rows / squares * 40.0
 }
 
 /// One product is logits = hidden · weightᵀ, 2MHV operations. Forward needs one; forward and backward
@@ -75,7 +97,28 @@ fn logprobs(c: &mut Criterion) {
                 ));
             });
         });
+        // As of a trained model: each row knows its word, at a distance of some nats. Forward is one product,
+        // backward gathers some words.
+        let apart = (scattered(&[v, h]) * 0.1).set_requires_grad(true);
+        let peaked = peaked_hidden(&apart, &ids).set_requires_grad(true);
+        let filtered = LogprobOptions {
+            filter: Some(F32_RESOLUTION),
+            ..options
+        };
         group.throughput(Throughput::Elements(product));
+        for (name, options) in [("", &options), (", filtered", &filtered)] {
+            group.bench_function(format!("forward + backward, peaked{name}"), |b| {
+                b.iter(|| {
+                    let out = linear_logprobs(&peaked, &apart, &ids, options).unwrap();
+                    drop(Tensor::run_backward(
+                        &[out.logprobs.sum(None)],
+                        &[&peaked, &apart],
+                        false,
+                        false,
+                    ));
+                });
+            });
+        }
         group.bench_function("forward", |b| {
             let _guard = tch::no_grad_guard();
             b.iter(|| black_box(linear_logprobs(&hidden, &weight, &ids, &options).unwrap()));
@@ -139,6 +182,47 @@ fn divergences(c: &mut Criterion) {
             });
         });
     }
+}
+
+/// Per-token operations of 64 completions of 512 tokens against what a trainer in Python runs: a loop over
+/// padded columns, or over groups. Bound: each reads and writes some 4 bytes a token and result.
+fn ragged(c: &mut Criterion) {
+    let (s, n) = (64i64, 512i64);
+    let offsets = Offsets::from_lengths(&vec![n; s as usize]).unwrap();
+    let column = |f: f64| Ragged::new((filled(&[s * n]) * f).sin(), offsets.clone()).unwrap();
+    let (rewards, values) = (column(3.0), column(5.0));
+    let mut group = c.benchmark_group(format!("ragged {s}x{n}"));
+    group.throughput(Throughput::Bytes(16 * (s * n) as u64));
+    group.bench_function("gae", |b| {
+        b.iter(|| gae(&rewards, &values, 0.99, 0.95).unwrap());
+    });
+    group.bench_function("gae, a loop over columns", |b| {
+        b.iter(|| reference::gae(&rewards, &values, 0.99, 0.95).unwrap());
+    });
+    group.throughput(Throughput::Bytes(8 * (s * n) as u64));
+    group.bench_function("discounted returns", |b| {
+        b.iter(|| discounted_returns(&rewards, 0.99).unwrap());
+    });
+    group.bench_function("standardized groups", |b| {
+        b.iter(|| rewards.standardized(1e-4));
+    });
+    group.bench_function("standardized groups, a loop over groups", |b| {
+        b.iter(|| {
+            let parts: Vec<Tensor> = rewards
+                .values()
+                .view([s, n])
+                .unbind(0)
+                .into_iter()
+                .map(|x| (&x - x.mean(None::<Kind>)) / (x.std(true) + 1e-4))
+                .collect();
+            Tensor::cat(&parts, 0)
+        });
+    });
+    group.bench_function("whitened", |b| b.iter(|| rewards.whitened(Mean::Removed)));
+    group.bench_function("sums", |b| b.iter(|| rewards.sum()));
+    group.bench_function("sums, plain", |b| {
+        b.iter(|| reference::segment_sum(&rewards));
+    });
 }
 
 /// Scores and weighted values: 4·D operations a head and a pair (query, key that it sees); backward
@@ -241,5 +325,85 @@ fn adamw(c: &mut Criterion) {
     group.bench_function("bound: a copy", |b| b.iter(|| to.copy_(&from)));
 }
 
-criterion_group!(benches, logprobs, divergences, attention, adamw);
+/// One step of each optimiser over a matrix of 4 million.
+fn optimizers(c: &mut Criterion) {
+    let n = 4_000_000i64;
+    let mut group = c.benchmark_group(format!("optimizers, {n} parameters"));
+    group.sample_size(10);
+    group.throughput(Throughput::Elements(n as u64));
+    for (name, config) in [
+        ("AdamW", OptimizerConfig::AdamW(AdamWConfig::default())),
+        (
+            "AdamW, 8-bit",
+            OptimizerConfig::AdamW8bit(AdamWConfig::default()),
+        ),
+        (
+            "Adafactor",
+            OptimizerConfig::Adafactor(AdafactorConfig::default()),
+        ),
+        (
+            "RMSprop",
+            OptimizerConfig::RmsProp(RmsPropConfig::default()),
+        ),
+        ("Muon", OptimizerConfig::Muon(MuonConfig::default())),
+    ] {
+        let p = filled(&[n / 1000, 1000]).set_requires_grad(true);
+        (&p * &p).sum(None).backward();
+        let mut optim = Optimizer::new(vec![("p".into(), p)], config);
+        group.bench_function(name, |b| b.iter(|| optim.step(1e-4).unwrap()));
+    }
+}
+
+/// The surrogate with its gradient. Bound: it must read four numbers a token and write one, 20 bytes, and
+/// backward reads and writes 8 more.
+fn surrogates(c: &mut Criterion) {
+    for (s, n) in [(16i64, 64i64), (64, 512), (512, 512)] {
+        let m = s * n;
+        let offsets = Offsets::from_lengths(&vec![n; s as usize]).unwrap();
+        let leaf = (filled(&[m]) * 0.2).set_requires_grad(true);
+        let (old, reference_logprobs) = (filled(&[m]) * 0.1, filled(&[m]) * 0.15);
+        let advantages = filled(&[s]);
+        let logprobs = Ragged::new(leaf.shallow_clone(), offsets).unwrap();
+        let inputs = SurrogateInputs {
+            logprobs: &logprobs,
+            old_logprobs: &old,
+            advantages: Advantages::Completion(&advantages),
+            weights: None,
+            kl: Some(KlTerm {
+                ref_logprobs: &reference_logprobs,
+                value: SampledKl::K3,
+                gradient: SampledKl::K3,
+                coef: 0.04,
+                weighted: false,
+            }),
+        };
+        let options = SurrogateOptions {
+            epsilon_low: 0.2,
+            epsilon_high: 0.2,
+            dual: None,
+            token_weight: TokenWeight::SequenceMean,
+        };
+        let mut group = c.benchmark_group(format!("surrogate {s}x{n}"));
+        group.throughput(Throughput::Bytes(28 * m as u64));
+        let backward =
+            |out: SurrogateOutput| Tensor::run_backward(&[&out.loss.sum], &[&leaf], false, false);
+        group.bench_function("forward + backward", |b| {
+            b.iter(|| backward(surrogate(&inputs, &options).unwrap()));
+        });
+        group.bench_function("forward + backward, composed", |b| {
+            b.iter(|| backward(reference::surrogate(&inputs, &options).unwrap()));
+        });
+    }
+}
+
+criterion_group!(
+    benches,
+    logprobs,
+    divergences,
+    ragged,
+    surrogates,
+    attention,
+    adamw,
+    optimizers
+);
 criterion_main!(benches);

@@ -5,6 +5,11 @@
 // O(chunk·V) both ways, in one buffer. Where only `hidden` wants a gradient, each row's is a fixed
 // vector times the incoming number: forward makes that vector and backward recomputes nothing, unless
 // the entropy's gradient is asked for.
+//
+// With filtering, words that no row of a chunk gives a probability of `filter` are left out of its
+// gradients. Forward notes the others; backward computes logits and products of those alone, over their
+// rows of the weight gathered together (Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language
+// Models", section 4.3, which skips blocks).
 #include "rows.h"
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
@@ -128,8 +133,10 @@ void join(Tensor grad, const Tensor &ids, const Tensor &own) {
   if (own.defined()) grad.scatter_add_(1, ids.unsqueeze(1), own.unsqueeze(1));
 }
 // out = (gradient of the logits) · weight, from the two parts.
-void hidden_grad(Tensor out, const Tensor &grad, const Tensor &ids, const Tensor &own, const Tensor &w) {
-  at::mm_out(out, grad, w);
+// Where `words` is defined the gradient is of those alone.
+void hidden_grad(Tensor out, const Tensor &grad, const Tensor &ids, const Tensor &own, const Tensor &w,
+                 const Tensor &words = {}) {
+  at::mm_out(out, grad, words.defined() ? w.index_select(0, words) : w);
   if (own.defined()) out.addcmul_(w.index_select(0, ids), own.unsqueeze(1));
 }
 
@@ -161,11 +168,47 @@ struct Extras {
   }
 };
 
+// Words with a probability of at least `filter` in any row, i64 [A]; undefined where they are more than half,
+// so that gathering does not pay.
+Tensor likely(const Tensor &z, const Tensor &stats, double inv_t, double filter) {
+  const int64_t n = z.size(0), v = z.size(1);
+  const auto least = (stats.select(1, 1) + std::log(filter)).div_(inv_t).add_(stats.select(1, 0));
+  Tensor any;
+  if (fast(z)) {
+    any = at::zeros({v}, z.options().dtype(at::kByte));
+    const float *x = z.const_data_ptr<float>(), *low = least.const_data_ptr<float>();
+    uint8_t *out = any.mutable_data_ptr<uint8_t>();
+    at::parallel_for(0, (v + 1023) / 1024, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t at = b * 1024, count = std::min<int64_t>(1024, v - at);
+        int32_t seen[1024] = {};
+        for (int64_t i = 0; i < n; ++i) {
+          const float *row = x + i * v + at, limit = low[i];
+          for (int64_t j = 0; j < count; ++j) seen[j] |= row[j] >= limit;
+        }
+        for (int64_t j = 0; j < count; ++j) out[at + j] = seen[j] != 0;
+      }
+    });
+  } else {
+    any = (z >= least.unsqueeze(1)).any(0);
+  }
+  const auto words = any.nonzero().squeeze(1);
+  return words.size(0) * 2 > v ? Tensor() : words;
+}
+
+// The slopes of chosen ids where only some words' logits are there.
+Tensor own_slope_alone(const Linear &set, const Tensor &h, const Tensor &w, const Tensor &bias, const Tensor &ids) {
+  if (set.cap <= 0) return at::full({ids.size(0)}, set.inv_t, h.options());
+  auto z = (h * w.index_select(0, ids)).sum(1);
+  if (bias.defined()) z.add_(bias.index_select(0, ids));
+  return z.div_(set.cap).tanh_().square_().neg_().add_(1.0).mul_(set.inv_t);
+}
+
 // Gives logp, then the entropy and the log-sum-exp where they are asked for.
 struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
   static variable_list forward(AutogradContext *ctx, const Tensor &hidden, const Tensor &weight,
                                const std::optional<Tensor> &bias, const Tensor &ids, Linear set, bool entropy,
-                               bool lse, bool ahead, Extras *extras) {
+                               bool lse, bool ahead, double filter, Extras *extras) {
     const auto acc = rlhf::accumulation(hidden);
     const auto w = wide(weight, acc), all = wide(hidden, acc), b = wide(bias.value_or(Tensor()), acc);
     const auto wt = w.t();
@@ -178,6 +221,7 @@ struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
       slope = at::empty({m}, w.options());
       one = at::full({std::min(m, set.rows)}, 1.0, w.options());
     }
+    variable_list kept;
     const auto whole = buffer(0, std::min(m, set.rows), v, w.options());
     for (int64_t r = 0; r < m; r += set.rows) {
       const int64_t n = std::min(set.rows, m - r);
@@ -185,10 +229,13 @@ struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
       set.logits(z, all.narrow(0, r, n), wt, b);
       row_stats(z, i, set.inv_t, entropy, s, logp.narrow(0, r, n));
       extras->of_chunk(r, z, i, s, set.inv_t);
+      const auto words = filter > 0 ? likely(z, s, set.inv_t, filter) : Tensor();
+      kept.push_back(words);
       if (ahead) {
         const auto own = slope.narrow(0, r, n).copy_(own_slope(z, i, set.inv_t, set.cap));
-        row_grad(z, s, set.inv_t, set.cap, one.narrow(0, 0, n), Tensor(), z);
-        hidden_grad(fixed.narrow(0, r, n), z, i, own, w);
+        const auto some = words.defined() ? z.index_select(1, words) : z;
+        row_grad(some, s, set.inv_t, set.cap, one.narrow(0, 0, n), Tensor(), some);
+        hidden_grad(fixed.narrow(0, r, n), some, i, own, w, words);
       }
     }
     ctx->set_materialize_grads(false);
@@ -196,7 +243,9 @@ struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
     ctx->saved_data["entropy"] = entropy;
     ctx->saved_data["lse"] = lse;
     ctx->saved_data["ahead"] = ahead;
-    ctx->save_for_backward({hidden, weight, bias.value_or(Tensor()), ids, stats, fixed, slope});
+    variable_list all_saved{hidden, weight, bias.value_or(Tensor()), ids, stats, fixed, slope};
+    all_saved.insert(all_saved.end(), kept.begin(), kept.end());
+    ctx->save_for_backward(std::move(all_saved));
     variable_list out{logp};
     if (entropy) out.push_back(stats.select(1, 2).clone());
     if (lse) out.push_back((stats.select(1, 0) * set.inv_t).add_(stats.select(1, 1)));
@@ -207,7 +256,7 @@ struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
     rlhf::once_differentiable("linear_logprobs");
     const auto saved = ctx->get_saved_variables();
     const auto set = Linear::of(ctx);
-    variable_list result(9);
+    variable_list result(10);
     size_t next = 0;
     auto take = [&](bool there) {
       return there && grads[next++].defined() ? grads[next - 1].contiguous() : Tensor();
@@ -234,11 +283,34 @@ struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
     Tensor gh = need_h ? at::empty(all.sizes(), w.options()) : Tensor();
     Tensor gw = need_w ? (m == 0 ? at::zeros(w.sizes(), w.options()) : at::empty(w.sizes(), w.options())) : Tensor();
     Tensor gb = need_b ? at::zeros({v}, w.options()) : Tensor();
+    bool first = true;
     const auto whole = buffer(0, std::min(m, set.rows), v, w.options());
     for (int64_t r = 0; r < m; r += set.rows) {
       const int64_t n = std::min(set.rows, m - r);
       const auto z = whole.narrow(0, 0, n), h = all.narrow(0, r, n), i = ids.narrow(0, r, n);
       auto part = [&](const Tensor &t) { return t.defined() ? t.narrow(0, r, n) : Tensor(); };
+      if (const auto &words = saved[7 + r / set.rows]; words.defined()) {
+        const auto some = w.index_select(0, words);
+        const auto y = at::empty({n, words.size(0)}, w.options());
+        set.logits(y, h, some.t(), b.defined() ? b.index_select(0, words) : b);
+        const auto own = g_logp.defined() ? own_slope_alone(set, h, w, b, i).mul_(part(g_logp)) : Tensor();
+        row_grad(y, stats.narrow(0, r, n), set.inv_t, set.cap, part(dense), part(g_entropy), y);
+        if (need_h) {
+          auto rows = gh.narrow(0, r, n);
+          at::mm_out(rows, y, some);
+          if (own.defined()) rows.addcmul_(w.index_select(0, i), own.unsqueeze(1));
+        }
+        if (need_b) {
+          gb.index_add_(0, words, y.sum(0));
+          if (own.defined()) gb.index_add_(0, i, own);
+        }
+        if (!need_w) continue;
+        if (first) gw.zero_();
+        first = false;
+        gw.index_add_(0, words, y.t().mm(h));
+        if (own.defined()) gw.index_add_(0, i, h * own.unsqueeze(1));
+        continue;
+      }
       set.logits(z, h, wt, b);
       const auto own = g_logp.defined() ? own_slope(z, i, set.inv_t, set.cap).mul_(part(g_logp)) : Tensor();
       row_grad(z, stats.narrow(0, r, n), set.inv_t, set.cap, part(dense), part(g_entropy), z);
@@ -247,8 +319,9 @@ struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
       join(z, i, own);
       if (need_b) gb.add_(z.sum(0));
       if (!need_w) continue;
-      if (r == 0) at::mm_out(gw, z.t(), h);
+      if (first) at::mm_out(gw, z.t(), h);
       else at::addmm_out(gw, gw, z.t(), h);
+      first = false;
     }
     if (need_h) result[0] = gh.to(hidden.scalar_type());
     if (need_w) result[1] = gw.to(weight.scalar_type());
@@ -289,7 +362,7 @@ struct LogitLogprobs : torch::autograd::Function<LogitLogprobs> {
 
 // As in ffi.rs.
 struct RlhfLogprobOptions {
-  double temperature, softcap;
+  double temperature, softcap, filter; // 0 for none
   int64_t chunk_rows;
   int entropy, log_sum_exp, top1, moments;
 };
@@ -300,11 +373,12 @@ RLHF_API char *rlhf_linear_logprobs(Tensor **out, const Tensor *hidden, const Te
                                     const Tensor *ids, const RlhfLogprobOptions *o) {
   return rlhf::guard([&] {
     const bool trained = weight->requires_grad() || (bias && bias->requires_grad());
-    const bool ahead = at::GradMode::is_enabled() && hidden->requires_grad() && !trained;
+    const bool wanted = at::GradMode::is_enabled() && (trained || hidden->requires_grad());
+    const bool ahead = wanted && !trained;
     const Linear set{1.0 / o->temperature, o->softcap, even_rows(hidden->size(0), o->chunk_rows)};
     Extras extras{o->top1 != 0, o->moments != 0, {}, {}, {}, {}};
     auto r = LinearLogprobs::apply(*hidden, *weight, bias ? std::optional<Tensor>(*bias) : std::nullopt,
-                                   ids->contiguous(), set, o->entropy != 0, o->log_sum_exp != 0, ahead, &extras);
+                                   ids->contiguous(), set, o->entropy != 0, o->log_sum_exp != 0, ahead, wanted ? o->filter : 0.0, &extras);
     size_t next = 0;
     out[0] = rlhf::give(r[next++]);
     if (o->entropy) out[1] = rlhf::give(r[next++]);

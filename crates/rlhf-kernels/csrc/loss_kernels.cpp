@@ -84,11 +84,157 @@ void divergence_grad(const RowPair &r, float mean, float cap, float g, float *ou
   }
 }
 
+// e^x where it overflows too.
+INLINE F exp_any(F x) { return x > 88.37f ? splat(__builtin_inff()) : exp(x); }
+INLINE Vec<double> exp_any(Vec<double> x) { return exp(x); }
+// e^y − 1 − y without loss of digits at 0.
+INLINE F exp_rest(F y) {
+  F p = splat(1.9875691500e-4f);
+  p = p * y + 1.3981999507e-3f;
+  p = p * y + 8.3334519073e-3f;
+  p = p * y + 4.1665795894e-2f;
+  p = p * y + 1.6666665459e-1f;
+  p = p * y + 5.0000001201e-1f;
+  const F size = y < 0.f ? -y : y;
+  return size < 0.34f ? p * y * y : exp_any(y) - 1.f - y;
+}
+INLINE Vec<double> exp_rest(Vec<double> y) {
+  Vec<double> x;
+  for (int i = 0; i < 8; ++i) x[i] = __builtin_expm1(y[i]) - y[i];
+  return x;
+}
+
+template <class T> struct KlOf {
+  Vec<T> value, slope;
+};
+template <class T> INLINE KlOf<T> sampled_kl(Vec<T> k1, const rlhf::SurrogateSettings &c) {
+  KlOf<T> k{};
+  const bool third = c.kl_value == 3 || c.kl_slope == 3;
+  const Vec<T> rest = third ? exp_rest(-k1) : Vec<T>{};
+  k.value = c.kl_value == 1 ? k1 : c.kl_value == 2 ? k1 * k1 * (T)0.5 : rest;
+  // d k3 = 1 − e^{−k1} = −(rest − k1).
+  k.slope = c.kl_slope == 1 ? splat<T>(1) : c.kl_slope == 2 ? k1 : k1 - rest;
+  return k;
+}
+
+template <class T>
+void surrogate(const rlhf::SurrogateTokens<T> &x, const rlhf::SurrogateSettings &c, double *sums) {
+  using V = Vec<T>;
+  constexpr int64_t L = Simd<T>::W;
+  const V low = splat<T>((T)c.low), high = splat<T>((T)c.high), dual = splat<T>((T)c.dual), none{};
+  const V one = splat<T>(1);
+  V loss{}, below{}, above{}, ratios{}, top{}, moved{}, kls{};
+  for (int64_t i = 0; i < x.n; i += L) {
+    const int64_t left = x.n - i;
+    auto at = [&](const T *p) { return left >= L ? load(p + i) : load(p + i, left, (T)0); };
+    V there = one;
+    if (left < L)
+      for (int64_t k = left; k < L; ++k) there[k] = 0;
+    const V logp = at(x.logp), a = x.stride ? at(x.advantage) : splat<T>(*x.advantage) * there;
+    const V log_ratio = logp - at(x.old), ratio = exp_any(log_ratio);
+    // As min() of two products, whose gradient is shared where they are equal.
+    const V bounded = ratio > dual ? dual : ratio;
+    const V held = ratio < low ? low : (ratio > high ? high : ratio);
+    const V plain = bounded * a, clipped = held * a;
+    const V d_plain = ratio <= dual ? a : none;
+    const V d_clipped = ratio < low ? none : (ratio > high ? none : a);
+    const V d = plain < clipped ? d_plain : (clipped < plain ? d_clipped : (d_plain + d_clipped) * (T)0.5);
+    V l = -(plain < clipped ? plain : clipped), g = -d * ratio;
+    if (x.weight) {
+      const V w = at(x.weight);
+      l *= w;
+      g *= w;
+    }
+    if (x.ref) {
+      const KlOf<T> k = sampled_kl<T>(logp - at(x.ref), c);
+      const V by = c.kl_weighted ? ratio * (T)c.kl : splat<T>((T)c.kl);
+      l += k.value * by;
+      g += (c.kl_weighted ? k.slope + k.value : k.slope) * by;
+      kls += k.value;
+    }
+    l *= (T)x.scale;
+    g *= (T)x.scale;
+    loss += l * there;
+    if (left >= L) store(x.grad + i, g);
+    else store(x.grad + i, g, left);
+    below += ratio < low ? (a < none ? one : none) : none;
+    above += ratio > high ? (a > none ? one : none) : none;
+    ratios += ratio * there;
+    const V seen = ratio * there;
+    top = seen > top ? seen : top;
+    moved += log_ratio * log_ratio;
+  }
+  using namespace rlhf;
+  sums[kLoss] = sum<T>(loss);
+  sums[kClippedLow] = sum<T>(below);
+  sums[kClippedHigh] = sum<T>(above);
+  sums[kRatio] = sum<T>(ratios);
+  sums[kRatioMax] = max<T>(top);
+  sums[kApproxKl] = 0.5 * sum<T>(moved);
+  sums[kKl] = sum<T>(kls);
+}
+
+// lowbias32 (Wellons 2018): every bit of the result depends on every bit of the argument.
+INLINE uint32_t hash(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+// The place of a neighbour of x in 0..1 (anything else, NaN too, gives some place); `chance` in 0..1 is how
+// near the upper one must be. Without branches: they would be as random as the numbers.
+INLINE int32_t neighbour(const rlhf::MagnitudeTable &t, float x, float chance) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  int32_t i = (bits >> 15) - (rlhf::MagnitudeTable::kFirst << 8);
+  i = i < 0 ? 0 : i;
+  i = i < rlhf::MagnitudeTable::kBuckets ? i : rlhf::MagnitudeTable::kBuckets - 1;
+  int32_t k = t.first[i];
+  k += x >= t.values[k + 1];
+  return k + ((x - t.values[k]) * t.per_gap[k] > chance);
+}
+void adamw8(const rlhf::Adam8Block &b, const rlhf::Adam8Settings &c) {
+  float m[256], v[256];
+  int32_t first[256], second[256];
+  const int64_t n = b.n;
+  const float old_m = *b.first_top, old_v = *b.second_top;
+  for (int64_t i = 0; i < n; ++i) m[i] = c.first[b.first[i]] * old_m;
+  for (int64_t i = 0; i < n; ++i) v[i] = c.second[b.second[i]] * old_v;
+  float top_m = 0, top_v = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float g = b.grad[i];
+    m[i] = c.beta1 * m[i] + c.rest1 * g;
+    v[i] = c.beta2 * v[i] + c.rest2 * g * g;
+  }
+  for (int64_t i = 0; i < n; ++i)
+    b.parameter[i] = c.keep * b.parameter[i] - c.rate * m[i] / (__builtin_sqrtf(v[i]) * c.root + c.eps);
+  for (int64_t i = 0; i < n; ++i) {
+    const float size = __builtin_fabsf(m[i]);
+    top_m = size > top_m ? size : top_m;
+    top_v = v[i] > top_v ? v[i] : top_v;
+  }
+  *b.first_top = top_m;
+  *b.second_top = top_v;
+  const float by_m = top_m > 0 ? 1.f / top_m : 0.f, by_v = top_v > 0 ? 1.f / top_v : 0.f;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t noise = hash(b.place + (uint32_t)i);
+    const float x = m[i] * by_m, y = v[i] * by_v;
+    const int32_t j = neighbour(c.sign, __builtin_fabsf(x), (float)(int32_t)(noise >> 16) * 0x1p-16f);
+    const int32_t k = neighbour(c.positive, y, (float)(int32_t)(noise & 0xffff) * 0x1p-16f);
+    first[i] = x < 0 ? 127 - (j < 127 ? j : 127) : 127 + j;
+    // What is above 0 stays above 0: a second moment of 0 would make the next step huge.
+    const int32_t least = y > 0;
+    second[i] = k > least ? k : least;
+  }
+  for (int64_t i = 0; i < n; ++i) b.first[i] = (uint8_t)first[i];
+  for (int64_t i = 0; i < n; ++i) b.second[i] = (uint8_t)second[i];
+}
+
 } // namespace
 
 namespace rlhf {
 #define RLHF_JOIN(a, b) a##b
 #define RLHF_NAME(isa) RLHF_JOIN(isa, _losses)
 extern const LossKernels RLHF_NAME(RLHF_ISA);
-const LossKernels RLHF_NAME(RLHF_ISA) = {divergence, divergence_grad};
+const LossKernels RLHF_NAME(RLHF_ISA) = {divergence, divergence_grad, surrogate<float>, surrogate<double>,
+                                               adamw8};
 } // namespace rlhf

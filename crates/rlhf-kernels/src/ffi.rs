@@ -45,6 +45,51 @@ unsafe extern "C" {
         temperature: f64,
         chunk_rows: i64,
     ) -> *mut c_char;
+    fn rlhf_segments(
+        out: *mut *mut C_tensor,
+        x: *const C_tensor,
+        offsets: *const i64,
+        n: i64,
+        op: c_int,
+    ) -> *mut c_char;
+    fn rlhf_statistics(
+        out: *mut *mut C_tensor,
+        x: *const C_tensor,
+        offsets: *const i64,
+        n: i64,
+        op: c_int,
+        epsilon: f64,
+        correction: f64,
+    ) -> *mut c_char;
+    fn rlhf_scan(
+        out: *mut *mut C_tensor,
+        x: *const C_tensor,
+        offsets: *const i64,
+        n: i64,
+        decay: f64,
+        reverse: c_int,
+    ) -> *mut c_char;
+    fn rlhf_gae(
+        out: *mut *mut C_tensor,
+        rewards: *const C_tensor,
+        values: *const C_tensor,
+        offsets: *const i64,
+        n: i64,
+        gamma: f64,
+        lambda: f64,
+        doubling: c_int,
+    ) -> *mut c_char;
+    fn rlhf_surrogate(
+        out: *mut *mut C_tensor,
+        sums: *mut f64,
+        logprobs: *const C_tensor,
+        others: *const *const C_tensor,
+        offsets: *const i64,
+        n: i64,
+        settings: *const RawSurrogate,
+        by_completion: c_int,
+        sequence_mean: c_int,
+    ) -> *mut c_char;
     fn rlhf_prefix_attention(
         out: *mut *mut C_tensor,
         q: *const C_tensor,
@@ -76,6 +121,17 @@ unsafe extern "C" {
         weight_decay: f64,
         eps: f64,
     ) -> *mut c_char;
+    fn rlhf_adamw8(
+        tensors: *const *const C_tensor,
+        step: f64,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        eps: f64,
+    ) -> *mut c_char;
+    #[cfg(test)]
+    fn rlhf_dynamic_maps(out: *mut f32);
     fn rlhf_global_norm(norm: *mut f64, tensors: *const *const C_tensor, n: i64) -> *mut c_char;
     fn rlhf_scale(tensors: *const *const C_tensor, n: i64, factor: f64) -> *mut c_char;
     #[cfg(test)]
@@ -124,6 +180,8 @@ pub(crate) struct RawLogprobOptions {
     pub(crate) temperature: f64,
     /// 0 for none.
     pub(crate) softcap: f64,
+    /// 0 for none.
+    pub(crate) filter: f64,
     pub(crate) chunk_rows: i64,
     pub(crate) entropy: c_int,
     pub(crate) log_sum_exp: c_int,
@@ -258,6 +316,154 @@ pub(crate) fn logit_logprobs(
     Ok(take(out))
 }
 
+/// What [`segments`] does.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Segments {
+    /// `[M]` to `[S]`.
+    Sum,
+    /// `[S]` to `[M]`.
+    Repeat,
+}
+
+/// `offsets`: S + 1 numbers that begin with 0 and never decrease; `x` has as many values as they say.
+pub(crate) fn segments(x: &Tensor, offsets: &[i64], op: Segments) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    let n = offsets.len() as i64 - 1;
+    // SAFETY: `x` is alive for the call; `offsets` holds n + 1 numbers, which are copied.
+    let message =
+        unsafe { rlhf_segments(&raw mut out, x.as_ptr(), offsets.as_ptr(), n, op as c_int) };
+    check("ragged", message)?;
+    Ok(take(out))
+}
+
+/// What [`statistics`] makes of each sequence's values, beside their deviation.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Statistic {
+    /// Less the mean.
+    Centred,
+    /// That over (deviation + epsilon).
+    Standardized,
+    /// Less the mean of the others.
+    LeaveOneOut,
+}
+
+/// `offsets` as in [`segments`], `x` f32 or f64 on the CPU; no gradients. Values `[M]` and deviations `[S]`.
+pub(crate) fn statistics(
+    x: &Tensor,
+    offsets: &[i64],
+    op: Statistic,
+    epsilon: f64,
+    correction: f64,
+) -> Result<(Tensor, Tensor)> {
+    let mut out = [std::ptr::null_mut(); 2];
+    // SAFETY: `x` is alive for the call; `offsets` holds n + 1 numbers, which are copied; `out` has room for
+    // two results.
+    let message = unsafe {
+        rlhf_statistics(
+            out.as_mut_ptr(),
+            x.as_ptr(),
+            offsets.as_ptr(),
+            offsets.len() as i64 - 1,
+            op as c_int,
+            epsilon,
+            correction,
+        )
+    };
+    check("ragged", message)?;
+    Ok((take(out[0]), take(out[1])))
+}
+
+/// `offsets` as in [`segments`].
+pub(crate) fn scan(x: &Tensor, offsets: &[i64], decay: f64, reverse: bool) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    let n = offsets.len() as i64 - 1;
+    // SAFETY: `x` is alive for the call; `offsets` holds n + 1 numbers, which are copied.
+    let message = unsafe {
+        rlhf_scan(
+            &raw mut out,
+            x.as_ptr(),
+            offsets.as_ptr(),
+            n,
+            decay,
+            c_int::from(reverse),
+        )
+    };
+    check("scan", message)?;
+    Ok(take(out))
+}
+
+/// `offsets` as in [`segments`]. Advantages and returns; `doubling` takes other devices' way on the CPU.
+pub(crate) fn gae(
+    rewards: &Tensor,
+    values: &Tensor,
+    offsets: &[i64],
+    (gamma, lambda): (f64, f64),
+    doubling: bool,
+) -> Result<(Tensor, Tensor)> {
+    let mut out = [std::ptr::null_mut(); 2];
+    let n = offsets.len() as i64 - 1;
+    // SAFETY: both tensors are alive for the call; `offsets` holds n + 1 numbers, which are copied; `out`
+    // has room for two results.
+    let message = unsafe {
+        rlhf_gae(
+            out.as_mut_ptr(),
+            rewards.as_ptr(),
+            values.as_ptr(),
+            offsets.as_ptr(),
+            n,
+            gamma,
+            lambda,
+            c_int::from(doubling),
+        )
+    };
+    check("gae", message)?;
+    Ok((take(out[0]), take(out[1])))
+}
+
+/// As csrc/loss_kernels.h's `SurrogateSettings`.
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct RawSurrogate {
+    pub(crate) low: f64,
+    pub(crate) high: f64,
+    pub(crate) dual: f64,
+    pub(crate) kl: f64,
+    pub(crate) kl_value: i64,
+    pub(crate) kl_slope: i64,
+    pub(crate) kl_weighted: i64,
+}
+
+/// `others`: old log-probs, advantages, weights, reference log-probs, on the CPU and of the type of
+/// `logprobs`, as long as `offsets` says (advantages by completion: one each). The loss, and the sums in
+/// the order of csrc/loss_kernels.h.
+pub(crate) fn surrogate(
+    logprobs: &Tensor,
+    others: [Option<&Tensor>; 4],
+    offsets: &[i64],
+    settings: &RawSurrogate,
+    (by_completion, sequence_mean): (bool, bool),
+) -> Result<(Tensor, [f64; 7])> {
+    let (mut out, mut sums) = (std::ptr::null_mut(), [0.0; 7]);
+    let others = others.map(maybe);
+    // SAFETY: the tensors are alive for the call, the last two may be null; `offsets` holds n + 1 numbers
+    // and `sums` has room for seven; the settings' layout is the shim's.
+    let message = unsafe {
+        rlhf_surrogate(
+            &raw mut out,
+            sums.as_mut_ptr(),
+            logprobs.as_ptr(),
+            others.as_ptr(),
+            offsets.as_ptr(),
+            offsets.len() as i64 - 1,
+            settings,
+            c_int::from(by_completion),
+            c_int::from(sequence_mean),
+        )
+    };
+    check("surrogate", message)?;
+    Ok((take(out), sums))
+}
+
 /// `groups`: for each the prompt's start and end, the number of completions, their starts and ends.
 pub(crate) fn prefix_attention(
     q: &Tensor,
@@ -372,6 +578,33 @@ pub(crate) fn adamw(
         )
     };
     check("adamw", message)
+}
+
+/// `tensors`: parameter, gradient, codes of both moments, their blocks' largest magnitudes; contiguous on
+/// the CPU, f32 and codes u8.
+pub(crate) fn adamw8(
+    tensors: &[&Tensor; 6],
+    step: f64,
+    lr: f64,
+    betas: (f64, f64),
+    weight_decay: f64,
+    eps: f64,
+) -> Result<()> {
+    let list = pointers(tensors);
+    // SAFETY: the list holds six live tensors, whose types and layouts the shim checks or the caller has
+    // made; blocks are as many as the caller has made magnitudes for.
+    let message =
+        unsafe { rlhf_adamw8(list.as_ptr(), step, lr, betas.0, betas.1, weight_decay, eps) };
+    check("adamw8", message)
+}
+
+/// The dynamic tree maps' values: signed, then positive.
+#[cfg(test)]
+pub(crate) fn dynamic_maps() -> [[f32; 256]; 2] {
+    let mut out = [[0.0; 256]; 2];
+    // SAFETY: the shim writes 512 numbers, which `out` has room for.
+    unsafe { rlhf_dynamic_maps(out.as_mut_ptr().cast()) };
+    out
 }
 
 pub(crate) fn global_norm(tensors: &[&Tensor]) -> Result<f64> {

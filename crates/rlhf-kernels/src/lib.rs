@@ -1,5 +1,5 @@
-//! The tensor operations of RLHF: ragged sequences, chunked log-probabilities, shared-prefix
-//! attention, AdamW.
+//! The tensor operations of RLHF: ragged sequences and their scans, chunked log-probabilities and
+//! divergences over the vocabulary, the clipped surrogate, shared-prefix attention, optimisers.
 //!
 //! Invariant: nothing here knows of models, files, text or training loops. Every operation has a plain
 //! version in [`mod@reference`], which is its oracle.
@@ -29,13 +29,16 @@ mod ragged;
 mod recompute;
 pub mod reference;
 mod scan;
+pub mod surrogate;
 
 pub use attention::{AttentionGroup, AttentionLayout, shared_prefix_attention};
 pub use error::{Error, Result};
 pub use kl::{linear_kl, linear_kl_top, top_logprobs};
 pub use linear_logprobs::{
-    Head, LogprobOptions, Logprobs, Moments, Top1, entropy, linear_logprobs, token_logprobs,
+    F32_RESOLUTION, Head, LogprobOptions, Logprobs, Moments, Top1, entropy, linear_logprobs,
+    token_logprobs,
 };
-pub use ragged::{LossSum, Offsets, Ragged};
+pub use ragged::{LossSum, Mean, Offsets, Ragged};
 pub use recompute::recompute;
-pub use scan::{discounted_returns, gae};
+pub use scan::{Direction, discounted_returns, gae, scan};
+pub use surrogate::surrogate;

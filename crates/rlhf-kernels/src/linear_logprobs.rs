@@ -39,6 +39,9 @@ pub struct LogprobOptions {
     pub top1: bool,
     /// Also give log Σ p² and the mean logit.
     pub moments: bool,
+    /// Leave words out of a chunk's gradients to which none of its rows gives this probability: see
+    /// [`F32_RESOLUTION`] and [`linear_logprobs`]. Values are exact all the same.
+    pub filter: Option<f64>,
     /// Bytes of logits held at once, which decide how many rows are computed together; by default
     /// 32 MiB on the CPU and 256 MiB elsewhere.
     pub chunk_bytes: Option<i64>,
@@ -56,6 +59,7 @@ impl Default for LogprobOptions {
             z_loss: None,
             top1: false,
             moments: false,
+            filter: None,
             chunk_bytes: None,
             chunk_rows: None,
         }
@@ -97,6 +101,9 @@ pub struct Moments {
     pub mean_logits: Tensor,
 }
 
+/// 2⁻²⁴: half a unit in the last place of a probability near 1 in f32; what a `filter` takes for nothing.
+pub const F32_RESOLUTION: f64 = 1.0 / (1 << 24) as f64;
+
 /// Bytes of logits held at once by default.
 fn default_chunk_bytes(device: tch::Device) -> i64 {
     if device == tch::Device::Cpu {
@@ -132,6 +139,11 @@ pub(crate) fn rows_of_budget(
 /// entropy. The z-loss needs no second tensor as wide as the vocabulary: d lse/dz is the softmax, which
 /// that of the log-probability holds already.
 ///
+/// With a `filter` ε, backward works on the words that some row of the chunk gives a probability of ε or more
+/// (Wijmans et al. 2024, arXiv 2411.09009, section 4.3): of a trained model few. What is left out of the
+/// gradient of g·log p with respect to a row's hidden state is at most |g|·ε/T · Σ |W_v| over the words left
+/// out; of the weight's row of such a word, ε/T · Σ |g_i·h_i| over rows. A chosen id is never left out.
+///
 /// # Shapes
 /// `hidden` `[M, H]`, the head's weight `[V, H]` and bias `[V]` of the same type, `ids` i64 `[M]`.
 /// Differentiable in all but `ids`.
@@ -159,12 +171,23 @@ pub fn linear_logprobs<'a>(
             format!("{name} is {value:?}, expected at least 1")
         })?;
     }
+    ensure(
+        options.filter.is_none_or(|p| p > 0.0 && p < 1.0),
+        OP,
+        || {
+            format!(
+                "filter is {:?}, expected a probability between 0 and 1",
+                options.filter
+            )
+        },
+    )?;
     ensure(options.z_loss.is_none_or(f64::is_finite), OP, || {
         format!("z_loss is {:?}, expected a number", options.z_loss)
     })?;
     let raw = ffi::RawLogprobOptions {
         temperature: options.temperature,
         softcap: options.softcap.unwrap_or(0.0),
+        filter: options.filter.unwrap_or(0.0),
         chunk_rows: options
             .chunk_rows
             .unwrap_or_else(|| rows_of_budget(hidden, v, 1, options.chunk_bytes)),

@@ -1,12 +1,17 @@
 //! The plain version of each operation: the oracle of the tests, and what runs where no special code
 //! exists.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::attention::AttentionLayout;
 use crate::error::Result;
 use crate::kl::{Divergence, KlOptions, Logits, Tail, TopLogprobs};
 use crate::linear_logprobs::{Head, LogprobOptions, Logprobs, Moments, Top1};
+use crate::ragged::{LossSum, Ragged};
+use crate::scan::Direction;
+use crate::surrogate::{
+    Advantages, SurrogateInputs, SurrogateOptions, SurrogateOutput, SurrogateStats, TokenWeight,
+};
 
 /// The type that sums are made in.
 fn accumulation(x: &Tensor) -> Kind {
@@ -224,6 +229,152 @@ pub fn shared_prefix_attention(
     })
 }
 
+/// [`Ragged::sum`] by adding each value at its sequence's place.
+pub fn segment_sum(x: &Ragged) -> Tensor {
+    let values = x.values();
+    let zeros = Tensor::zeros(
+        [x.offsets().num_segments()],
+        (values.kind(), values.device()),
+    );
+    zeros.index_add(0, &x.offsets().segment_ids(values.device()), values)
+}
+
+/// [`Ragged::broadcast`] by picking each token's sequence.
+pub fn segment_broadcast(x: &Ragged, per_segment: &Tensor) -> Tensor {
+    per_segment.index_select(0, &x.offsets().segment_ids(per_segment.device()))
+}
+
+/// [`crate::scan`] one token after another.
+///
+/// # Errors
+/// When libtorch fails.
+pub fn scan(x: &Ragged, decay: f64, direction: Direction) -> Result<Ragged> {
+    let mut rows = x.values().f_unbind(0)?;
+    for w in x.offsets().host().windows(2) {
+        let (begin, end) = (w[0] as usize, w[1] as usize);
+        for i in 1..end - begin {
+            let (to, from) = match direction {
+                Direction::Forward => (begin + i, begin + i - 1),
+                Direction::Backward => (end - 1 - i, end - i),
+            };
+            rows[to] = &rows[to] + &rows[from] * decay;
+        }
+    }
+    if rows.is_empty() {
+        return Ok(x.clone());
+    }
+    x.with_values(Tensor::f_stack(&rows, 0)?)
+}
+
+/// [`crate::gae`] over padded columns, one after another, as Python trainers write it.
+///
+/// # Errors
+/// When libtorch fails.
+pub fn gae(rewards: &Ragged, values: &Ragged, gamma: f64, lambda: f64) -> Result<Ragged> {
+    let (r, v) = (rewards.to_padded(0.0), values.to_padded(0.0));
+    let longest = r.size()[1];
+    let mut next = Tensor::new();
+    let mut columns = Vec::new();
+    for t in (0..longest).rev() {
+        let after = if t + 1 < longest {
+            v.f_select(1, t + 1)?
+        } else {
+            v.f_select(1, t)?.f_zeros_like()?
+        };
+        let delta = r.f_select(1, t)? + after * gamma - v.f_select(1, t)?;
+        next = if columns.is_empty() {
+            delta
+        } else {
+            delta + next * (gamma * lambda)
+        };
+        columns.push(next.shallow_clone());
+    }
+    columns.reverse();
+    if columns.is_empty() {
+        return Ok(rewards.clone());
+    }
+    let lengths = rewards.offsets().lengths(r.device()).unsqueeze(1);
+    let mask = Tensor::arange(longest, (Kind::Int64, r.device()))
+        .unsqueeze(0)
+        .lt_tensor(&lengths);
+    rewards.with_values(Tensor::f_stack(&columns, 1)?.f_masked_select(&mask)?)
+}
+
+/// [`crate::surrogate()`] by tch's operators, gradient included.
+///
+/// # Errors
+/// When shapes do not fit.
+pub fn surrogate(
+    inputs: &SurrogateInputs<'_>,
+    options: &SurrogateOptions,
+) -> Result<SurrogateOutput> {
+    let x = inputs.logprobs;
+    let kind = accumulation(x.values());
+    let constant = |t: &Tensor| t.detach().to_kind(kind);
+    let logprobs = x.values().to_kind(kind);
+    let log_ratio = logprobs.f_sub(&constant(inputs.old_logprobs))?;
+    let ratio = log_ratio.exp();
+    let advantages = match inputs.advantages {
+        Advantages::Token(a) => constant(a),
+        Advantages::Completion(a) => x.broadcast(&constant(a)),
+    };
+    let (low, high) = (1.0 - options.epsilon_low, 1.0 + options.epsilon_high);
+    let bounded = match options.dual {
+        Some(most) => ratio.clamp_max(most),
+        None => ratio.shallow_clone(),
+    };
+    let mut losses = -(bounded * &advantages).minimum(&(ratio.clamp(low, high) * &advantages));
+    if let Some(weights) = inputs.weights {
+        losses = losses.f_mul(&constant(weights))?;
+    }
+    let mut kl_sum = Tensor::zeros([], (Kind::Double, ratio.device()));
+    if let Some(term) = inputs.kl {
+        let k = term
+            .value
+            .straight_through(term.gradient, &logprobs, term.ref_logprobs)?
+            .to_kind(kind);
+        kl_sum = k.detach().sum(Kind::Double);
+        let k = if term.weighted { k * &ratio } else { k };
+        losses = losses.f_add(&(k * term.coef))?;
+    }
+    let losses = x.with_values(losses)?;
+    let sum = match options.token_weight {
+        TokenWeight::One => losses.values().sum(kind),
+        TokenWeight::SequenceMean => losses.mean().sum(kind),
+    };
+    let tokens = x.offsets().num_values() as f64;
+    let (r, l) = (ratio.detach(), log_ratio.detach());
+    let count = |mask: Tensor| mask.sum(Kind::Double);
+    let stats = [
+        count(r.lt(low).logical_and(&advantages.lt(0.0))),
+        count(r.gt(high).logical_and(&advantages.gt(0.0))),
+        r.sum(Kind::Double),
+        if tokens > 0.0 {
+            r.max().to_kind(Kind::Double)
+        } else {
+            kl_sum.zeros_like()
+        },
+        l.square().sum(Kind::Double) * 0.5,
+        kl_sum,
+    ];
+    let host = Vec::<f64>::try_from(Tensor::f_stack(&stats, 0)?)?;
+    Ok(SurrogateOutput {
+        loss: LossSum {
+            sum,
+            weight: crate::surrogate::weight(inputs, options),
+        },
+        stats: SurrogateStats {
+            tokens,
+            clipped_low: host[0],
+            clipped_high: host[1],
+            ratio_sum: host[2],
+            ratio_max: host[3],
+            approx_kl_sum: host[4],
+            kl_sum: host[5],
+        },
+    })
+}
+
 /// One AdamW step on plain tensors; gives (parameter, first moment, second moment).
 pub fn adamw(
     parameter: &Tensor,
@@ -239,4 +390,98 @@ pub fn adamw(
     let v_hat = &v / (1.0 - c.beta2.powi(step));
     let decayed = parameter * (1.0 - lr * c.weight_decay);
     (decayed - m_hat / (v_hat.sqrt() + c.eps) * lr, m, v)
+}
+
+/// The values that 8-bit codes stand for, of first moments and of second (Dettmers et al. 2022, section
+/// 2.1): seven decades below 1 with 1, 2, … 64 magnitudes of either sign (2, 4, … 128 where there is no
+/// sign), 0 and 1.
+pub fn dynamic_maps() -> (Tensor, Tensor) {
+    let map = |signed: bool| {
+        let mut values = vec![0.0f64, 1.0];
+        for i in 0..7 {
+            let items = if signed { 1 << i } else { 2 << i };
+            for j in 0..items {
+                let middle = 0.1 + 0.9 * (f64::from(j) + 0.5) / f64::from(items);
+                let value = 10f64.powi(i - 6) * middle;
+                values.push(value);
+                if signed {
+                    values.push(-value);
+                }
+            }
+        }
+        values.sort_by(f64::total_cmp);
+        Tensor::from_slice(&values).to_kind(Kind::Float)
+    };
+    (map(true), map(false))
+}
+
+/// Numbers in 0..1 for [`quantize`], of first moments and of second: a hash of step and place.
+pub fn quantizing_noise(n: i64, step: i64, device: Device) -> (Tensor, Tensor) {
+    const LOW: i64 = 0xffff_ffff;
+    // lowbias32, in the lower half of 64 bits.
+    let hash = |x: Tensor| {
+        let x = x.bitwise_xor_tensor(&x.bitwise_right_shift_tensor_scalar(16));
+        let x = (x * 0x7feb_352di64).bitwise_and(LOW);
+        let x = x.bitwise_xor_tensor(&x.bitwise_right_shift_tensor_scalar(15));
+        let x = (x * 0x846c_a68bi64).bitwise_and(LOW);
+        x.bitwise_xor_tensor(&x.bitwise_right_shift_tensor_scalar(16))
+    };
+    let salt = hash(Tensor::from_slice(&[step])).to_device(device);
+    let places = Tensor::arange(n, (Kind::Int64, device));
+    let noise = hash((places + salt).bitwise_and(LOW));
+    let unit = |x: Tensor| x.to_kind(Kind::Float) / 65536.0;
+    (
+        unit(noise.bitwise_right_shift_tensor_scalar(16)),
+        unit(noise.bitwise_and(0xffff)),
+    )
+}
+
+/// Codes of `x`, of its size, and each block's largest magnitude: one of the two values of `map` beside each
+/// number, the greater in magnitude where it is nearer than `chance` (of as many numbers in 0..1). What is
+/// above 0 is never 0 where the map has no sign.
+pub fn quantize(x: &Tensor, map: &Tensor, chance: &Tensor) -> (Tensor, Tensor) {
+    let map = map.to_device(x.device());
+    let positive = map.double_value(&[0]) == 0.0;
+    let zero = if positive { 0 } else { 127 };
+    let magnitudes = map.narrow(0, zero, 256 - zero);
+    let n = x.numel() as i64;
+    let blocks = (n + 255) / 256;
+    let rest = x.new_zeros([blocks * 256 - n], (x.kind(), x.device()));
+    let padded = Tensor::cat(&[x.flatten(0, -1), rest], 0).view([blocks, 256]);
+    let tops = padded.abs().amax(&[1i64][..], false);
+    let unit = &padded / tops.clamp_min(f64::from(f32::MIN_POSITIVE)).unsqueeze(1);
+    let unit = unit.view([-1]).narrow(0, 0, n);
+    let size = unit.abs();
+    let top = 255 - zero;
+    let below = (size.bucketize(&magnitudes, false, true) - 1).clamp(0, top);
+    let above = (&below + 1).clamp_max(top);
+    let (low, high) = (
+        magnitudes.index_select(0, &below),
+        magnitudes.index_select(0, &above),
+    );
+    let nearness = (&size - &low) / (high - &low).clamp_min(f64::from(f32::MIN_POSITIVE));
+    let mut place = below + nearness.gt_tensor(chance).to_kind(Kind::Int64);
+    place = place.clamp_max(top);
+    let codes = if positive {
+        place.maximum(&unit.gt(0.0).to_kind(Kind::Int64))
+    } else {
+        // −1 is no value of the map.
+        let negative = -place.clamp_max(127) + 127;
+        negative.where_self(&unit.lt(0.0), &(place + 127))
+    };
+    (codes.to_kind(Kind::Uint8).view_as(x), tops)
+}
+
+/// What [`quantize`] kept of its argument.
+pub fn dequantize(codes: &Tensor, tops: &Tensor, map: &Tensor) -> Tensor {
+    let n = codes.numel() as i64;
+    let values = map
+        .to_device(codes.device())
+        .index_select(0, &codes.flatten(0, -1).to_kind(Kind::Int64));
+    let scales = tops
+        .unsqueeze(1)
+        .expand([tops.size()[0], 256], true)
+        .flatten(0, -1)
+        .narrow(0, 0, n);
+    (values * scales).view_as(codes)
 }

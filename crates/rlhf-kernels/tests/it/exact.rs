@@ -235,6 +235,78 @@ fn any_budget() {
     }
 }
 
+/// Filtered gradients lie within their bound, for trained and frozen heads, with bias, soft cap and every
+/// output; a filter below every probability changes nothing but rounding; values never change.
+#[test]
+fn filtered_gradients_keep_their_bound() {
+    for kind in [Kind::Float, Kind::Double] {
+        let (m, h, v) = (12, 6, 300);
+        let hidden = (wave(&[m, h], 1.0, kind) * 6.0).set_requires_grad(true);
+        let weight = (wave(&[v, h], 2.0, kind) * 2.0).set_requires_grad(true);
+        let bias = wave(&[v], 3.0, kind).set_requires_grad(true);
+        let ids = (Tensor::arange(m, (Kind::Int64, Device::Cpu)) * 31).remainder(v);
+        let cotangent = wave(&[m], 8.0, kind);
+        let leaves = [&hidden, &weight, &bias];
+        for softcap in [None, Some(12.0)] {
+            for frozen in [false, true] {
+                let plain = [weight.detach(), bias.detach()];
+                let head = if frozen {
+                    Head {
+                        weight: &plain[0],
+                        bias: Some(&plain[1]),
+                    }
+                } else {
+                    Head {
+                        weight: &weight,
+                        bias: Some(&bias),
+                    }
+                };
+                let wanted = if frozen { 1 } else { 3 };
+                let run = |filter: Option<f64>| {
+                    let options = LogprobOptions {
+                        filter,
+                        softcap,
+                        log_sum_exp: true,
+                        temperature: 0.8,
+                        chunk_rows: Some(4),
+                        ..Default::default()
+                    };
+                    let out = linear_logprobs(&hidden, head, &ids, &options).unwrap();
+                    let lse = out.log_sum_exp.unwrap();
+                    let loss = ((&out.logprobs + &lse * 0.3) * &cotangent).sum(kind);
+                    let grads = Tensor::run_backward(&[loss], &leaves[..wanted], false, false);
+                    (out.logprobs.detach(), grads)
+                };
+                let (values, exact) = run(None);
+                for filter in [1e-30, 1e-5, 1e-2] {
+                    let (same, filtered) = run(Some(filter));
+                    assert_eq!(values, same);
+                    let least = if kind == Kind::Double { 1e-11 } else { 2e-4 };
+                    // g of log p and of lse together, |h| and |W| summed whole.
+                    let g = 1.3 * filter / 0.8;
+                    let size = |t: &Tensor| t.abs().sum(Kind::Double).double_value(&[]);
+                    let bounds = [
+                        g * cotangent.abs().max().double_value(&[]) * size(&weight),
+                        g * size(&hidden),
+                        g * size(&cotangent),
+                    ];
+                    for ((a, b), bound) in filtered.iter().zip(&exact).zip(bounds) {
+                        let error = largest_difference(a, b);
+                        assert!(
+                            error <= bound + least,
+                            "{filter}: {error:.2e} of {bound:.2e}"
+                        );
+                    }
+                    // It did leave something out.
+                    if filter > 1e-3 {
+                        assert!(largest_difference(&filtered[0], &exact[0]) > 0.0);
+                    }
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn no_rows() {
     let hidden = Tensor::zeros([0, 4], (Kind::Float, Device::Cpu)).set_requires_grad(true);

@@ -1,8 +1,8 @@
 //! Every gradient against central differences in f64.
 
 use rlhf_kernels::{
-    Head, LogprobOptions, entropy, linear_logprobs, recompute, shared_prefix_attention,
-    token_logprobs,
+    Direction, Head, LogprobOptions, Mean, Offsets, Ragged, entropy, linear_logprobs, recompute,
+    scan, shared_prefix_attention, token_logprobs,
 };
 use tch::{Kind, Tensor};
 
@@ -120,6 +120,63 @@ fn linear_logprobs_in_part() {
                 .logprobs
         });
     }
+}
+
+#[test]
+fn ragged_operations() {
+    let offsets = Offsets::from_lengths(&[3, 0, 1, 4]).unwrap();
+    let inputs = [wave(&[8], 1.0, Kind::Double)];
+    type Op = fn(Ragged) -> Tensor;
+    let ops: [(&str, Op); 12] = [
+        ("sum", |x| x.sum()),
+        ("mean", |x| x.mean()),
+        ("last", |x| x.last(0.0)),
+        ("broadcast", |x| x.broadcast(&x.sum())),
+        ("cumsum", |x| x.cumsum().unwrap().values().shallow_clone()),
+        ("scan", |x| {
+            let y = scan(&x, 0.7, Direction::Backward).unwrap();
+            y.values().shallow_clone()
+        }),
+        ("centred", |x| x.centred().values().shallow_clone()),
+        ("std", |x| x.std(1.0)),
+        ("standardized", |x| {
+            x.standardized(1e-4).values().shallow_clone()
+        }),
+        ("leave one out", |x| {
+            x.leave_one_out().values().shallow_clone()
+        }),
+        ("whitened", |x| {
+            x.whitened(Mean::Removed).values().shallow_clone()
+        }),
+        ("whitened about its mean", |x| {
+            x.whitened(Mean::Kept).values().shallow_clone()
+        }),
+    ];
+    for (name, op) in ops {
+        check(name, &inputs, &|x| {
+            op(Ragged::new(x[0].shallow_clone(), offsets.clone()).unwrap())
+        });
+    }
+}
+
+/// Sums and scans are linear: their second derivative exists (and is that of what follows).
+#[test]
+fn ragged_second_derivatives() {
+    let offsets = Offsets::from_lengths(&[2, 1]).unwrap();
+    let x = wave(&[3], 1.0, Kind::Double).set_requires_grad(true);
+    let y = Ragged::new(x.shallow_clone(), offsets).unwrap();
+    let loss = y
+        .cumsum()
+        .unwrap()
+        .sum()
+        .pow_tensor_scalar(3)
+        .sum(Kind::Double);
+    let g = Tensor::run_backward(&[loss], &[&x], true, true).remove(0);
+    let second = Tensor::run_backward(&[g.get(0)], &[&x], false, false).remove(0);
+    // (2x₀ + x₁)³: second derivatives 24s, 12s at s = 2x₀ + x₁.
+    let s = 2.0 * x.double_value(&[0]) + x.double_value(&[1]);
+    let expected = Tensor::from_slice(&[24.0 * s, 12.0 * s, 0.0]);
+    assert!(largest_difference(&second, &expected) < 1e-12);
 }
 
 #[test]

@@ -14,7 +14,9 @@ mod golden;
 mod golden_io;
 mod gradcheck;
 mod kl;
+mod optim;
 mod props;
+mod surrogate;
 
 use rlhf_kernels::{AttentionGroup, AttentionLayout};
 use tch::{Device, Kind, Tensor};

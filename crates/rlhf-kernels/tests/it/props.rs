@@ -2,7 +2,8 @@
 
 use proptest::prelude::*;
 use rlhf_kernels::{
-    LogprobOptions, Offsets, Ragged, discounted_returns, gae, linear_logprobs, reference,
+    Direction, LogprobOptions, Offsets, Ragged, discounted_returns, gae, linear_logprobs,
+    reference, scan,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -45,6 +46,47 @@ proptest! {
         prop_assert!(close(&host(&x.mean()), &means));
         let spread: Vec<f64> = rows.iter().zip(&sums).flat_map(|(r, s)| vec![*s; r.len()]).collect();
         prop_assert!(close(&host(&x.broadcast(&Tensor::from_slice(&sums))), &spread));
+    }
+
+    /// The statistics of groups, each against its definition.
+    #[test]
+    fn group_statistics(rows in ragged()) {
+        let x = build(&rows);
+        let (mut std, mut others, mut running, mut last) = (vec![], vec![], vec![], vec![]);
+        for r in &rows {
+            let n = r.len() as f64;
+            let mean = r.iter().sum::<f64>() / n.max(1.0);
+            std.push(if n > 1.0 { (r.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt() } else { 0.0 });
+            others.extend(r.iter().map(|v| if n > 1.0 { v - (n * mean - v) / (n - 1.0) } else { 0.0 }));
+            running.extend(r.iter().scan(0.0, |sum, v| { *sum += v; Some(*sum) }));
+            last.push(r.last().copied().unwrap_or(-9.0));
+        }
+        prop_assert!(close(&host(&x.std(1.0)), &std));
+        prop_assert!(close(&host(x.leave_one_out().values()), &others));
+        prop_assert!(close(&host(x.cumsum().unwrap().values()), &running));
+        prop_assert_eq!(host(&x.last(-9.0)), last);
+        // With a gradient wanted they are composed, without one made in one pass.
+        let leaf = x.with_values(x.values().copy().set_requires_grad(true)).unwrap();
+        let pairs = [
+            (x.std(0.5), leaf.std(0.5)),
+            (x.centred().values().copy(), leaf.centred().values().copy()),
+            (x.standardized(0.1).values().copy(), leaf.standardized(0.1).values().copy()),
+            (x.leave_one_out().values().copy(), leaf.leave_one_out().values().copy()),
+        ];
+        for (fused, composed) in pairs {
+            prop_assert!(close(&host(&fused), &host(&composed.detach())));
+        }
+        let zero = host(&x.standardized(0.0).mean());
+        prop_assert!(zero.iter().all(|m| m.abs() < 1e-12));
+        prop_assert!(close(&host(&x.sum()), &host(&reference::segment_sum(&x))));
+        for direction in [Direction::Forward, Direction::Backward] {
+            let (ours, plain) = (scan(&x, 0.8, direction).unwrap(), reference::scan(&x, 0.8, direction).unwrap());
+            prop_assert!(close(&host(ours.values()), &host(plain.values())));
+        }
+        let values = x.with_values(x.values().sin()).unwrap();
+        let (ours, _) = gae(&x, &values, 0.9, 0.8).unwrap();
+        let plain = reference::gae(&x, &values, 0.9, 0.8).unwrap();
+        prop_assert!(close(&host(ours.values()), &host(plain.values())));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! AdamW with state that can be saved, and the global gradient norm.
+//! AdamW, all parameters in one call.
 
 use std::collections::HashMap;
 
@@ -40,7 +40,7 @@ pub fn decays(parameter: &Tensor) -> bool {
 }
 
 #[derive(Debug)]
-struct Slot {
+struct Moments {
     name: String,
     parameter: Tensor,
     first: Tensor,
@@ -53,7 +53,7 @@ struct Slot {
 #[derive(Debug)]
 pub struct AdamW {
     config: AdamWConfig,
-    slots: Vec<Slot>,
+    slots: Vec<Moments>,
 }
 
 impl AdamW {
@@ -64,7 +64,7 @@ impl AdamW {
         let slots = parameters
             .into_iter()
             .filter(|(_, p)| p.requires_grad())
-            .map(|(name, parameter)| Slot {
+            .map(|(name, parameter)| Moments {
                 first: parameter.detach().zeros_like(),
                 second: parameter.detach().zeros_like(),
                 steps: Tensor::zeros([1], (Kind::Float, parameter.device())),
@@ -96,7 +96,7 @@ impl AdamW {
     /// When libtorch fails.
     pub fn step(&mut self, lr: f64) -> Result<()> {
         for decay in [true, false] {
-            let chosen: Vec<(&Slot, Tensor)> = self
+            let chosen: Vec<(&Moments, Tensor)> = self
                 .slots
                 .iter()
                 .filter(|s| decays(&s.parameter) == decay)
@@ -180,35 +180,4 @@ impl AdamW {
         }
         Ok(())
     }
-}
-
-/// The global 2-norm of `tensors`: √Σ x². One pass, one host synchronisation.
-///
-/// # Errors
-/// When libtorch fails.
-pub fn global_norm(tensors: &[Tensor]) -> Result<f64> {
-    ffi::global_norm(&tensors.iter().collect::<Vec<_>>())
-}
-
-/// Multiplies all `tensors` by `factor` in place.
-///
-/// # Errors
-/// When libtorch fails.
-pub fn scale(tensors: &[Tensor], factor: f64) -> Result<()> {
-    ffi::scale(&tensors.iter().collect::<Vec<_>>(), factor)
-}
-
-/// Scales gradients down to the global norm `max_norm` where theirs is larger, by
-/// max_norm / (norm + 1e-6); gives the norm before. A norm that is not finite scales nothing: the
-/// caller drops such a step.
-///
-/// # Errors
-/// When libtorch fails.
-pub fn clip_grad_norm(grads: &[Tensor], max_norm: f64) -> Result<f64> {
-    let norm = global_norm(grads)?;
-    let factor = max_norm / (norm + 1e-6);
-    if norm.is_finite() && factor < 1.0 {
-        scale(grads, factor)?;
-    }
-    Ok(norm)
 }
