@@ -13,8 +13,8 @@ use rlhf_kernels::surrogate::{
     Advantages, KlTerm, SurrogateInputs, SurrogateOptions, SurrogateOutput, TokenWeight,
 };
 use rlhf_kernels::{
-    AttentionGroup, AttentionLayout, F32_RESOLUTION, LogprobOptions, Mean, Offsets, Ragged,
-    discounted_returns, gae, linear_kl, linear_kl_top, linear_logprobs, reference,
+    AttentionGroup, AttentionLayout, AttentionOptions, F32_RESOLUTION, LogprobOptions, Mean,
+    Offsets, Ragged, discounted_returns, gae, linear_kl, linear_kl_top, linear_logprobs, reference,
     shared_prefix_attention, surrogate, top_logprobs,
 };
 use tch::{Device, Kind, Tensor};
@@ -264,7 +264,12 @@ fn attention(c: &mut Criterion) {
         group.sample_size(10);
         group.throughput(Throughput::Elements((14 * pairs * hq * d) as u64));
         group.bench_function("forward + backward", |b| {
-            b.iter(|| step(shared_prefix_attention(&q, &keys, &v, &layout, 0.18).unwrap()));
+            b.iter(|| {
+                step(
+                    shared_prefix_attention(&q, &keys, &v, &layout, &AttentionOptions::new(0.18))
+                        .unwrap(),
+                )
+            });
         });
         group.bench_function("forward + backward, libtorch's per completion", |b| {
             b.iter(|| step(per_completion(&q, &keys, &v, &layout, 0.18)));
@@ -272,7 +277,12 @@ fn attention(c: &mut Criterion) {
         group.throughput(Throughput::Elements((4 * pairs * hq * d) as u64));
         group.bench_function("forward", |b| {
             let _guard = tch::no_grad_guard();
-            b.iter(|| black_box(shared_prefix_attention(&q, &keys, &v, &layout, 0.18).unwrap()));
+            b.iter(|| {
+                black_box(
+                    shared_prefix_attention(&q, &keys, &v, &layout, &AttentionOptions::new(0.18))
+                        .unwrap(),
+                )
+            });
         });
     }
 }

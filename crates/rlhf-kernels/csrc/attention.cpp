@@ -29,14 +29,19 @@ Tensor unit_stride(const Tensor &t) {
   return d.stride(2) == 1 ? d : d.contiguous();
 }
 
+struct Options {
+  double scale, cap;
+  int64_t window;
+};
+
 template <class T>
-rlhf::Attention<T> arguments(const Tensor &q, const Tensor &k, const Tensor &v, Tensor &out, Tensor &norms, double scale) {
+rlhf::Attention<T> arguments(const Tensor &q, const Tensor &k, const Tensor &v, Tensor &out, Tensor &norms, Options o) {
   rlhf::Attention<T> a{};
   a.q = q.const_data_ptr<T>(), a.k = k.const_data_ptr<T>(), a.v = v.const_data_ptr<T>();
   a.q_row = q.stride(0), a.q_head = q.stride(1);
   a.k_row = k.stride(0), a.k_head = k.stride(1);
   a.v_row = v.stride(0), a.v_head = v.stride(1);
-  a.hq = q.size(1), a.hkv = k.size(1), a.d = q.size(2), a.scale = scale;
+  a.hq = q.size(1), a.hkv = k.size(1), a.d = q.size(2), a.scale = o.scale, a.cap = o.cap, a.window = o.window;
   a.out = out.mutable_data_ptr<T>(), a.norms = norms.mutable_data_ptr<T>();
   return a;
 }
@@ -50,16 +55,18 @@ template <class T, class Kernel> void run(const rlhf::Attention<T> &a, const Int
 
 struct PrefixAttention : torch::autograd::Function<PrefixAttention> {
   static Tensor forward(AutogradContext *ctx, const Tensor &q, const Tensor &k, const Tensor &v, Ints flat,
-                        double scale) {
+                        Options o) {
     const auto qs = unit_stride(q), ks = unit_stride(k), vs = unit_stride(v);
     auto out = at::empty(q.sizes(), q.options()), norms = at::empty({q.size(0), q.size(1), 2}, q.options());
     if (q.scalar_type() == at::kDouble)
-      run(arguments<double>(qs, ks, vs, out, norms, scale), flat, rlhf::cpu_kernels().attend_f64);
+      run(arguments<double>(qs, ks, vs, out, norms, o), flat, rlhf::cpu_kernels().attend_f64);
     else
-      run(arguments<float>(qs, ks, vs, out, norms, scale), flat, rlhf::cpu_kernels().attend_f32);
+      run(arguments<float>(qs, ks, vs, out, norms, o), flat, rlhf::cpu_kernels().attend_f32);
     ctx->save_for_backward({qs, ks, vs, out, norms});
     ctx->saved_data["flat"] = std::move(flat);
-    ctx->saved_data["scale"] = scale;
+    ctx->saved_data["scale"] = o.scale;
+    ctx->saved_data["cap"] = o.cap;
+    ctx->saved_data["window"] = o.window;
     return out;
   }
 
@@ -69,7 +76,8 @@ struct PrefixAttention : torch::autograd::Function<PrefixAttention> {
     const auto &q = saved[0], &k = saved[1], &v = saved[2];
     auto out = saved[3], norms = saved[4];
     const auto flat = ctx->saved_data["flat"].toIntVector();
-    const double scale = ctx->saved_data["scale"].toDouble();
+    const Options o{ctx->saved_data["scale"].toDouble(), ctx->saved_data["cap"].toDouble(),
+                    ctx->saved_data["window"].toInt()};
     const auto go = grads[0].contiguous();
     auto gq = at::empty(q.sizes(), q.options()), gk = at::zeros(k.sizes(), k.options()), gv = at::zeros(v.sizes(), v.options());
     auto backwards = [&](auto a, auto kernel) {
@@ -79,15 +87,17 @@ struct PrefixAttention : torch::autograd::Function<PrefixAttention> {
       run(a, flat, kernel);
     };
     if (q.scalar_type() == at::kDouble)
-      backwards(arguments<double>(q, k, v, out, norms, scale), rlhf::cpu_kernels().attend_grad_f64);
+      backwards(arguments<double>(q, k, v, out, norms, o), rlhf::cpu_kernels().attend_grad_f64);
     else
-      backwards(arguments<float>(q, k, v, out, norms, scale), rlhf::cpu_kernels().attend_grad_f32);
+      backwards(arguments<float>(q, k, v, out, norms, o), rlhf::cpu_kernels().attend_grad_f32);
     return {gq, gk, gv, Tensor(), Tensor()};
   }
 };
 } // namespace
 
 RLHF_API char *rlhf_prefix_attention(Tensor **out, const Tensor *q, const Tensor *k, const Tensor *v,
-                                     const int64_t *flat, int64_t n, double scale) {
-  return rlhf::guard([&] { *out = rlhf::give(PrefixAttention::apply(*q, *k, *v, Ints(flat, flat + n), scale)); });
+                                     const int64_t *flat, int64_t n, double scale, double cap, int64_t window) {
+  return rlhf::guard([&] {
+    *out = rlhf::give(PrefixAttention::apply(*q, *k, *v, Ints(flat, flat + n), Options{scale, cap, window}));
+  });
 }

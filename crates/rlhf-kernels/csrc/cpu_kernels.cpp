@@ -178,27 +178,35 @@ template <class T> void transpose(const T *x, int64_t stride, int64_t n, int64_t
 constexpr int64_t kRows = 48; // queries at once
 
 // A block of queries: rows [r0, r0+n) see the prompt's rows [p0, p0+lp) and their own from s0 on. Its
-// scores are [n][ld]: the prompt's, padded to `lpp` columns, then its own, padded.
+// scores are [n][ld]: the prompt's, padded to `lpp` columns, then its own, padded. With a window, keys
+// that no query of the block sees are left out: the first `skip` of the prompt and `own_skip` of its own.
 struct Block {
   int64_t p0, lp, lpp, s0, r0, n, own, ld; // own: own keys that the last query sees
+  int64_t skip, own_skip, low, own_low;    // low: columns hidden from the block's first query
 };
 
 // Calls `body(block)` for all blocks of one sequence, and `own(start, length)` before them.
 template <class T, class Own, class Body>
-void blocks(int64_t p0, int64_t lp, int64_t start, int64_t end, Own own, Body body) {
+void blocks(int64_t window, int64_t p0, int64_t lp, int64_t start, int64_t end, Own own, Body body) {
   if (start >= end) return;
   own(start, end - start);
   for (int64_t r = start; r < end; r += kRows) {
     const int64_t n = end - r < kRows ? end - r : kRows, keys = r + n - start;
-    body(Block{p0, lp, padded<T>(lp), start, r, n, keys, padded<T>(lp) + padded<T>(keys)});
+    // The first position that the first query sees, and whole vectors before it.
+    const int64_t first = window > 0 && lp + r - start >= window ? lp + r - start - window + 1 : 0;
+    const int64_t skip = first >= lp ? lp : first / Simd<T>::W * Simd<T>::W;
+    const int64_t own_skip = first > lp ? (first - lp) / Simd<T>::W * Simd<T>::W : 0;
+    const int64_t lpp = padded<T>(lp - skip), mine = padded<T>(keys - own_skip);
+    body(Block{p0 + skip, lp - skip, lpp, start + own_skip, r, n, keys - own_skip, lpp + mine, skip, own_skip,
+               lp + r - start - window + 1 - skip, r - start - window + 1 - own_skip});
   }
 }
 // The prompt over itself, then each completion over prompt and itself.
-template <class T, class Own, class Body> void walk(const rlhf::Group &g, Own own, Body body) {
+template <class T, class Own, class Body> void walk(int64_t window, const rlhf::Group &g, Own own, Body body) {
   const int64_t lp = g.prompt_end - g.prompt_start;
-  blocks<T>(g.prompt_start, 0, g.prompt_start, g.prompt_end, own, body);
+  blocks<T>(window, g.prompt_start, 0, g.prompt_start, g.prompt_end, own, body);
   for (int64_t c = 0; c < g.count; ++c)
-    blocks<T>(g.prompt_start, lp, g.completions[2 * c], g.completions[2 * c + 1], own, body);
+    blocks<T>(window, g.prompt_start, lp, g.completions[2 * c], g.completions[2 * c + 1], own, body);
 }
 int64_t longest(const rlhf::Group &g) {
   int64_t n = g.prompt_end - g.prompt_start;
@@ -209,9 +217,18 @@ int64_t longest(const rlhf::Group &g) {
   return n;
 }
 
-// −∞ where row i of the block must not look; everything else is a score.
-template <class T> INLINE void hide(T *s, const Block &b, int64_t i) {
+// Scores as the cap squashes them, still to be multiplied by the scale; then −∞ where row i of the block
+// must not look.
+template <class T> INLINE void finish(T *s, const rlhf::Attention<T> &a, const Block &b, int64_t i) {
+  if (a.cap > 0) {
+    const T in = (T)(a.scale / a.cap), out = (T)(a.cap / a.scale);
+    for (int64_t j = 0; j < b.ld; j += Simd<T>::W) store(s + j, tanh(load(s + j) * in) * out);
+  }
   const T inf = (T)__builtin_inf();
+  if (a.window > 0) {
+    for (int64_t j = 0; j < b.low + i && j < b.lp; ++j) s[j] = -inf;
+    for (int64_t j = 0; j < b.own_low + i; ++j) s[b.lpp + j] = -inf;
+  }
   for (int64_t j = b.lp; j < b.lpp; ++j) s[j] = -inf;
   for (int64_t j = b.lpp + (b.r0 + i - b.s0) + 1; j < b.ld; ++j) s[j] = -inf;
 }
@@ -226,17 +243,17 @@ template <class T> void attend(const rlhf::Attention<T> &a, const rlhf::Group &g
   const T scale = (T)a.scale;
   transpose(k + g.prompt_start * a.k_row, a.k_row, lp, d, prefix, lpp);
   walk<T>(
-      g, [&](int64_t start, int64_t n) { transpose(k + start * a.k_row, a.k_row, n, d, own, most); },
+      a.window, g, [&](int64_t start, int64_t n) { transpose(k + start * a.k_row, a.k_row, n, d, own, most); },
       [&](const Block &b) {
         for (int64_t h = head * rep; h < (head + 1) * rep; ++h) {
           const T *q = a.q + b.r0 * a.q_row + h * a.q_head;
           T *out = a.out + b.r0 * out_row + h * d;
-          if (b.lp > 0) gemm(b.n, b.lpp, d, q, a.q_row, (int64_t)1, prefix, lpp, scores, b.ld, false);
-          gemm(b.n, b.ld - b.lpp, d, q, a.q_row, (int64_t)1, own, most, scores + b.lpp, b.ld, false);
+          if (b.lp > 0) gemm(b.n, b.lpp, d, q, a.q_row, (int64_t)1, prefix + b.skip, lpp, scores, b.ld, false);
+          gemm(b.n, b.ld - b.lpp, d, q, a.q_row, (int64_t)1, own + b.own_skip, most, scores + b.lpp, b.ld, false);
           T inverse[kRows];
           for (int64_t i = 0; i < b.n; ++i) {
             T *s = scores + i * b.ld;
-            hide(s, b, i);
+            finish(s, a, b, i);
             Vec<T> top = load(s);
             for (int64_t j = w; j < b.ld; j += w) top = larger<T>(load(s + j), top);
             const T m = max<T>(top);
@@ -273,7 +290,7 @@ template <class T> void attend_grad(const rlhf::Attention<T> &a, const rlhf::Gro
   transpose(k + g.prompt_start * a.k_row, a.k_row, lp, d, prefix, lpp);
   transpose(v + g.prompt_start * a.v_row, a.v_row, lp, d, prefix_v, lpp);
   walk<T>(
-      g,
+      a.window, g,
       [&](int64_t start, int64_t n) {
         transpose(k + start * a.k_row, a.k_row, n, d, own, most);
         transpose(v + start * a.v_row, a.v_row, n, d, own_v, most);
@@ -285,21 +302,29 @@ template <class T> void attend_grad(const rlhf::Attention<T> &a, const rlhf::Gro
           T *gq = a.gq + b.r0 * out_row + h * d;
           const int64_t mine = b.ld - b.lpp;
           if (b.lp > 0) {
-            gemm(b.n, b.lpp, d, q, a.q_row, (int64_t)1, prefix, lpp, probs, b.ld, false);
-            gemm(b.n, b.lpp, d, go, out_row, (int64_t)1, prefix_v, lpp, grads, b.ld, false);
+            gemm(b.n, b.lpp, d, q, a.q_row, (int64_t)1, prefix + b.skip, lpp, probs, b.ld, false);
+            gemm(b.n, b.lpp, d, go, out_row, (int64_t)1, prefix_v + b.skip, lpp, grads, b.ld, false);
           }
-          gemm(b.n, mine, d, q, a.q_row, (int64_t)1, own, most, probs + b.lpp, b.ld, false);
-          gemm(b.n, mine, d, go, out_row, (int64_t)1, own_v, most, grads + b.lpp, b.ld, false);
+          gemm(b.n, mine, d, q, a.q_row, (int64_t)1, own + b.own_skip, most, probs + b.lpp, b.ld, false);
+          gemm(b.n, mine, d, go, out_row, (int64_t)1, own_v + b.own_skip, most, grads + b.lpp, b.ld, false);
           for (int64_t i = 0; i < b.n; ++i) {
             T *p = probs + i * b.ld, *x = grads + i * b.ld, delta = 0;
-            hide(p, b, i);
+            finish(p, a, b, i);
             for (int64_t j = 0; j < d; ++j) delta += go[i * out_row + j] * out[i * out_row + j];
             const T *norm = a.norms + 2 * ((b.r0 + i) * a.hq + h);
             const T m = norm[0], inverse = norm[1];
+            // Through the cap the slope is 1 − tanh². A hidden score is −∞: its probability 0 must not
+            // meet an infinite slope.
+            const T squash = a.cap > 0 ? (T)(a.scale / a.cap) : T(0);
             for (int64_t j = 0; j < b.ld; j += w) {
-              const Vec<T> e = exp((load(p + j) - m) * scale) * inverse;
+              const Vec<T> z = load(p + j), e = exp((z - m) * scale) * inverse;
+              Vec<T> g = e * (load(x + j) - delta) * scale;
+              if (a.cap > 0) {
+                const Vec<T> t = floored<T>(z * squash, splat<T>(-1));
+                g *= T(1) - t * t;
+              }
               store(p + j, e);
-              store(x + j, e * (load(x + j) - delta) * scale);
+              store(x + j, g);
             }
           }
           if (b.lp > 0) {

@@ -17,6 +17,8 @@ template <class T> struct Attention {
   int64_t q_row, q_head, k_row, k_head, v_row, v_head;
   int64_t hq, hkv, d;
   double scale;
+  double cap;          // scores become cap · tanh(scale · score / cap); 0 for none
+  int64_t window;      // keys that a query sees, itself included; 0 for all
   T *out, *norms;      // [N,Hq,D], [N,Hq,2]: the largest score m and 1 / Σ exp(scale·(score − m))
   const T *grad;       // of out, contiguous
   T *gq, *gk, *gv;     // contiguous; gk and gv begin at zero

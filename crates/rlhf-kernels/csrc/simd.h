@@ -78,6 +78,26 @@ INLINE Vec<double> exp(Vec<double> x) {
   return y;
 }
 
+// tanh x to about one unit in the last place (Cephes' tanhf); the exponential's range is enough, for
+// beyond ±9 the result is ±1.
+INLINE F tanh(F x) {
+  const F big = x < -9.f ? splat(-9.f) : x > 9.f ? splat(9.f) : x;
+  const F far = 1.f - 2.f / (exp(big + big) + 1.f);
+  const F z = x * x;
+  F p = splat(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  p = p * z * x + x;
+  return z < 0.390625f ? p : far;
+}
+INLINE Vec<double> tanh(Vec<double> x) {
+  Vec<double> y;
+  for (int i = 0; i < 8; ++i) y[i] = __builtin_tanh(x[i]);
+  return y;
+}
+
 // Below it a probability is 0; stands for −∞ where that meets a factor 0.
 constexpr float kFloor = -1e4f;
 constexpr int64_t W = Simd<float>::W;

@@ -66,25 +66,51 @@ impl AttentionLayout {
     }
 }
 
-/// softmax(scale · q kᵀ) v over each row's group prompt and own completion's past, differentiable.
+/// How scores become weights.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionOptions {
+    /// Multiplies the scores; usually D^-½.
+    pub scale: f64,
+    /// The cap c of scaled scores squashed as c·tanh(x/c).
+    pub softcap: Option<f64>,
+    /// A token sees itself and the `window − 1` tokens before it, be they its own completion's or
+    /// its prompt's.
+    pub window: Option<i64>,
+}
+
+impl AttentionOptions {
+    /// Plain attention with this scale.
+    #[must_use]
+    pub fn new(scale: f64) -> Self {
+        Self {
+            scale,
+            softcap: None,
+            window: None,
+        }
+    }
+}
+
+/// softmax(scale · q kᵀ) v over each row's group prompt and own completion's past, differentiable;
+/// with a soft cap on the scores and within a sliding window where the options say so.
 /// Grouped-query attention: Hq is a multiple of Hkv.
 ///
 /// On the CPU the prompt's keys and values are laid out once, however many completions look at them,
-/// and scores exist for a block of rows at a time; types narrower than f32 compute in f32. Other
-/// devices run libtorch's attention completion by completion.
+/// and scores exist for a block of rows at a time; keys that a whole block has left its window behind
+/// are not computed; types narrower than f32 compute in f32. Other devices run libtorch's attention
+/// completion by completion.
 ///
 /// # Shapes
 /// `q` `[N, Hq, D]`, `k` and `v` `[N, Hkv, D]`; result `[N, Hq, D]`.
 ///
 /// # Errors
-/// When shapes, types or devices do not fit each other or the layout, the scale is not positive, or
-/// libtorch fails. A second derivative is not supported on the CPU.
+/// When shapes, types or devices do not fit each other or the layout, scale, cap or window is not
+/// positive, or libtorch fails. A second derivative is not supported on the CPU.
 pub fn shared_prefix_attention(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
     layout: &AttentionLayout,
-    scale: f64,
+    options: &AttentionOptions,
 ) -> Result<Tensor> {
     const OP: &str = "shared_prefix_attention";
     let (qs, ks, vs) = (q.size(), k.size(), v.size());
@@ -129,32 +155,43 @@ pub fn shared_prefix_attention(
             )
         },
     )?;
+    let AttentionOptions {
+        scale,
+        softcap,
+        window,
+    } = *options;
     ensure(scale > 0.0 && scale.is_finite(), OP, || {
         format!("the scale is {scale}, expected a positive number")
     })?;
+    ensure(softcap.is_none_or(|c| c > 0.0 && c.is_finite()), OP, || {
+        format!("the soft cap is {softcap:?}, expected a positive number")
+    })?;
+    ensure(window.is_none_or(|w| w > 0), OP, || {
+        format!("the window is {window:?}, expected a positive number")
+    })?;
     match (q.device(), q.kind()) {
         (Device::Cpu, Kind::Float | Kind::Double) => {
-            ffi::prefix_attention(q, k, v, &layout.flat, scale)
+            ffi::prefix_attention(q, k, v, &layout.flat, options)
         }
         (Device::Cpu, Kind::BFloat16 | Kind::Half) => {
             let wide = |t: &Tensor| t.to_kind(Kind::Float);
             Ok(
-                ffi::prefix_attention(&wide(q), &wide(k), &wide(v), &layout.flat, scale)?
+                ffi::prefix_attention(&wide(q), &wide(k), &wide(v), &layout.flat, options)?
                     .to_kind(q.kind()),
             )
         }
-        _ => by_completion(q, k, v, layout, scale),
+        _ => by_completion(q, k, v, layout, options),
     }
 }
 
 /// Any device: libtorch's attention for each prompt and each completion, whose keys are the prompt's
-/// and its own laid end to end.
+/// and its own laid end to end. A soft cap needs the scores themselves.
 fn by_completion(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
     layout: &AttentionLayout,
-    scale: f64,
+    options: &AttentionOptions,
 ) -> Result<Tensor> {
     // [1, H, L, D] of some rows.
     let rows = |t: &Tensor, r: &Range<i64>| {
@@ -174,19 +211,37 @@ fn by_completion(
                 _ => Tensor::cat(&[rows(t, &g.prompt), rows(t, own)], 2),
             };
             let length = own.end - own.start;
-            let mask = (seen > 0).then(|| {
-                Tensor::ones([length, seen + length], (Kind::Bool, q.device())).tril(seen)
-            });
-            let out = Tensor::f_scaled_dot_product_attention(
-                &rows(q, own),
-                &keys(k),
-                &keys(v),
-                mask.as_ref(),
-                0.0,
-                mask.is_none(),
-                scale,
-                gqa,
-            )?;
+            let window = options.window.filter(|&w| w < seen + length);
+            let mask = || {
+                let past =
+                    Tensor::ones([length, seen + length], (Kind::Bool, q.device())).tril(seen);
+                match window {
+                    Some(w) => past.triu(seen - w + 1),
+                    None => past,
+                }
+            };
+            let out = if let Some(cap) = options.softcap {
+                capped(
+                    &rows(q, own),
+                    &keys(k),
+                    &keys(v),
+                    &mask(),
+                    options.scale,
+                    cap,
+                )?
+            } else {
+                let mask = (seen > 0 || window.is_some()).then(mask);
+                Tensor::f_scaled_dot_product_attention(
+                    &rows(q, own),
+                    &keys(k),
+                    &keys(v),
+                    mask.as_ref(),
+                    0.0,
+                    mask.is_none(),
+                    options.scale,
+                    gqa,
+                )?
+            };
             parts.push(out.squeeze_dim(0).transpose(0, 1));
         }
     }
@@ -195,6 +250,28 @@ fn by_completion(
     } else {
         Tensor::f_cat(&parts, 0)?
     })
+}
+
+/// Attention with capped scores, in f32 at least. `mask` `[L, keys]` is true where a row looks.
+fn capped(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: &Tensor,
+    scale: f64,
+    cap: f64,
+) -> Result<Tensor> {
+    let repeats = q.size()[1] / k.size()[1];
+    let shared = |t: &Tensor| t.repeat_interleave_self_int(repeats, 1, None);
+    let kind = match q.kind() {
+        Kind::Double => Kind::Double,
+        _ => Kind::Float,
+    };
+    let scores = q.f_matmul(&shared(k).transpose(2, 3))?.to_kind(kind) * (scale / cap);
+    let weights = (scores.tanh() * cap)
+        .masked_fill(&mask.logical_not(), f64::NEG_INFINITY)
+        .softmax(-1, kind);
+    Ok(weights.to_kind(q.kind()).f_matmul(&shared(v))?)
 }
 
 #[cfg(test)]
@@ -246,11 +323,24 @@ mod tests {
                 .chain(grads)
                 .collect::<Vec<_>>()
         };
-        let plain =
-            run(&|| reference::shared_prefix_attention(&q, &k, &v, &layout(), 0.4).unwrap());
-        let ours = run(&|| by_completion(&q, &k, &v, &layout(), 0.4).unwrap());
-        for (a, b) in ours.iter().zip(&plain) {
-            assert!((a - b).abs().max().double_value(&[]) < 1e-12);
+        for (softcap, window) in [
+            (None, None),
+            (Some(0.7), None),
+            (None, Some(2)),
+            (Some(0.7), Some(4)),
+        ] {
+            let options = AttentionOptions {
+                scale: 0.4,
+                softcap,
+                window,
+            };
+            let plain = run(&|| {
+                reference::shared_prefix_attention(&q, &k, &v, &layout(), &options).unwrap()
+            });
+            let ours = run(&|| by_completion(&q, &k, &v, &layout(), &options).unwrap());
+            for (a, b) in ours.iter().zip(&plain) {
+                assert!((a - b).abs().max().double_value(&[]) < 1e-12);
+            }
         }
     }
 

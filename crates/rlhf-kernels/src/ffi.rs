@@ -9,6 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use tch::Tensor;
 use torch_sys::C_tensor;
 
+use crate::attention::AttentionOptions;
 use crate::error::{Error, Result};
 
 type Call =
@@ -98,6 +99,8 @@ unsafe extern "C" {
         groups: *const i64,
         n: i64,
         scale: f64,
+        softcap: f64,
+        window: i64,
     ) -> *mut c_char;
     fn rlhf_logit_logprobs(
         out: *mut *mut C_tensor,
@@ -470,7 +473,7 @@ pub(crate) fn prefix_attention(
     k: &Tensor,
     v: &Tensor,
     groups: &[i64],
-    scale: f64,
+    options: &AttentionOptions,
 ) -> Result<Tensor> {
     let mut out = std::ptr::null_mut();
     // SAFETY: all tensors are alive for the call, and `groups` is copied by it.
@@ -482,7 +485,9 @@ pub(crate) fn prefix_attention(
             v.as_ptr(),
             groups.as_ptr(),
             groups.len() as i64,
-            scale,
+            options.scale,
+            options.softcap.unwrap_or(0.0),
+            options.window.unwrap_or(0),
         )
     };
     check("shared_prefix_attention", message)?;
@@ -672,7 +677,8 @@ mod tests {
         });
         let kl = Tensor::cat(&divergences, 0);
         let (q, k) = (wave(&[60, 4, 20], 0.37), wave(&[60, 2, 20], 0.53));
-        let seen = shared_prefix_attention(&q, &k, &k, &layout, 0.3).unwrap();
+        let seen =
+            shared_prefix_attention(&q, &k, &k, &layout, &AttentionOptions::new(0.3)).unwrap();
         let entropy = out.entropy.unwrap();
         (out.logprobs.sum(None)
             + entropy.sum(None) * 0.3

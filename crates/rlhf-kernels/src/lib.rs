@@ -31,7 +31,7 @@ pub mod reference;
 mod scan;
 pub mod surrogate;
 
-pub use attention::{AttentionGroup, AttentionLayout, shared_prefix_attention};
+pub use attention::{AttentionGroup, AttentionLayout, AttentionOptions, shared_prefix_attention};
 pub use error::{Error, Result};
 pub use kl::{linear_kl, linear_kl_top, top_logprobs};
 pub use linear_logprobs::{

@@ -3,7 +3,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::attention::AttentionLayout;
+use crate::attention::{AttentionLayout, AttentionOptions};
 use crate::error::Result;
 use crate::kl::{Divergence, KlOptions, Logits, Tail, TopLogprobs};
 use crate::linear_logprobs::{Head, LogprobOptions, Logprobs, Moments, Top1};
@@ -185,7 +185,7 @@ pub fn shared_prefix_attention(
     k: &Tensor,
     v: &Tensor,
     layout: &AttentionLayout,
-    scale: f64,
+    options: &AttentionOptions,
 ) -> Result<Tensor> {
     let repeats = q.size()[1] / k.size()[1];
     let (k, v) = (
@@ -214,8 +214,16 @@ pub fn shared_prefix_attention(
                 (own_k, own_v)
             };
             let (lq, lk) = (rows.end - rows.start, keys.size()[1]);
-            let hidden = Tensor::ones([lq, lk], (Kind::Bool, q.device())).triu(lk - lq + 1);
-            let scores = slice(q, rows).f_matmul(&keys.transpose(1, 2))? * scale;
+            // Row i stands at position lk − lq + i.
+            let at = |n: i64, from: i64| Tensor::arange(n, (Kind::Int64, q.device())) + from;
+            let distance = at(lq, lk - lq).unsqueeze(1) - at(lk, 0).unsqueeze(0);
+            let hidden = distance
+                .lt(0)
+                .logical_or(&distance.ge(options.window.unwrap_or(i64::MAX)));
+            let mut scores = slice(q, rows).f_matmul(&keys.transpose(1, 2))? * options.scale;
+            if let Some(cap) = options.softcap {
+                scores = (scores / cap).tanh() * cap;
+            }
             let weights = scores
                 .masked_fill(&hidden, f64::NEG_INFINITY)
                 .softmax(-1, None::<Kind>);

@@ -2,9 +2,9 @@
 //!
 //! `cargo run -p rlhf-model --example save_for_transformers -- OUT [MODEL_DIR…]`
 //!
-//! Without model folders it makes small random ones: a language model of every shape of the family
-//! (grouped heads, biases, tied and not, each rope scaling, one and several shards, f32 and bf16)
-//! and a reward model. In each, `rlhf_logits.json` holds token ids and what we compute from them.
+//! Without model folders it makes small random ones: a language model and a reward model of every
+//! family, and what a Llama may vary in (grouped heads, biases, tied and not, each rope scaling, one
+//! and several shards, f32 and bf16). In each, `rlhf_logits.json` holds token ids and what we compute from them.
 #![allow(clippy::print_stdout, reason = "a program")]
 
 use std::path::{Path, PathBuf};
@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 use rlhf_data::group::{Completion, Finish, PromptGroup};
 use rlhf_data::pack::PackedBatch;
 use rlhf_model::{
-    Config, DeviceBatch, LoadOptions, Result, RopeScaling, SaveOptions, ScalarModel, Transformer,
+    Config, DeviceBatch, Family, LoadOptions, Result, RopeScaling, SaveOptions, ScalarModel,
+    Transformer,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -52,7 +53,8 @@ fn write_all(out: &Path, models: &[PathBuf]) -> Result<()> {
     write(&out.join("tied"), &init(&base)?, &plain)?;
     let full = Config {
         num_key_value_heads: 2,
-        attention_bias: true,
+        qkv_bias: true,
+        output_bias: true,
         mlp_bias: true,
         tie_word_embeddings: false,
         eos_token_ids: vec![2, 3],
@@ -78,6 +80,36 @@ fn write_all(out: &Path, models: &[PathBuf]) -> Result<()> {
         ..base.clone()
     };
     write(&out.join("rope-llama3"), &init(&llama3)?, &plain)?;
+    let yarn = Config {
+        rope_scaling: RopeScaling::Yarn {
+            factor: 4.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attention_factor: 1.2,
+            original_max_position_embeddings: 64.0,
+            truncate: true,
+        },
+        ..base.clone()
+    };
+    write(&out.join("rope-yarn"), &init(&yarn)?, &plain)?;
+    for family in Family::ALL {
+        let mut config = base.clone().in_family(family)?;
+        // GPT-2 shares no heads; the others may.
+        if family != Family::Gpt2 {
+            config.num_key_value_heads = 2;
+        }
+        // Shorter than the texts.
+        config.sliding_window = config.sliding_window.map(|_| 5);
+        write(
+            &out.join(format!("family-{}", family.model_type())),
+            &init(&config)?,
+            &plain,
+        )?;
+        let reward = ScalarModel::from_trunk(init(&config)?, 6)?;
+        let dir = out.join(format!("reward-{}", family.model_type()));
+        reward.save(&dir)?;
+        write_json(&dir, "scores", &reward.scores(&batch()?)?)?;
+    }
     let half = SaveOptions {
         kind: Some(Kind::BFloat16),
         ..plain

@@ -5,11 +5,15 @@
 //! sequence owns the columns from its start on; what lies before is masked. Rotary positions are in
 //! the keys already, so columns carry no meaning of their own and may be shifted together.
 
+use rlhf_kernels::AttentionOptions;
 use tch::{Kind, Tensor};
 
 use crate::causal_lm::CausalLm;
+use crate::config::{Activation, Config};
+use crate::layers::{First, Layer, Linear, Norm, Qkv, activate, normed};
 use crate::rope::Angles;
-use crate::transformer::{Layer, Linear, Transformer, Trunk};
+use crate::transformer::Transformer;
+use crate::trunk::Trunk;
 
 /// Models up to this size are copied into fused matrices; a larger one is used as it stands.
 const MAX_FUSED_PARAMETERS: i64 = 1 << 29;
@@ -26,12 +30,11 @@ enum Projection {
 
 impl Projection {
     fn new(parts: &[&Linear], fuse: bool) -> Self {
-        let bias = |l: &Linear| l.bias.as_ref().map(Tensor::detach);
         if !fuse {
-            return Self::Parts(parts.iter().map(|l| (l.weight.detach(), bias(l))).collect());
+            return Self::Parts(parts.iter().map(|l| (l.matrix(), l.bias())).collect());
         }
-        let weights: Vec<Tensor> = parts.iter().map(|l| l.weight.detach()).collect();
-        let biases: Vec<Tensor> = parts.iter().filter_map(|l| bias(l)).collect();
+        let weights: Vec<Tensor> = parts.iter().map(|l| l.matrix()).collect();
+        let biases: Vec<Tensor> = parts.iter().filter_map(|l| l.bias()).collect();
         Self::Fused {
             transposed: Tensor::cat(&weights, 0).tr().contiguous(),
             bias: (!biases.is_empty()).then(|| Tensor::cat(&biases, 0)),
@@ -57,62 +60,115 @@ impl Projection {
     }
 }
 
-/// A projection whose result is added to the residual stream.
+/// A projection whose result is added to the residual stream, after a norm in some families.
 #[derive(Debug)]
 struct Residual {
     transposed: Tensor,
     bias: Option<Tensor>,
+    norm: Option<Norm>,
 }
 
 impl Residual {
-    fn new(linear: &Linear, copy: bool) -> Self {
-        let t = linear.weight.detach().tr();
+    fn new(linear: &Linear, norm: Option<&Norm>, copy: bool) -> Self {
+        let t = linear.matrix().tr();
         Self {
             transposed: if copy { t.contiguous() } else { t },
-            bias: linear.bias.as_ref().map(Tensor::detach),
+            bias: linear.bias(),
+            norm: norm.map(Norm::frozen),
         }
     }
 
     fn add(&self, residual: &Tensor, x: &Tensor) -> Tensor {
-        let sum = residual.addmm(x, &self.transposed);
-        match &self.bias {
-            None => sum,
-            Some(bias) => sum + bias,
+        match (&self.norm, &self.bias) {
+            (None, None) => residual.addmm(x, &self.transposed),
+            (None, Some(bias)) => residual.addmm(x, &self.transposed) + bias,
+            (Some(norm), None) => norm.forward(&x.mm(&self.transposed)) + residual,
+            (Some(norm), Some(bias)) => norm.forward(&bias.addmm(x, &self.transposed)) + residual,
         }
     }
 }
 
 #[derive(Debug)]
 struct DecodeLayer {
-    input_norm: Tensor,
+    input_norm: Option<Norm>,
     qkv: Projection,
+    q_norm: Option<Norm>,
+    k_norm: Option<Norm>,
     o: Residual,
-    post_norm: Tensor,
-    gate_up: Projection,
+    mlp_norm: Option<Norm>,
+    /// The gate's outputs before the other half's, where there is a gate.
+    up: Projection,
+    gated: bool,
+    activation: Activation,
     down: Residual,
+    options: AttentionOptions,
+    rope: Option<usize>,
 }
 
 impl DecodeLayer {
     fn new(l: &Layer, fuse: bool) -> Self {
+        let frozen = |norm: &Option<Norm>| norm.as_ref().map(Norm::frozen);
+        let qkv = match &l.qkv {
+            Qkv::Apart([q, k, v]) => Projection::new(&[q, k, v], fuse),
+            Qkv::Together(all) => Projection::new(&[all], fuse),
+        };
+        let (up, gated) = match &l.mlp.first {
+            First::Gated { gate, up } => (Projection::new(&[gate, up], fuse), true),
+            First::GateUp(both) => (Projection::new(&[both], fuse), true),
+            First::Plain(up) => (Projection::new(&[up], fuse), false),
+        };
         Self {
-            input_norm: l.input_norm.detach(),
-            qkv: Projection::new(&[&l.q, &l.k, &l.v], fuse),
-            o: Residual::new(&l.o, fuse),
-            post_norm: l.post_norm.detach(),
-            gate_up: Projection::new(&[&l.gate, &l.up], fuse),
-            down: Residual::new(&l.down, fuse),
+            input_norm: frozen(&l.input_norm),
+            qkv,
+            q_norm: frozen(&l.q_norm),
+            k_norm: frozen(&l.k_norm),
+            o: Residual::new(&l.o, l.attention_norm.as_ref(), fuse),
+            mlp_norm: frozen(&l.mlp_norm),
+            up,
+            gated,
+            activation: l.mlp.activation,
+            down: Residual::new(&l.mlp.down, l.mlp_out_norm.as_ref(), fuse),
+            options: l.options,
+            rope: l.rope,
         }
+    }
+
+    /// Queries and keys `[n, Hq + Hkv, D]`, normed and rotated, and values `[n, Hkv, D]`.
+    fn heads(&self, c: &Config, x: &Tensor, angles: &[Angles]) -> (Tensor, Tensor) {
+        let (n, d) = (x.size()[0], c.head_dim);
+        let (hq, hkv) = (c.num_attention_heads, c.num_key_value_heads);
+        let all = self.qkv.forward(x);
+        let values = all.narrow(1, (hq + hkv) * d, hkv * d).reshape([n, hkv, d]);
+        let qk = if self.q_norm.is_none() && self.k_norm.is_none() {
+            all.narrow(1, 0, (hq + hkv) * d).reshape([n, hq + hkv, d])
+        } else {
+            let part = |from: i64, heads: i64, norm: &Option<Norm>| {
+                let flat = all.narrow(1, from * d, heads * d);
+                let split = |t: Tensor| t.reshape([n, heads, d]);
+                if c.family.shape().whole_qk_norm {
+                    split(normed(norm.as_ref(), flat))
+                } else {
+                    normed(norm.as_ref(), split(flat))
+                }
+            };
+            Tensor::cat(&[part(0, hq, &self.q_norm), part(hq, hkv, &self.k_norm)], 1)
+        };
+        let qk = match self.rope {
+            Some(which) => angles[which].rotate(&qk),
+            None => qk,
+        };
+        (qk, values)
     }
 }
 
 /// A model's weights as a decoding step wants them.
 #[derive(Debug)]
 pub(crate) struct DecodeWeights {
-    embedding: Tensor,
     layers: Vec<DecodeLayer>,
-    norm: Tensor,
+    norm: Norm,
     /// `[V, H]`.
     head: Tensor,
+    softcap: Option<f64>,
 }
 
 impl DecodeWeights {
@@ -121,20 +177,24 @@ impl DecodeWeights {
         let trunk: &Trunk = model.trunk();
         let fuse = trunk.config.num_parameters() <= MAX_FUSED_PARAMETERS;
         Self {
-            embedding: trunk.embedding.detach(),
             layers: trunk
                 .layers
                 .iter()
                 .map(|l| DecodeLayer::new(l, fuse))
                 .collect(),
-            norm: trunk.norm.detach(),
+            norm: trunk.norm.frozen(),
             head: model.lm_head().detach(),
+            softcap: model.logit_softcap(),
         }
     }
 
     /// Logits `[P, V]` of hidden states `[P, H]`.
     pub(crate) fn logits(&self, hidden: &Tensor) -> Tensor {
-        hidden.linear(&self.head, None::<Tensor>)
+        let logits = hidden.linear(&self.head, None::<Tensor>);
+        match self.softcap {
+            Some(cap) => (logits / cap).tanh() * cap,
+            None => logits,
+        }
     }
 }
 
@@ -256,58 +316,79 @@ impl PromptCache {
 /// Logits `[rows, V]` after one more token a row; its keys and values go into the cache.
 ///
 /// # Shapes
-/// `ids` i64 `[rows]`, `angles` those of the rows' positions.
+/// `ids` and `positions` i64 `[rows]`, `angles` those of the positions, one for each of the trunk's
+/// ropes.
 pub(crate) fn step(
     trunk: &Trunk,
     weights: &DecodeWeights,
     cache: &KvCache,
     ids: &Tensor,
-    angles: &Angles,
+    positions: &Tensor,
+    angles: &[Angles],
     window: &Window<'_>,
-) -> Tensor {
+) -> crate::Result<Tensor> {
     let c = &trunk.config;
-    let (n, d, eps) = (window.rows, c.head_dim, c.rms_norm_eps);
+    let (n, d) = (window.rows, c.head_dim);
     let (hq, hkv) = (c.num_attention_heads, c.num_key_value_heads);
-    let width = window.now + 1 - window.from;
-    let scale = 1.0 / (d as f64).sqrt();
-    let seen = |t: &Tensor| t.narrow(0, 0, n).narrow(2, window.from, width);
-    let bias = window.bias.map(|b| {
-        b.narrow(3, window.from, width)
-            .expand([n, hkv, hq / hkv, width], false)
-    });
-    let mut x = weights.embedding.index_select(0, ids);
+    let mut x = trunk.embed(ids, positions)?;
     for (i, layer) in weights.layers.iter().enumerate() {
-        let normed = x.rms_norm(c.hidden_size, Some(&layer.input_norm), eps);
-        let qkv = layer.qkv.forward(&normed).view([n, hq + 2 * hkv, d]);
-        let qk = angles.rotate(&qkv.narrow(1, 0, hq + hkv));
+        let input = normed(layer.input_norm.as_ref(), x.shallow_clone());
+        let (qk, v) = layer.heads(c, &input, angles);
         let (keys, values) = (&cache.keys[i], &cache.values[i]);
-        keys.narrow(0, 0, n)
-            .select(2, window.now)
-            .copy_(&qk.narrow(1, hq, hkv));
-        values
-            .narrow(0, 0, n)
-            .select(2, window.now)
-            .copy_(&qkv.narrow(1, hq + hkv, hkv));
+        let now = |t: &Tensor| t.narrow(0, 0, n).select(2, window.now);
+        now(keys).copy_(&qk.narrow(1, hq, hkv));
+        now(values).copy_(&v);
+        // All of a sequence stands without gaps before the newest column: a sliding window of
+        // tokens is one of columns.
+        let slid = layer.options.window.map_or(0, |w| window.now + 1 - w);
+        let from = window.from.max(slid);
+        let width = window.now + 1 - from;
+        let seen = |t: &Tensor| t.narrow(0, 0, n).narrow(2, from, width);
+        let bias = window.bias.map(|b| {
+            b.narrow(3, from, width)
+                .expand([n, hkv, hq / hkv, width], false)
+        });
         // The query heads that share a key head stand where tokens would: one product serves them.
-        let q = qk.narrow(1, 0, hq).view([n, hkv, hq / hkv, d]);
-        let mixed = Tensor::scaled_dot_product_attention(
+        let q = qk.narrow(1, 0, hq).reshape([n, hkv, hq / hkv, d]);
+        let mixed = attend(
             &q,
             &seen(keys),
             &seen(values),
             bias.as_ref(),
-            0.0,
-            false,
-            scale,
-            false,
+            &layer.options,
         );
         x = layer.o.add(&x, &mixed.reshape([n, hq * d]));
-        let normed = x.rms_norm(c.hidden_size, Some(&layer.post_norm), eps);
-        let gate_up = layer.gate_up.forward(&normed);
-        let gated = gate_up.narrow(1, 0, c.intermediate_size).silu()
-            * gate_up.narrow(1, c.intermediate_size, c.intermediate_size);
-        x = layer.down.add(&x, &gated);
+        let input = normed(layer.mlp_norm.as_ref(), x.shallow_clone());
+        let up = layer.up.forward(&input);
+        let inner = if layer.gated {
+            let half = c.intermediate_size;
+            activate(layer.activation, &up.narrow(1, 0, half)) * up.narrow(1, half, half)
+        } else {
+            activate(layer.activation, &up)
+        };
+        x = layer.down.add(&x, &inner);
     }
-    weights.logits(&x.rms_norm(c.hidden_size, Some(&weights.norm), eps))
+    Ok(weights.logits(&weights.norm.forward(&x)))
+}
+
+/// Attention of one token a sequence: `q` `[n, Hkv, Hq / Hkv, D]` over `[n, Hkv, columns, D]`.
+fn attend(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    bias: Option<&Tensor>,
+    options: &AttentionOptions,
+) -> Tensor {
+    let scale = options.scale;
+    let Some(cap) = options.softcap else {
+        return Tensor::scaled_dot_product_attention(q, k, v, bias, 0.0, false, scale, false);
+    };
+    let scores = q.matmul(&k.transpose(2, 3)).to_kind(wide(q.kind())) * (scale / cap);
+    let mut scores = scores.tanh() * cap;
+    if let Some(bias) = bias {
+        scores += bias;
+    }
+    scores.softmax(-1, None::<Kind>).to_kind(q.kind()).matmul(v)
 }
 
 /// The wide type in which probabilities are computed for weights of `kind`.

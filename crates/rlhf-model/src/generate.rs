@@ -237,7 +237,8 @@ struct Wave<'a> {
     /// Most completions together.
     capacity: usize,
     cache: KvCache,
-    angles: Angles,
+    /// Of every position, for each of the trunk's ropes.
+    angles: Vec<Angles>,
     columns: Tensor,
     /// Requests not yet computed, longest prompt first.
     pending: VecDeque<usize>,
@@ -296,7 +297,7 @@ impl<'a> Wave<'a> {
             max_prefill_tokens: limits.max_prefill_tokens,
             capacity,
             cache: KvCache::new(trunk, capacity as i64, columns as i64)?,
-            angles: Angles::new(&trunk.inverse_frequencies, &positions, trunk.kind()),
+            angles: trunk.angles(&positions),
             columns: Tensor::arange(columns as i64, (Kind::Int64, trunk.device())),
             pending: pending.into(),
             waiting: None,
@@ -419,7 +420,7 @@ impl<'a> Wave<'a> {
             &upload(&ids)?,
             &upload(&positions)?,
             &layout,
-            &mut |_, k, v| {
+            &mut |k, v| {
                 cache.keys.push(k.shallow_clone());
                 cache.values.push(v.shallow_clone());
             },
@@ -504,7 +505,8 @@ impl<'a> Wave<'a> {
         let upload = |rows: &[i64]| -> Result<Tensor> {
             Ok(Tensor::f_from_slice(rows)?.f_to_device(model.device())?)
         };
-        let angles = self.angles.select(&upload(&positions)?);
+        let positions = upload(&positions)?;
+        let angles: Vec<Angles> = self.angles.iter().map(|a| a.select(&positions)).collect();
         let window = Window {
             rows: self.slots.len() as i64,
             from: self.window_start(),
@@ -517,9 +519,10 @@ impl<'a> Wave<'a> {
             weights,
             &self.cache,
             &upload(&ids)?,
+            &positions,
             &angles,
             &window,
-        );
+        )?;
         self.now += 1;
         self.draw(&logits, 0, progress)
     }

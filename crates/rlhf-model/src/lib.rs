@@ -28,24 +28,28 @@ pub mod causal_lm;
 pub mod config;
 mod decode;
 mod error;
+pub mod family;
 #[allow(
     unsafe_code,
     reason = "memory-mapping a file is unsafe by nature; this is its only place"
 )]
 mod ffi;
 pub mod generate;
+mod layers;
 pub mod reference;
 mod rope;
 pub mod sampling;
 pub mod scalar;
 pub mod tabular;
 pub mod transformer;
+mod trunk;
 pub mod weights;
 
 pub use batch::DeviceBatch;
 pub use causal_lm::{CausalLm, TargetLogprobs, target_logprobs};
-pub use config::{Config, RopeScaling};
+pub use config::{Activation, Config, RopeScaling};
 pub use error::{Error, Result, TensorProblem};
+pub use family::Family;
 pub use generate::{
     Decoder, GenerateLimits, GenerateProgress, GenerateRequest, RecordedLogprobs, SamplingConfig,
     generate,

@@ -8,7 +8,58 @@ use tch::{Device, Kind, Tensor};
 
 use crate::config::{Config, RopeScaling};
 
-/// cos and signed sin of a list of positions, `[N, 1, D]` each.
+/// One way to rotate: D'/2 inverse frequencies, and what cos and sin are multiplied by.
+#[derive(Debug)]
+pub(crate) struct Rope {
+    inverse_frequencies: Tensor,
+    factor: f64,
+}
+
+impl Rope {
+    /// The ropes of a configuration: the one of most layers, and that of layers with a sliding
+    /// window where it differs.
+    pub(crate) fn of(config: &Config, kind: Kind, device: Device) -> Vec<Self> {
+        let main = Self::new(config, config.rope_theta, config.rope_scaling, kind, device);
+        let local = config
+            .local_rope_theta
+            .map(|theta| Self::new(config, theta, RopeScaling::Default, kind, device));
+        std::iter::once(main).chain(local).collect()
+    }
+
+    /// In f32 (f64 when `kind` is f64).
+    fn new(config: &Config, theta: f64, scaling: RopeScaling, kind: Kind, device: Device) -> Self {
+        let wide = kind == Kind::Double;
+        let d = config.rotary_dim() as f64;
+        let pairs = config.rotary_dim() / 2;
+        let values: Vec<f64> = (0..pairs)
+            .map(|i| {
+                let exponent = 2.0 * i as f64 / d;
+                // In f32 as the models were trained: a base 500000 rounds differently in f64.
+                let plain = if wide {
+                    1.0 / theta.powf(exponent)
+                } else {
+                    f64::from(1.0 / (theta as f32).powf(exponent as f32))
+                };
+                match scaling {
+                    RopeScaling::Yarn { .. } => plain * yarn(scaling, theta, d, i as f64),
+                    _ => scale(plain, scaling),
+                }
+            })
+            .collect();
+        let kind = if wide { Kind::Double } else { Kind::Float };
+        Self {
+            inverse_frequencies: Tensor::from_slice(&values).to_kind(kind).to_device(device),
+            factor: match scaling {
+                RopeScaling::Yarn {
+                    attention_factor, ..
+                } => attention_factor,
+                _ => 1.0,
+            },
+        }
+    }
+}
+
+/// cos and signed sin of a list of positions, `[N, 1, D']` each.
 pub(crate) struct Angles {
     cos: Tensor,
     sin: Tensor,
@@ -16,10 +67,10 @@ pub(crate) struct Angles {
 
 impl Angles {
     /// For `positions` i64 `[N]`; computed in f32 (f64 for an f64 model) and stored as `kind`.
-    pub(crate) fn new(inverse_frequencies: &Tensor, positions: &Tensor, kind: Kind) -> Self {
-        let frequencies = inverse_frequencies.unsqueeze(0);
+    pub(crate) fn new(rope: &Rope, positions: &Tensor, kind: Kind) -> Self {
+        let frequencies = rope.inverse_frequencies.unsqueeze(0);
         let angles = positions.to_kind(frequencies.kind()).unsqueeze(1) * frequencies;
-        let (cos, sin) = (angles.cos(), angles.sin());
+        let (cos, sin) = (angles.cos() * rope.factor, angles.sin() * rope.factor);
         // roll(x, D/2) = [x₂, x₁]; the first half turns by −sin·x₂, the second by +sin·x₁.
         let signed = Tensor::cat(&[&(-&sin), &sin], -1);
         Self {
@@ -36,36 +87,50 @@ impl Angles {
         }
     }
 
-    /// Rotates `x` `[N, heads, D]`.
+    /// Rotates the first D' dimensions of `x` `[N, heads, D]`.
     pub(crate) fn rotate(&self, x: &Tensor) -> Tensor {
-        let half = x.size().last().copied().unwrap_or(0) / 2;
-        (x * &self.cos).addcmul(&x.roll(half, -1), &self.sin)
+        let (d, turning) = (x.size()[2], self.cos.size()[2]);
+        let turn = |x: &Tensor| (x * &self.cos).addcmul(&x.roll(turning / 2, -1), &self.sin);
+        if d == turning {
+            return turn(x);
+        }
+        let still = x.narrow(2, turning, d - turning);
+        Tensor::cat(&[turn(&x.narrow(2, 0, turning)), still], 2)
     }
 }
 
-/// The D/2 inverse frequencies θ_i of a configuration, f32 (f64 when `kind` is f64).
-pub(crate) fn inverse_frequencies(config: &Config, kind: Kind, device: Device) -> Tensor {
-    let wide = kind == Kind::Double;
-    let d = config.head_dim as f64;
-    let values: Vec<f64> = (0..config.head_dim / 2)
-        .map(|i| {
-            let exponent = 2.0 * i as f64 / d;
-            // In f32 as the models were trained: a base 500000 rounds differently in f64.
-            let plain = if wide {
-                1.0 / config.rope_theta.powf(exponent)
-            } else {
-                f64::from(1.0 / (config.rope_theta as f32).powf(exponent as f32))
-            };
-            scale(plain, config.rope_scaling)
-        })
-        .collect();
-    let kind = if wide { Kind::Double } else { Kind::Float };
-    Tensor::from_slice(&values).to_kind(kind).to_device(device)
+/// What YaRN multiplies frequency `i` of d/2 by: 1 for those that turn often, 1/factor for those that
+/// turn rarely.
+fn yarn(scaling: RopeScaling, theta: f64, d: f64, i: f64) -> f64 {
+    let RopeScaling::Yarn {
+        factor,
+        beta_fast,
+        beta_slow,
+        original_max_position_embeddings: original,
+        truncate,
+        ..
+    } = scaling
+    else {
+        return 1.0;
+    };
+    // The dimension that turns `turns` times within the original context.
+    let dimension =
+        |turns: f64| d * (original / (turns * std::f64::consts::TAU)).ln() / (2.0 * theta.ln());
+    let (mut low, mut high) = (dimension(beta_fast), dimension(beta_slow));
+    if truncate {
+        (low, high) = (low.floor(), high.ceil());
+    }
+    (low, high) = (low.max(0.0), high.min(d - 1.0));
+    if low == high {
+        high += 0.001;
+    }
+    let divided = ((i - low) / (high - low)).clamp(0.0, 1.0);
+    divided / factor + (1.0 - divided)
 }
 
 fn scale(frequency: f64, scaling: RopeScaling) -> f64 {
     match scaling {
-        RopeScaling::Default => frequency,
+        RopeScaling::Default | RopeScaling::Yarn { .. } => frequency,
         RopeScaling::Linear { factor } => frequency / factor,
         RopeScaling::Llama3 {
             factor,
@@ -96,8 +161,8 @@ mod tests {
         // D = 2 has one frequency, 1: at position p the pair (x, y) turns by p radians.
         let mut config = Config::new(8, 2, 1, 1, 8);
         config.head_dim = 2;
-        let f = inverse_frequencies(&config, Kind::Double, Device::Cpu);
-        let angles = Angles::new(&f, &Tensor::from_slice(&[0_i64, 3]), Kind::Double);
+        let ropes = Rope::of(&config, Kind::Double, Device::Cpu);
+        let angles = Angles::new(&ropes[0], &Tensor::from_slice(&[0_i64, 3]), Kind::Double);
         let x = Tensor::from_slice(&[1.0_f64, 0.0, 1.0, 0.0]).view([2, 1, 2]);
         let y: Vec<f64> = Vec::try_from(angles.rotate(&x).view(-1)).unwrap();
         // (1, 0) by 3 rad is (cos 3, sin 3).
@@ -121,5 +186,23 @@ mod tests {
         let f = std::f64::consts::TAU / 32.0;
         assert!((scale(f, s) - f / 2.0).abs() < 1e-15);
         assert_eq!(scale(1.0, RopeScaling::Linear { factor: 2.0 }), 0.5);
+    }
+
+    #[test]
+    fn yarn_keeps_what_turns_often() {
+        let s = RopeScaling::Yarn {
+            factor: 4.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attention_factor: 1.0,
+            original_max_position_embeddings: 2048.0,
+            truncate: true,
+        };
+        // Of 64 dimensions with base 10000, 32 turns: 64·ln(2048/(32·2π))/(2·ln 10⁴) = 8.06, 1 turn:
+        // 20.1; so the ramp runs from 8 to 21.
+        let at = |i: f64| yarn(s, 10_000.0, 64.0, i);
+        assert_eq!((at(0.0), at(8.0)), (1.0, 1.0));
+        assert_eq!((at(21.0), at(31.0)), (0.25, 0.25));
+        assert!((at(14.5) - 0.625).abs() < 1e-15);
     }
 }

@@ -15,9 +15,10 @@ use crate::batch::DeviceBatch;
 use crate::config::{Config, Head};
 use crate::error::{Error, Result};
 use crate::transformer::{
-    LoadOptions, SaveOptions, Spec, Transformer, Trunk, copies, copy_tensors, load_tensors, normal,
-    save_folder, trainable, trunk_specs,
+    LoadOptions, SaveOptions, Transformer, copies, copy_tensors, load_tensors, normal, save_folder,
+    trainable,
 };
+use crate::trunk::{Spec, Start, Trunk, trunk_specs};
 
 const SCORE: &str = "score.weight";
 const NORM_KEY: &str = "rlhf_reward_norm";
@@ -114,7 +115,7 @@ impl ScalarModel {
         config.take_generation_eos(dir)?;
         let h = config.hidden_size;
         let specs = || {
-            trunk_specs(&config).chain(std::iter::once(Spec::zeros(SCORE.to_owned(), vec![1, h])))
+            trunk_specs(&config).chain(std::iter::once(Spec::new(SCORE, vec![1, h], Start::Zeros)))
         };
         let (mut tensors, notices) = load_tensors(dir, options, specs)?;
         let head = tensors
@@ -143,7 +144,7 @@ impl ScalarModel {
     /// As [`ScalarModel::save`]; [`Error::Argument`] for a type that is not floating-point.
     pub fn save_with(&self, dir: &Path, options: &SaveOptions) -> Result<()> {
         let amend = |json: &mut Value| {
-            json["architectures"] = json!(["LlamaForSequenceClassification"]);
+            json["architectures"] = json!([self.trunk.config.family.shape().scalar]);
             json["num_labels"] = json!(1);
             json["id2label"] = json!({"0": "LABEL_0"});
             json["label2id"] = json!({"LABEL_0": 0});

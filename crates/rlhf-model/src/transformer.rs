@@ -1,4 +1,4 @@
-//! The Llama-family transformer over packed batches, its files and its random start.
+//! A trunk with the head of a language model, its files and its random start.
 //!
 //! Invariant: the weights stand under their Hugging Face names, untouched (nothing fused, nothing
 //! permuted), so that files, optimiser state and gradients speak of the same tensors. Layouts made
@@ -9,7 +9,6 @@ use std::path::Path;
 
 use rayon::prelude::*;
 use rlhf_data::seed::{Purpose, Stream};
-use rlhf_kernels::{AttentionLayout, shared_prefix_attention};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
@@ -17,7 +16,7 @@ use crate::batch::DeviceBatch;
 use crate::causal_lm::CausalLm;
 use crate::config::{Config, Head, is_float};
 use crate::error::{Error, Result};
-use crate::rope::{Angles, inverse_frequencies};
+use crate::trunk::{self, Spec, Start, Trunk, trunk_specs};
 use crate::weights::{Load, Staging, WeightStore, save_tensors, sync_write};
 
 /// Where to put a loaded model and in which type.
@@ -58,229 +57,9 @@ impl Default for SaveOptions {
     }
 }
 
-/// How a tensor starts in a model trained from scratch.
-#[derive(Clone, Copy, Debug)]
-enum Start {
-    Normal,
-    Zeros,
-    Ones,
-}
-
-/// A tensor that a model consists of.
-pub(crate) struct Spec {
-    pub(crate) name: String,
-    pub(crate) shape: Vec<i64>,
-    start: Start,
-}
-
-impl Spec {
-    /// A tensor that starts as zeros.
-    pub(crate) fn zeros(name: String, shape: Vec<i64>) -> Self {
-        Self {
-            name,
-            shape,
-            start: Start::Zeros,
-        }
-    }
-}
-
-/// y = x·Wᵀ + b.
-#[derive(Debug)]
-pub(crate) struct Linear {
-    pub(crate) weight: Tensor,
-    pub(crate) bias: Option<Tensor>,
-}
-
-impl Linear {
-    fn forward(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight, self.bias.as_ref())
-    }
-}
-
-#[derive(Debug)]
-pub(crate) struct Layer {
-    pub(crate) input_norm: Tensor,
-    pub(crate) q: Linear,
-    pub(crate) k: Linear,
-    pub(crate) v: Linear,
-    pub(crate) o: Linear,
-    pub(crate) post_norm: Tensor,
-    pub(crate) gate: Linear,
-    pub(crate) up: Linear,
-    pub(crate) down: Linear,
-}
-
-/// Everything below the head.
-#[derive(Debug)]
-pub(crate) struct Trunk {
-    pub(crate) config: Config,
-    pub(crate) embedding: Tensor,
-    pub(crate) layers: Vec<Layer>,
-    pub(crate) norm: Tensor,
-    pub(crate) inverse_frequencies: Tensor,
-}
-
-/// The tensors of a trunk, in the order of [`CausalLm::parameters`].
-pub(crate) fn trunk_specs(config: &Config) -> impl Iterator<Item = Spec> + '_ {
-    let (h, i) = (config.hidden_size, config.intermediate_size);
-    let q = config.num_attention_heads * config.head_dim;
-    let kv = config.num_key_value_heads * config.head_dim;
-    let spec = |name: String, shape: Vec<i64>, start| Spec { name, shape, start };
-    let linear = move |name: String, out: i64, from: i64, bias: bool| {
-        let weight = spec(format!("{name}.weight"), vec![out, from], Start::Normal);
-        let bias = bias.then(|| spec(format!("{name}.bias"), vec![out], Start::Zeros));
-        std::iter::once(weight).chain(bias)
-    };
-    let layer = move |n: i64| {
-        let at = |part: &str| format!("model.layers.{n}.{part}");
-        let norm = |part: &str| {
-            std::iter::once(spec(format!("{}.weight", at(part)), vec![h], Start::Ones))
-        };
-        let (ab, mb) = (config.attention_bias, config.mlp_bias);
-        norm("input_layernorm")
-            .chain(linear(at("self_attn.q_proj"), q, h, ab))
-            .chain(linear(at("self_attn.k_proj"), kv, h, ab))
-            .chain(linear(at("self_attn.v_proj"), kv, h, ab))
-            .chain(linear(at("self_attn.o_proj"), h, q, ab))
-            .chain(norm("post_attention_layernorm"))
-            .chain(linear(at("mlp.gate_proj"), i, h, mb))
-            .chain(linear(at("mlp.up_proj"), i, h, mb))
-            .chain(linear(at("mlp.down_proj"), h, i, mb))
-    };
-    std::iter::once(spec(
-        EMBEDDING.into(),
-        vec![config.vocab_size, h],
-        Start::Normal,
-    ))
-    .chain((0..config.num_hidden_layers).flat_map(layer))
-    .chain(std::iter::once(spec(NORM.into(), vec![h], Start::Ones)))
-}
-
-pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
-const NORM: &str = "model.norm.weight";
 const LM_HEAD: &str = "lm_head.weight";
 
-impl Trunk {
-    /// Builds a trunk from its tensors, taken out of `tensors`.
-    pub(crate) fn assemble(config: Config, tensors: &mut HashMap<String, Tensor>) -> Result<Self> {
-        let mut take = |name: String| {
-            tensors
-                .remove(&name)
-                .ok_or_else(|| Error::Argument(format!("no tensor {name}")))
-        };
-        let mut linear = |name: String, bias: bool| -> Result<Linear> {
-            Ok(Linear {
-                weight: take(format!("{name}.weight"))?,
-                bias: if bias {
-                    Some(take(format!("{name}.bias"))?)
-                } else {
-                    None
-                },
-            })
-        };
-        let mut layers = Vec::new();
-        for n in 0..config.num_hidden_layers {
-            let at = |part: &str| format!("model.layers.{n}.{part}");
-            let (ab, mb) = (config.attention_bias, config.mlp_bias);
-            layers.push(Layer {
-                input_norm: linear(at("input_layernorm"), false)?.weight,
-                q: linear(at("self_attn.q_proj"), ab)?,
-                k: linear(at("self_attn.k_proj"), ab)?,
-                v: linear(at("self_attn.v_proj"), ab)?,
-                o: linear(at("self_attn.o_proj"), ab)?,
-                post_norm: linear(at("post_attention_layernorm"), false)?.weight,
-                gate: linear(at("mlp.gate_proj"), mb)?,
-                up: linear(at("mlp.up_proj"), mb)?,
-                down: linear(at("mlp.down_proj"), mb)?,
-            });
-        }
-        let embedding = take(EMBEDDING.into())?;
-        let norm = take(NORM.into())?;
-        let inverse_frequencies =
-            inverse_frequencies(&config, embedding.kind(), embedding.device());
-        Ok(Self {
-            config,
-            embedding,
-            layers,
-            norm,
-            inverse_frequencies,
-        })
-    }
-
-    pub(crate) fn kind(&self) -> Kind {
-        self.embedding.kind()
-    }
-
-    pub(crate) fn device(&self) -> Device {
-        self.embedding.device()
-    }
-
-    /// Hidden states `[N, H]` after the last norm. `capture` sees every layer's rotated keys and
-    /// values, `[N, Hkv, D]` each.
-    pub(crate) fn forward(
-        &self,
-        token_ids: &Tensor,
-        positions: &Tensor,
-        layout: &AttentionLayout,
-        capture: &mut dyn FnMut(usize, &Tensor, &Tensor),
-    ) -> Result<Tensor> {
-        let c = &self.config;
-        let (d, eps) = (c.head_dim, c.rms_norm_eps);
-        let scale = 1.0 / (d as f64).sqrt();
-        let angles = Angles::new(&self.inverse_frequencies, positions, self.kind());
-        let mut x = Tensor::f_embedding(&self.embedding, token_ids, -1, false, false)?;
-        for (i, layer) in self.layers.iter().enumerate() {
-            let normed = x.rms_norm(c.hidden_size, Some(&layer.input_norm), eps);
-            let heads = |l: &Linear| l.forward(&normed).view([-1, l.weight.size()[0] / d, d]);
-            let q = angles.rotate(&heads(&layer.q));
-            let k = angles.rotate(&heads(&layer.k));
-            let v = heads(&layer.v);
-            capture(i, &k, &v);
-            let seen = shared_prefix_attention(&q, &k, &v, layout, scale)?;
-            // A new tensor each time: the backward pass still needs the old one.
-            x = layer.o.forward(&seen.flatten(1, 2)) + x;
-            let normed = x.rms_norm(c.hidden_size, Some(&layer.post_norm), eps);
-            let gated = layer.gate.forward(&normed).silu() * layer.up.forward(&normed);
-            x = layer.down.forward(&gated) + x;
-        }
-        Ok(x.rms_norm(c.hidden_size, Some(&self.norm), eps))
-    }
-
-    /// [`Trunk::forward`] of a batch, checked against vocabulary and context.
-    pub(crate) fn hidden(&self, batch: &DeviceBatch) -> Result<Tensor> {
-        batch.check(self.config.vocab_size, self.config.max_position_embeddings)?;
-        self.forward(
-            &batch.token_ids,
-            &batch.positions,
-            &batch.layout,
-            &mut |_, _, _| {},
-        )
-    }
-
-    pub(crate) fn parameters(&self) -> Vec<(String, Tensor)> {
-        let mut tensors = vec![&self.embedding];
-        for l in &self.layers {
-            tensors.push(&l.input_norm);
-            for linear in [&l.q, &l.k, &l.v, &l.o] {
-                tensors.push(&linear.weight);
-                tensors.extend(&linear.bias);
-            }
-            tensors.push(&l.post_norm);
-            for linear in [&l.gate, &l.up, &l.down] {
-                tensors.push(&linear.weight);
-                tensors.extend(&linear.bias);
-            }
-        }
-        tensors.push(&self.norm);
-        let names = trunk_specs(&self.config).map(|s| s.name);
-        names
-            .zip(tensors)
-            .map(|(n, t)| (n, t.shallow_clone()))
-            .collect()
-    }
-}
-
-/// A language model of the Llama family.
+/// A language model.
 #[derive(Debug)]
 pub struct Transformer {
     trunk: Trunk,
@@ -317,13 +96,19 @@ impl Transformer {
     /// zero. Equal seeds give equal weights on every machine, each tensor drawn by its name.
     ///
     /// # Errors
-    /// [`Error::Config`] when the configuration is inconsistent, [`Error::Argument`] when `kind` is
-    /// no floating-point type, [`Error::Torch`] when memory does not suffice.
+    /// [`Error::Config`] when the configuration is inconsistent, [`Error::Argument`] when its family
+    /// cannot express it or `kind` is no floating-point type, [`Error::Torch`] when memory does not suffice.
     pub fn init(config: Config, seed: u64, device: Device, kind: Kind) -> Result<Self> {
         config.validate()?;
         if !is_float(kind) {
             return Err(Error::Argument(format!(
                 "{kind:?} is not a floating-point type"
+            )));
+        }
+        if Config::parse(&config.to_json().to_string(), "config")? != config {
+            return Err(Error::Argument(format!(
+                "this configuration does not survive its own config.json: it has what {} cannot express; start from Config::in_family",
+                config.family.architecture()
             )));
         }
         let stream = Stream::new(seed, Purpose::Init);
@@ -424,7 +209,11 @@ impl Transformer {
     /// # Errors
     /// As [`CausalLm::hidden`].
     pub fn logits(&self, batch: &DeviceBatch) -> Result<Tensor> {
-        Ok(self.hidden(batch)?.linear(&self.lm_head(), None::<Tensor>))
+        let logits = self.hidden(batch)?.linear(&self.lm_head(), None::<Tensor>);
+        Ok(match self.logit_softcap() {
+            Some(cap) => (logits / cap).tanh() * cap,
+            None => logits,
+        })
     }
 
     pub(crate) fn trunk(&self) -> &Trunk {
@@ -448,6 +237,10 @@ impl CausalLm for Transformer {
             .shallow_clone()
     }
 
+    fn logit_softcap(&self) -> Option<f64> {
+        self.trunk.config.logit_softcap
+    }
+
     fn parameters(&self) -> Vec<(String, Tensor)> {
         let mut all = self.trunk.parameters();
         all.extend(
@@ -460,12 +253,16 @@ impl CausalLm for Transformer {
 }
 
 fn specs(config: &Config) -> impl Iterator<Item = Spec> + '_ {
-    let head = (!config.tie_word_embeddings).then(|| Spec {
-        name: LM_HEAD.into(),
-        shape: vec![config.vocab_size, config.hidden_size],
-        start: Start::Normal,
-    });
+    let size = vec![config.vocab_size, config.hidden_size];
+    let head = (!config.tie_word_embeddings).then(|| Spec::new(LM_HEAD, size, Start::Normal));
     trunk_specs(config).chain(head)
+}
+
+/// Number of weights of a language model, tied matrices counted once.
+pub(crate) fn num_parameters(config: &Config) -> i64 {
+    let head = i128::from(config.vocab_size) * i128::from(config.hidden_size);
+    let head = if config.tie_word_embeddings { 0 } else { head };
+    i64::try_from(trunk::num_parameters(config) + head).unwrap_or(i64::MAX)
 }
 
 /// Checks all of `specs` against the files of a folder, then reads them, ready to be trained.
@@ -482,18 +279,31 @@ pub(crate) fn load_tensors<I: Iterator<Item = Spec>>(
         )));
     }
     let store = WeightStore::open(dir)?;
+    // Some folders hold the trunk alone, its names without their first word.
+    let first = specs().next().map(|s| s.name).unwrap_or_default();
+    let base = first.split_once('.').map_or("", |(base, _)| base);
+    let bare = store.info(&first).is_none()
+        && store
+            .info(first.trim_start_matches(base).trim_start_matches('.'))
+            .is_some();
+    let stored = |name: &str| match name.strip_prefix(base).and_then(|n| n.strip_prefix('.')) {
+        Some(rest) if bare => rest.to_owned(),
+        _ => name.to_owned(),
+    };
     let mut load = Load::new(&store);
     for spec in specs() {
-        load.expect(&spec.name, &spec.shape);
+        load.expect(&stored(&spec.name), &spec.shape);
     }
     let unexpected = load.finish()?;
     let notices = unexpected
         .iter()
+        // GPT-2's causal mask, which old versions stored along.
+        .filter(|n| !n.ends_with(".attn.bias") && !n.ends_with(".attn.masked_bias"))
         .map(|n| format!("{}: tensor {n} is not used", dir.display()))
         .collect();
     let mut tensors = HashMap::new();
     for spec in specs() {
-        let tensor = store.read(&spec.name, options.device, options.kind)?;
+        let tensor = store.read(&stored(&spec.name), options.device, options.kind)?;
         tensors.insert(spec.name, trainable(&tensor));
     }
     Ok((tensors, notices))

@@ -6,8 +6,8 @@ use std::rc::Rc;
 
 use rlhf_kernels::optim::{AdamW, AdamWConfig, clip_grad_norm};
 use rlhf_kernels::{
-    Head, LogprobOptions, Offsets, Ragged, discounted_returns, entropy, gae, linear_logprobs,
-    recompute, reference, shared_prefix_attention, token_logprobs,
+    AttentionOptions, Head, LogprobOptions, Offsets, Ragged, discounted_returns, entropy, gae,
+    linear_logprobs, recompute, reference, shared_prefix_attention, token_logprobs,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -330,7 +330,7 @@ fn no_rows() {
     let nobody = layout(&[]);
     let q = Tensor::zeros([0, 2, 4], (Kind::Float, Device::Cpu));
     assert_eq!(
-        shared_prefix_attention(&q, &q, &q, &nobody, 1.0)
+        shared_prefix_attention(&q, &q, &q, &nobody, &AttentionOptions::new(1.0))
             .unwrap()
             .size(),
         [0, 2, 4]
@@ -361,9 +361,15 @@ fn narrow_types_are_computed_wide() {
     );
     let groups = layout(&[(3, &[4, 2])]);
     let q = wave(&[9, 2, 8], 1.0, Kind::BFloat16);
-    let seen = shared_prefix_attention(&q, &q, &q, &groups, 0.3).unwrap();
-    let exact =
-        reference::shared_prefix_attention(&wide(&q), &wide(&q), &wide(&q), &groups, 0.3).unwrap();
+    let seen = shared_prefix_attention(&q, &q, &q, &groups, &AttentionOptions::new(0.3)).unwrap();
+    let exact = reference::shared_prefix_attention(
+        &wide(&q),
+        &wide(&q),
+        &wide(&q),
+        &groups,
+        &AttentionOptions::new(0.3),
+    )
+    .unwrap();
     assert_eq!(seen.kind(), Kind::BFloat16);
     assert!(largest_difference(&seen, &exact) < 4e-3);
 }
@@ -417,7 +423,7 @@ fn wrong_arguments_are_named() {
         &wave(&[3, 1, 2], 0.0, Kind::Float),
         &wave(&[3, 1, 2], 0.0, Kind::Float),
         &layout(&[(2, &[2])]),
-        1.0,
+        &AttentionOptions::new(1.0),
     );
     assert!(e.unwrap_err().to_string().contains("the layout 4"));
 }
@@ -437,7 +443,14 @@ fn second_derivatives_are_refused() {
         ),
         (token_logprobs(&hidden, &ids).unwrap(), &hidden),
         (
-            shared_prefix_attention(&q, &q, &q, &layout(&[(2, &[2])]), 1.0).unwrap(),
+            shared_prefix_attention(
+                &q,
+                &q,
+                &q,
+                &layout(&[(2, &[2])]),
+                &AttentionOptions::new(1.0),
+            )
+            .unwrap(),
             &q,
         ),
         (recompute(&[&hidden], |x| x[0].tanh()).unwrap(), &hidden),
@@ -474,13 +487,75 @@ fn attention_is_the_plain_one() {
                 let scale = 1.0 / (d as f64).sqrt();
                 compare(
                     &[q.shallow_clone(), k.shallow_clone(), v.shallow_clone()],
-                    &|| shared_prefix_attention(&q, &k, &v, &layout, scale).unwrap(),
-                    &|| reference::shared_prefix_attention(&q, &k, &v, &layout, scale).unwrap(),
+                    &|| {
+                        shared_prefix_attention(&q, &k, &v, &layout, &AttentionOptions::new(scale))
+                            .unwrap()
+                    },
+                    &|| {
+                        reference::shared_prefix_attention(
+                            &q,
+                            &k,
+                            &v,
+                            &layout,
+                            &AttentionOptions::new(scale),
+                        )
+                        .unwrap()
+                    },
                     tolerance(kind),
                 );
             }
         }
     }
+}
+
+/// Windows shorter and longer than prompts, completions and blocks of queries; soft caps; both.
+#[test]
+fn attention_with_windows_and_caps_is_the_plain_one() {
+    for kind in [Kind::Float, Kind::Double] {
+        for groups in LAYOUTS {
+            let layout = layout(groups);
+            let leaf = |h: i64, seed| {
+                (wave(&[layout.num_rows(), h, 20], seed, kind) * 3.0).set_requires_grad(true)
+            };
+            let (q, k, v) = (leaf(4, 1.0), leaf(2, 2.0), leaf(2, 3.0));
+            for (softcap, window) in [
+                (Some(2.0), None),
+                (None, Some(1)),
+                (None, Some(4)),
+                (None, Some(16)),
+                (Some(0.5), Some(33)),
+                (None, Some(70)),
+                (None, Some(1000)),
+            ] {
+                let options = AttentionOptions {
+                    scale: 0.3,
+                    softcap,
+                    window,
+                };
+                compare(
+                    &[q.shallow_clone(), k.shallow_clone(), v.shallow_clone()],
+                    &|| shared_prefix_attention(&q, &k, &v, &layout, &options).unwrap(),
+                    &|| reference::shared_prefix_attention(&q, &k, &v, &layout, &options).unwrap(),
+                    tolerance(kind),
+                );
+            }
+        }
+    }
+}
+
+/// A cap that nothing comes near changes nothing.
+#[test]
+fn a_distant_cap_is_no_cap() {
+    let layout = layout(&[(20, &[7, 40])]);
+    let x = wave(&[67, 2, 16], 1.0, Kind::Double);
+    let with = |softcap| {
+        let options = AttentionOptions {
+            softcap,
+            ..AttentionOptions::new(0.25)
+        };
+        shared_prefix_attention(&x, &x, &x, &layout, &options).unwrap()
+    };
+    assert!(largest_difference(&with(Some(1e6)), &with(None)) < 1e-10);
 }
 
 /// Heads cut out of one wide product, as models make them.
@@ -491,18 +566,48 @@ fn attention_over_strided_views() {
     let part = |i: i64| wide.select(1, i);
     compare(
         &[wide.shallow_clone()],
-        &|| shared_prefix_attention(&part(0), &part(1), &part(2), &layout, 1.0).unwrap(),
-        &|| reference::shared_prefix_attention(&part(0), &part(1), &part(2), &layout, 1.0).unwrap(),
+        &|| {
+            shared_prefix_attention(
+                &part(0),
+                &part(1),
+                &part(2),
+                &layout,
+                &AttentionOptions::new(1.0),
+            )
+            .unwrap()
+        },
+        &|| {
+            reference::shared_prefix_attention(
+                &part(0),
+                &part(1),
+                &part(2),
+                &layout,
+                &AttentionOptions::new(1.0),
+            )
+            .unwrap()
+        },
         1e-5,
     );
     let transposed = |i: i64| part(i).transpose(1, 2).contiguous().transpose(1, 2);
-    let same =
-        shared_prefix_attention(&transposed(0), &transposed(1), &transposed(2), &layout, 1.0)
-            .unwrap();
+    let same = shared_prefix_attention(
+        &transposed(0),
+        &transposed(1),
+        &transposed(2),
+        &layout,
+        &AttentionOptions::new(1.0),
+    )
+    .unwrap();
     assert!(
         largest_difference(
             &same,
-            &shared_prefix_attention(&part(0), &part(1), &part(2), &layout, 1.0).unwrap()
+            &shared_prefix_attention(
+                &part(0),
+                &part(1),
+                &part(2),
+                &layout,
+                &AttentionOptions::new(1.0)
+            )
+            .unwrap()
         ) < 1e-6
     );
 }
@@ -512,12 +617,18 @@ fn attention_over_strided_views() {
 fn packed_is_one_by_one() {
     let packed = layout(&[(11, &[7, 5])]);
     let x = wave(&[23, 2, 8], 1.0, Kind::Double);
-    let all = shared_prefix_attention(&x, &x, &x, &packed, 0.4).unwrap();
+    let all = shared_prefix_attention(&x, &x, &x, &packed, &AttentionOptions::new(0.4)).unwrap();
     for rows in [11..18, 18..23i64] {
         let n = rows.end - rows.start;
         let alone = Tensor::cat(&[x.narrow(0, 0, 11), x.narrow(0, rows.start, n)], 0);
-        let one = shared_prefix_attention(&alone, &alone, &alone, &layout(&[(0, &[11 + n])]), 0.4)
-            .unwrap();
+        let one = shared_prefix_attention(
+            &alone,
+            &alone,
+            &alone,
+            &layout(&[(0, &[11 + n])]),
+            &AttentionOptions::new(0.4),
+        )
+        .unwrap();
         assert!(largest_difference(&one.narrow(0, 11, n), &all.narrow(0, rows.start, n)) < 1e-13);
         assert!(largest_difference(&one.narrow(0, 0, 11), &all.narrow(0, 0, 11)) < 1e-13);
     }

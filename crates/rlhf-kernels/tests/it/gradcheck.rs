@@ -1,8 +1,8 @@
 //! Every gradient against central differences in f64.
 
 use rlhf_kernels::{
-    Direction, Head, LogprobOptions, Mean, Offsets, Ragged, entropy, linear_logprobs, recompute,
-    scan, shared_prefix_attention, token_logprobs,
+    AttentionOptions, Direction, Head, LogprobOptions, Mean, Offsets, Ragged, entropy,
+    linear_logprobs, recompute, scan, shared_prefix_attention, token_logprobs,
 };
 use tch::{Kind, Tensor};
 
@@ -201,7 +201,8 @@ fn attention_ragged_groups_and_shared_heads() {
             wave(&size(hkv), 3.0, Kind::Double),
         ];
         check(&format!("{hq} over {hkv} heads of {d}"), &inputs, &|x| {
-            shared_prefix_attention(&x[0], &x[1], &x[2], &layout, 0.9).unwrap()
+            shared_prefix_attention(&x[0], &x[1], &x[2], &layout, &AttentionOptions::new(0.9))
+                .unwrap()
         });
     }
 }

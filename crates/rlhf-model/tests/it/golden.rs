@@ -3,55 +3,51 @@
 use std::path::{Path, PathBuf};
 
 use rlhf_model::{
-    CausalLm, Error, GenerateLimits, GenerateRequest, LoadOptions, SamplingConfig, Transformer,
+    CausalLm, Family, GenerateLimits, GenerateRequest, LoadOptions, SamplingConfig, Transformer,
     generate, target_logprobs,
 };
 use tch::{Kind, Tensor};
 
 use crate::support::{batch, max_diff, own, plain, relative_diff, shared, tensors};
 
-/// The folders to run: `RLHF_MODELS`, else the crate's copies.
+/// The folders to run: the crate's own, and those of `RLHF_MODELS` or else the shared ones.
 fn folders() -> Vec<PathBuf> {
-    let root = std::env::var_os("RLHF_MODELS").map_or_else(|| own("models"), PathBuf::from);
-    let mut all: Vec<PathBuf> = std::fs::read_dir(&root)
-        .unwrap_or_else(|e| panic!("{}: {e}", root.display()))
-        .map(|e| e.unwrap().path())
+    let more = std::env::var_os("RLHF_MODELS")
+        .map(PathBuf::from)
+        .or_else(|| shared().map(|s| s.join("models")));
+    if more.is_none() {
+        eprintln!("shared models: skipped (none here)");
+    }
+    let mut all: Vec<PathBuf> = std::iter::once(own("models"))
+        .chain(more)
+        .flat_map(|root| {
+            let list = std::fs::read_dir(&root);
+            let list = list.unwrap_or_else(|e| panic!("{}: {e}", root.display()));
+            list.map(|e| e.unwrap().path()).collect::<Vec<_>>()
+        })
         .filter(|p| p.join("golden.safetensors").exists())
         .collect();
-    let real = shared()
-        .map(|s| s.join("models/stories260K"))
-        .filter(|p| p.exists());
-    match real {
-        Some(p) if !all.iter().any(|a| a.file_name() == p.file_name()) => all.push(p),
-        Some(_) => {}
-        None => eprintln!("stories260K: skipped (no shared models here)"),
-    }
-    all.sort();
+    all.sort_by_key(|p| p.file_name().map(std::ffi::OsStr::to_owned));
+    all.dedup_by_key(|p| p.file_name().map(std::ffi::OsStr::to_owned));
     all
 }
 
-/// Runs `test` on every folder of a supported architecture.
+/// Runs `test` on every folder.
 fn each(test: impl Fn(&Path, &Transformer)) {
-    let (mut ran, mut unknown) = (Vec::new(), Vec::new());
+    let mut families = Vec::new();
     for dir in folders() {
         let name = dir.file_name().unwrap().to_string_lossy().into_owned();
-        match Transformer::load(&dir, &LoadOptions::default()) {
-            Ok(model) => {
-                eprintln!("{name}:");
-                test(&dir, &model);
-                ran.push(name);
-            }
-            Err(Error::Config { key, message, .. }) if key == "architectures" => {
-                unknown.push(format!("{name} ({message})"));
-            }
-            Err(e) => panic!("{name}: {e}"),
-        }
+        let model = Transformer::load(&dir, &LoadOptions::default())
+            .unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert_eq!(model.notices(), &[] as &[String], "{name}");
+        eprintln!("{name}:");
+        test(&dir, &model);
+        families.push(model.config().family);
     }
-    eprintln!("{} models ran: {}", ran.len(), ran.join(", "));
-    if !unknown.is_empty() {
-        eprintln!("unknown architectures: {}", unknown.join("; "));
+    eprintln!("{} models ran", families.len());
+    for family in Family::ALL {
+        assert!(families.contains(&family), "no model of {family:?}");
     }
-    assert!(!ran.is_empty(), "no model folder ran");
 }
 
 /// The rows' ids without padding, and the columns that they stand in.

@@ -88,7 +88,8 @@ pub(crate) fn batch(groups: &[PromptGroup]) -> DeviceBatch {
 pub(crate) fn small(kind: Kind) -> Transformer {
     let mut config = Config::new(40, 24, 2, 4, 64);
     config.num_key_value_heads = 2;
-    config.attention_bias = true;
+    config.qkv_bias = true;
+    config.output_bias = true;
     config.mlp_bias = true;
     config.tie_word_embeddings = false;
     config.initializer_range = 0.3;

@@ -5,16 +5,17 @@
 //! consistent sizes, so that nothing behind it divides by zero or overflows. A key that would change
 //! the arithmetic and is not supported is an error, never ignored.
 
+mod read;
+
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 use tch::Kind;
 
 use crate::error::{Error, Result};
-
-/// The architectures that can be loaded, as `config.json` spells them.
-pub const SUPPORTED_ARCHITECTURES: [&str; 2] =
-    ["LlamaForCausalLM", "LlamaForSequenceClassification"];
+use crate::family::Family;
+use crate::transformer::num_parameters;
+pub(crate) use read::Reader;
 
 /// A model with more layers than this does not exist; a file that says so is damaged.
 const MAX_LAYERS: i64 = 1 << 16;
@@ -28,6 +29,32 @@ pub enum Head {
     CausalLm,
     /// One number (`AutoModelForSequenceClassification`, `num_labels` 1).
     Scalar,
+}
+
+/// The non-linearity of the feed-forward blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// x · σ(x).
+    Silu,
+    /// GELU by its tanh approximation.
+    GeluTanh,
+    /// x · Φ(x).
+    Gelu,
+    /// max(x, 0).
+    Relu,
+}
+
+impl Activation {
+    /// As `config.json` spells it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Silu => "silu",
+            Self::GeluTanh => "gelu_pytorch_tanh",
+            Self::Gelu => "gelu",
+            Self::Relu => "relu",
+        }
+    }
 }
 
 /// How the rotary frequencies are stretched for longer contexts.
@@ -51,11 +78,30 @@ pub enum RopeScaling {
         /// The context length of pre-training.
         original_max_position_embeddings: f64,
     },
+    /// YaRN (Peng et al., arXiv 2309.00071): dimensions that turn often within the original context
+    /// are kept, those that turn rarely divided by `factor`, a ramp between; queries and keys grow by
+    /// `attention_factor` each.
+    Yarn {
+        /// The divisor.
+        factor: f64,
+        /// Dimensions with more turns than this are kept.
+        beta_fast: f64,
+        /// Dimensions with fewer turns than this are divided.
+        beta_slow: f64,
+        /// What cos and sin are multiplied by.
+        attention_factor: f64,
+        /// The context length of pre-training.
+        original_max_position_embeddings: f64,
+        /// Whether the ramp begins and ends at whole dimensions.
+        truncate: bool,
+    },
 }
 
-/// The shape and constants of a Llama-family model.
+/// The shape and constants of a model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
+    /// Which family of models it belongs to.
+    pub family: Family,
     /// Rows of the embedding.
     pub vocab_size: i64,
     /// Width of the residual stream, H.
@@ -72,16 +118,37 @@ pub struct Config {
     pub head_dim: i64,
     /// Context length in tokens.
     pub max_position_embeddings: i64,
-    /// Added to the mean square before its root.
-    pub rms_norm_eps: f64,
+    /// Added to the mean square (the variance) before its root.
+    pub norm_eps: f64,
+    /// Non-linearity of the feed-forward blocks.
+    pub activation: Activation,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
     /// Their stretching.
     pub rope_scaling: RopeScaling,
-    /// Whether the four attention projections have biases.
-    pub attention_bias: bool,
-    /// Whether the three feed-forward projections have biases.
+    /// Base of the rotary frequencies in layers with a sliding window, where it differs (Gemma 3);
+    /// those are never stretched.
+    pub local_rope_theta: Option<f64>,
+    /// The part of every head that rotates, from its beginning.
+    pub partial_rotary_factor: f64,
+    /// Which layers rotate; all where this is empty.
+    pub rope_layers: Vec<bool>,
+    /// A token sees itself and the `sliding_window − 1` before it.
+    pub sliding_window: Option<i64>,
+    /// In which layers the window holds; in all where this is empty.
+    pub sliding_layers: Vec<bool>,
+    /// Whether the projections to queries, keys and values have biases.
+    pub qkv_bias: bool,
+    /// Whether the attention's output projection has a bias.
+    pub output_bias: bool,
+    /// Whether the feed-forward projections have biases.
     pub mlp_bias: bool,
+    /// Scores are multiplied by `query_scalar^-½` instead of D^-½.
+    pub query_scalar: Option<f64>,
+    /// The cap c of attention scores squashed as c·tanh(x/c).
+    pub attention_softcap: Option<f64>,
+    /// The cap c of logits squashed as c·tanh(x/c).
+    pub logit_softcap: Option<f64>,
     /// Whether the output matrix is the embedding.
     pub tie_word_embeddings: bool,
     /// Standard deviation of random initial weights.
@@ -102,6 +169,7 @@ impl Config {
     #[must_use]
     pub fn new(vocab_size: i64, hidden_size: i64, layers: i64, heads: i64, context: i64) -> Self {
         Self {
+            family: Family::Llama,
             vocab_size,
             hidden_size,
             // Two thirds of 4H, rounded up to a multiple of 32: the family's convention.
@@ -111,11 +179,21 @@ impl Config {
             num_key_value_heads: heads,
             head_dim: if heads > 0 { hidden_size / heads } else { 0 },
             max_position_embeddings: context,
-            rms_norm_eps: 1e-5,
+            norm_eps: 1e-5,
+            activation: Activation::Silu,
             rope_theta: 10_000.0,
             rope_scaling: RopeScaling::Default,
-            attention_bias: false,
+            local_rope_theta: None,
+            partial_rotary_factor: 1.0,
+            rope_layers: Vec::new(),
+            sliding_window: None,
+            sliding_layers: Vec::new(),
+            qkv_bias: false,
+            output_bias: false,
             mlp_bias: false,
+            query_scalar: None,
+            attention_softcap: None,
+            logit_softcap: None,
             tie_word_embeddings: true,
             initializer_range: 0.02,
             bos_token_id: None,
@@ -123,6 +201,29 @@ impl Config {
             pad_token_id: None,
             dtype: Kind::Float,
         }
+    }
+
+    /// The same shape in another family, with what that family prescribes (biases, activation,
+    /// windows, caps, the rope's base).
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the family cannot have this shape.
+    pub fn in_family(mut self, family: Family) -> Result<Self> {
+        let shape = family.shape();
+        let map = Map::new();
+        let reader = Reader {
+            map: &map,
+            file: "config",
+            aliases: shape.aliases,
+        };
+        self.family = family;
+        self.activation = shape.activation;
+        self.rope_theta = shape.rope_theta;
+        (shape.read)(&reader, &mut self)?;
+        // Scores keep the scale of this shape's heads.
+        self.query_scalar = self.query_scalar.map(|_| self.head_dim as f64);
+        self.validate()?;
+        Ok(self)
     }
 
     /// Reads `dir/config.json`.
@@ -156,6 +257,7 @@ impl Config {
         let ids = Reader {
             map: &map,
             file: &file,
+            aliases: &[],
         }
         .token_ids("eos_token_id")?;
         if !ids.is_empty() {
@@ -174,15 +276,25 @@ impl Config {
     }
 
     fn from_map(map: &Map<String, Value>, file: &str) -> Result<(Self, Head)> {
-        let r = Reader { map, file };
-        let head = r.head()?;
-        r.refuse_unsupported()?;
+        let bare = Reader {
+            map,
+            file,
+            aliases: &[],
+        };
+        let (family, head) = bare.architecture()?;
+        let shape = family.shape();
+        let r = Reader {
+            aliases: shape.aliases,
+            ..bare
+        };
+        r.refuse_quantised()?;
         let hidden_size = r.size("hidden_size")?;
         let num_attention_heads = r.size("num_attention_heads")?;
         let num_key_value_heads = r
             .optional_size("num_key_value_heads")?
+            .or(shape.key_value_heads)
             .unwrap_or(num_attention_heads);
-        let head_dim = match r.optional_size("head_dim")? {
+        let head_dim = match r.optional_size("head_dim")?.or(shape.head_dim) {
             Some(d) => d,
             None if hidden_size % num_attention_heads == 0 => hidden_size / num_attention_heads,
             None => {
@@ -192,28 +304,41 @@ impl Config {
                 ));
             }
         };
-        let (rope_theta, rope_scaling) = r.rope()?;
-        let config = Self {
+        let intermediate_size = match (r.optional_size("intermediate_size")?, family) {
+            (Some(size), _) => size,
+            (None, Family::Gpt2) => hidden_size.saturating_mul(4),
+            (None, _) => r.size("intermediate_size")?,
+        };
+        let max_position_embeddings = r
+            .optional_size("max_position_embeddings")?
+            .unwrap_or(shape.context);
+        let (rope_theta, rope_scaling) = r.rope(shape.rope_theta, max_position_embeddings)?;
+        let mut config = Self {
+            family,
             vocab_size: r.size("vocab_size")?,
             hidden_size,
-            intermediate_size: r.size("intermediate_size")?,
+            intermediate_size,
             num_hidden_layers: r.size("num_hidden_layers")?,
             num_attention_heads,
             num_key_value_heads,
             head_dim,
-            max_position_embeddings: r.optional_size("max_position_embeddings")?.unwrap_or(2048),
-            rms_norm_eps: r.number("rms_norm_eps")?.unwrap_or(1e-6),
+            max_position_embeddings,
+            norm_eps: r.number("rms_norm_eps")?.unwrap_or(shape.norm_eps),
+            activation: r.activation("hidden_act", shape.activation)?,
             rope_theta,
             rope_scaling,
-            attention_bias: r.flag("attention_bias")?.unwrap_or(false),
-            mlp_bias: r.flag("mlp_bias")?.unwrap_or(false),
-            tie_word_embeddings: r.flag("tie_word_embeddings")?.unwrap_or(false),
+            partial_rotary_factor: r.rotary_factor()?,
+            tie_word_embeddings: r.flag("tie_word_embeddings")?.unwrap_or(shape.tied),
             initializer_range: r.number("initializer_range")?.unwrap_or(0.02),
             bos_token_id: r.token_ids("bos_token_id")?.first().copied(),
             eos_token_ids: r.token_ids("eos_token_id")?,
             pad_token_id: r.token_ids("pad_token_id")?.first().copied(),
             dtype: r.dtype()?,
+            ..Self::new(1, 1, 1, 1, 1)
         };
+        // Sizes first: what a family reads may be a list as long as there are layers.
+        config.validate_as(file)?;
+        (shape.read)(&r, &mut config)?;
         config.validate_as(file)?;
         Ok((config, head))
     }
@@ -271,11 +396,68 @@ impl Config {
                 format!("{} is odd; rotary positions need pairs", self.head_dim),
             );
         }
-        if !(self.rms_norm_eps >= 0.0 && self.rms_norm_eps.is_finite()) {
+        if self.family == Family::Gpt2 && heads.saturating_mul(self.head_dim) != self.hidden_size {
+            return bad(
+                "n_head",
+                format!("{heads} heads do not divide n_embd {}", self.hidden_size),
+            );
+        }
+        if self.family == Family::Gpt2 && heads != kv {
+            return bad("num_key_value_heads", "GPT-2 has as many as heads".into());
+        }
+        if !(self.norm_eps >= 0.0 && self.norm_eps.is_finite()) {
             return bad(
                 "rms_norm_eps",
-                format!("{} is not a small positive number", self.rms_norm_eps),
+                format!("{} is not a small positive number", self.norm_eps),
             );
+        }
+        let factor = self.partial_rotary_factor;
+        if !(factor > 0.0 && factor <= 1.0) {
+            return bad(
+                "partial_rotary_factor",
+                format!("{factor} is not above 0 and at most 1"),
+            );
+        }
+        if factor != 1.0 && self.family != Family::Phi3 {
+            return bad(
+                "partial_rotary_factor",
+                format!("{factor} is not supported (only 1)"),
+            );
+        }
+        if self.rotary_dim() < 2 || self.rotary_dim() % 2 != 0 {
+            return bad(
+                "partial_rotary_factor",
+                format!("{} rotating dimensions are no pairs", self.rotary_dim()),
+            );
+        }
+        let positive = |x: f64| x > 0.0 && x.is_finite();
+        for (key, x) in [
+            ("query_pre_attn_scalar", self.query_scalar),
+            ("attn_logit_softcapping", self.attention_softcap),
+            ("final_logit_softcapping", self.logit_softcap),
+            ("rope_local_base_freq", self.local_rope_theta),
+        ] {
+            if let Some(x) = x.filter(|&x| !positive(x)) {
+                return bad(key, format!("{x} is not positive"));
+            }
+        }
+        if let Some(w) = self.sliding_window.filter(|&w| w < 1) {
+            return bad("sliding_window", format!("{w} is not positive"));
+        }
+        for (key, list) in [
+            ("layer_types", &self.sliding_layers),
+            ("no_rope_layers", &self.rope_layers),
+        ] {
+            if !list.is_empty() && list.len() as i64 != self.num_hidden_layers {
+                return bad(
+                    key,
+                    format!(
+                        "{} entries for {} layers",
+                        list.len(),
+                        self.num_hidden_layers
+                    ),
+                );
+            }
         }
         if !(self.rope_theta > 0.0 && self.rope_theta.is_finite()) {
             return bad("rope_theta", format!("{} is not positive", self.rope_theta));
@@ -294,6 +476,32 @@ impl Config {
         }
         match self.rope_scaling {
             RopeScaling::Default => Ok(()),
+            RopeScaling::Yarn {
+                factor,
+                beta_fast,
+                beta_slow,
+                attention_factor,
+                original_max_position_embeddings,
+                ..
+            } => {
+                let all = [
+                    factor,
+                    beta_fast,
+                    beta_slow,
+                    attention_factor,
+                    original_max_position_embeddings,
+                ];
+                if all.into_iter().all(positive) && beta_fast >= beta_slow && self.rope_theta > 1.0
+                {
+                    Ok(())
+                } else {
+                    bad(
+                        "rope_scaling",
+                        "factors must be positive, beta_fast at least beta_slow, and rope_theta above 1"
+                            .into(),
+                    )
+                }
+            }
             RopeScaling::Linear { factor } if factor > 0.0 && factor.is_finite() => Ok(()),
             RopeScaling::Linear { factor } => {
                 bad("rope_scaling.factor", format!("{factor} is not positive"))
@@ -320,40 +528,55 @@ impl Config {
         }
     }
 
+    /// The window of layer `n`, where it has one.
+    #[must_use]
+    pub fn window(&self, n: i64) -> Option<i64> {
+        self.sliding_window
+            .filter(|_| self.sliding_layers.get(n as usize).copied().unwrap_or(true))
+    }
+
+    /// Whether layer `n` has rotary positions.
+    #[must_use]
+    pub fn rotates(&self, n: i64) -> bool {
+        self.family.shape().positions.is_none()
+            && self.rope_layers.get(n as usize).copied().unwrap_or(true)
+    }
+
+    /// The dimensions of a head that rotate.
+    pub(crate) fn rotary_dim(&self) -> i64 {
+        (self.head_dim as f64 * self.partial_rotary_factor) as i64
+    }
+
+    /// What scores are multiplied by.
+    pub(crate) fn attention_scale(&self) -> f64 {
+        1.0 / self.query_scalar.unwrap_or(self.head_dim as f64).sqrt()
+    }
+
+    /// The layers' kinds as newer versions of `transformers` list them.
+    pub(crate) fn layer_types(&self) -> Value {
+        let kind = |n| match self.window(n) {
+            Some(_) => "sliding_attention",
+            None => "full_attention",
+        };
+        (0..self.num_hidden_layers).map(kind).collect()
+    }
+
     /// Number of weights of the language model (tied matrices counted once).
     #[must_use]
     pub fn num_parameters(&self) -> i64 {
-        // In i128: the largest sizes that pass validation would overflow an i64.
-        let [v, h, i, d, l] = [
-            self.vocab_size,
-            self.hidden_size,
-            self.intermediate_size,
-            self.head_dim,
-            self.num_hidden_layers,
-        ]
-        .map(i128::from);
-        let q = i128::from(self.num_attention_heads) * d;
-        let kv = i128::from(self.num_key_value_heads) * d;
-        let mut layer = 2 * h + 2 * h * q + 2 * h * kv + 3 * h * i;
-        if self.attention_bias {
-            layer += q + 2 * kv + h;
-        }
-        if self.mlp_bias {
-            layer += 2 * i + h;
-        }
-        let matrices = if self.tie_word_embeddings { 1 } else { 2 };
-        i64::try_from(v * h * matrices + layer * l + h).unwrap_or(i64::MAX)
+        num_parameters(self)
     }
 
     /// The `config.json` of the language model, in the spellings of both current major versions of
     /// `transformers` (`rope_theta` + `rope_scaling` + `torch_dtype`, and `rope_parameters` + `dtype`).
     #[must_use]
     pub fn to_json(&self) -> Value {
+        let shape = self.family.shape();
         let dtype = dtype_name(self.dtype);
         let (scaling, parameters) = self.rope_json();
-        json!({
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+        let json = json!({
+            "architectures": [shape.causal_lm],
+            "model_type": shape.model_type,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -361,15 +584,13 @@ impl Config {
             "num_attention_heads": self.num_attention_heads,
             "num_key_value_heads": self.num_key_value_heads,
             "head_dim": self.head_dim,
-            "hidden_act": "silu",
+            "hidden_act": self.activation.name(),
             "max_position_embeddings": self.max_position_embeddings,
-            "rms_norm_eps": self.rms_norm_eps,
+            "rms_norm_eps": self.norm_eps,
             "rope_theta": self.rope_theta,
             "rope_scaling": scaling,
             "rope_parameters": parameters,
-            "attention_bias": self.attention_bias,
             "attention_dropout": 0.0,
-            "mlp_bias": self.mlp_bias,
             "tie_word_embeddings": self.tie_word_embeddings,
             "initializer_range": self.initializer_range,
             "bos_token_id": self.bos_token_id,
@@ -378,7 +599,16 @@ impl Config {
             "use_cache": true,
             "torch_dtype": dtype,
             "dtype": dtype,
-        })
+        });
+        let Value::Object(mut json) = json else {
+            return json;
+        };
+        for (common, own) in shape.aliases {
+            let value = json.remove(*common).unwrap_or(Value::Null);
+            json.insert((*own).into(), value);
+        }
+        (shape.write)(self, &mut json);
+        Value::Object(json)
     }
 
     /// The `generation_config.json` that goes with it.
@@ -391,34 +621,49 @@ impl Config {
         })
     }
 
+    /// `rope_scaling` and `rope_parameters`.
     fn rope_json(&self) -> (Value, Value) {
-        match self.rope_scaling {
-            RopeScaling::Default => (
-                Value::Null,
-                json!({"rope_type": "default", "rope_theta": self.rope_theta}),
-            ),
-            RopeScaling::Linear { factor } => (
-                json!({"rope_type": "linear", "factor": factor}),
-                json!({"rope_type": "linear", "factor": factor, "rope_theta": self.rope_theta}),
-            ),
+        let mut scaling = match self.rope_scaling {
+            RopeScaling::Default => json!({"rope_type": "default"}),
+            RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
             RopeScaling::Llama3 {
                 factor,
                 low_freq_factor,
                 high_freq_factor,
                 original_max_position_embeddings,
-            } => {
-                let scaling = json!({
-                    "rope_type": "llama3",
-                    "factor": factor,
-                    "low_freq_factor": low_freq_factor,
-                    "high_freq_factor": high_freq_factor,
-                    "original_max_position_embeddings": original_max_position_embeddings as i64,
-                });
-                let mut parameters = scaling.clone();
-                parameters["rope_theta"] = json!(self.rope_theta);
-                (scaling, parameters)
-            }
+            } => json!({
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low_freq_factor,
+                "high_freq_factor": high_freq_factor,
+                "original_max_position_embeddings": original_max_position_embeddings as i64,
+            }),
+            RopeScaling::Yarn {
+                factor,
+                beta_fast,
+                beta_slow,
+                attention_factor,
+                original_max_position_embeddings,
+                truncate,
+            } => json!({
+                "rope_type": "yarn",
+                "factor": factor,
+                "beta_fast": beta_fast,
+                "beta_slow": beta_slow,
+                "attention_factor": attention_factor,
+                "original_max_position_embeddings": original_max_position_embeddings as i64,
+                "truncate": truncate,
+            }),
+        };
+        let mut parameters = scaling.clone();
+        parameters["rope_theta"] = json!(self.rope_theta);
+        if self.partial_rotary_factor != 1.0 {
+            parameters["partial_rotary_factor"] = json!(self.partial_rotary_factor);
         }
+        if self.rope_scaling == RopeScaling::Default {
+            scaling = Value::Null;
+        }
+        (scaling, parameters)
     }
 }
 
@@ -461,219 +706,6 @@ fn object(text: &str, file: &str) -> Result<Map<String, Value>> {
     }
 }
 
-/// Reads keys with errors that name file and key. A `null` counts as absent.
-struct Reader<'a> {
-    map: &'a Map<String, Value>,
-    file: &'a str,
-}
-
-impl Reader<'_> {
-    fn bad(&self, key: &str, message: impl Into<String>) -> Error {
-        Error::Config {
-            file: self.file.into(),
-            key: key.into(),
-            message: message.into(),
-        }
-    }
-
-    fn get(&self, key: &str) -> Option<&Value> {
-        self.map.get(key).filter(|v| !v.is_null())
-    }
-
-    fn size(&self, key: &str) -> Result<i64> {
-        self.optional_size(key)?
-            .ok_or_else(|| self.bad(key, "missing; it must be a positive integer"))
-    }
-
-    fn optional_size(&self, key: &str) -> Result<Option<i64>> {
-        let Some(v) = self.get(key) else {
-            return Ok(None);
-        };
-        match v.as_i64() {
-            Some(n) if n > 0 => Ok(Some(n)),
-            _ => Err(self.bad(key, format!("{v} is not a positive integer"))),
-        }
-    }
-
-    fn number(&self, key: &str) -> Result<Option<f64>> {
-        let Some(v) = self.get(key) else {
-            return Ok(None);
-        };
-        v.as_f64()
-            .map(Some)
-            .ok_or_else(|| self.bad(key, format!("{v} is not a number")))
-    }
-
-    fn flag(&self, key: &str) -> Result<Option<bool>> {
-        let Some(v) = self.get(key) else {
-            return Ok(None);
-        };
-        v.as_bool()
-            .map(Some)
-            .ok_or_else(|| self.bad(key, format!("{v} is not true or false")))
-    }
-
-    fn token_ids(&self, key: &str) -> Result<Vec<u32>> {
-        let Some(v) = self.get(key) else {
-            return Ok(Vec::new());
-        };
-        let one = |v: &Value| {
-            v.as_u64()
-                .and_then(|n| u32::try_from(n).ok())
-                .ok_or_else(|| self.bad(key, format!("{v} is not a token id or a list of them")))
-        };
-        match v {
-            Value::Array(list) => list.iter().map(one).collect(),
-            // Some folders write -1 for "none".
-            v if v.as_i64() == Some(-1) => Ok(Vec::new()),
-            v => Ok(vec![one(v)?]),
-        }
-    }
-
-    fn head(&self) -> Result<Head> {
-        let supported = || format!("supported: {}", SUPPORTED_ARCHITECTURES.join(", "));
-        let named = match self.get("architectures") {
-            Some(Value::Array(list)) if !list.is_empty() => Some(
-                list[0]
-                    .as_str()
-                    .ok_or_else(|| self.bad("architectures", format!("{} is not text", list[0])))?,
-            ),
-            Some(v) => return Err(self.bad("architectures", format!("{v} is not a list of names"))),
-            None => None,
-        };
-        match (named, self.get("model_type").and_then(Value::as_str)) {
-            (Some("LlamaForCausalLM"), _) => Ok(Head::CausalLm),
-            (Some("LlamaForSequenceClassification"), _) => Ok(Head::Scalar),
-            (Some(other), _) => Err(self.bad(
-                "architectures",
-                format!("{other} is not supported; {}", supported()),
-            )),
-            (None, Some("llama")) => Ok(Head::CausalLm),
-            (None, Some(other)) => Err(self.bad(
-                "model_type",
-                format!(
-                    "{other} is not supported; supported: llama ({})",
-                    supported()
-                ),
-            )),
-            (None, None) => Err(self.bad("architectures", format!("missing; {}", supported()))),
-        }
-    }
-
-    /// Keys that change the arithmetic of a Llama and are not implemented.
-    fn refuse_unsupported(&self) -> Result<()> {
-        if let Some(act) = self
-            .get("hidden_act")
-            .or_else(|| self.get("hidden_activation"))
-            && !matches!(act.as_str(), Some("silu" | "swish"))
-        {
-            return Err(self.bad(
-                "hidden_act",
-                format!("{act} is not supported; supported: silu"),
-            ));
-        }
-        if let Some(f) = self.number("partial_rotary_factor")?
-            && f != 1.0
-        {
-            return Err(self.bad(
-                "partial_rotary_factor",
-                format!("{f} is not supported (only 1)"),
-            ));
-        }
-        if self.get("quantization_config").is_some() {
-            return Err(self.bad(
-                "quantization_config",
-                "quantised folders are not supported; use the unquantised weights",
-            ));
-        }
-        Ok(())
-    }
-
-    fn dtype(&self) -> Result<Kind> {
-        let (key, v) = match (self.get("dtype"), self.get("torch_dtype")) {
-            (Some(v), _) => ("dtype", v),
-            (None, Some(v)) => ("torch_dtype", v),
-            (None, None) => return Ok(Kind::Float),
-        };
-        match v.as_str().map(|s| s.trim_start_matches("torch.")) {
-            Some("float32" | "float" | "auto") => Ok(Kind::Float),
-            Some("float64" | "double") => Ok(Kind::Double),
-            Some("float16" | "half") => Ok(Kind::Half),
-            Some("bfloat16") => Ok(Kind::BFloat16),
-            _ => Err(self.bad(
-                key,
-                format!("{v} is not supported; supported: float32, bfloat16, float16, float64"),
-            )),
-        }
-    }
-
-    /// Rope base and scaling from `rope_parameters` (version 5) or `rope_theta` + `rope_scaling`.
-    /// Where both spellings stand, both must be understood and must agree.
-    fn rope(&self) -> Result<(f64, RopeScaling)> {
-        let old_theta = self.number("rope_theta")?;
-        let old = match self.get("rope_scaling") {
-            Some(v) => Some(self.rope_scaling("rope_scaling", v)?),
-            None => None,
-        };
-        let Some(new) = self.get("rope_parameters") else {
-            return Ok((
-                old_theta.unwrap_or(10_000.0),
-                old.unwrap_or(RopeScaling::Default),
-            ));
-        };
-        let scaling = self.rope_scaling("rope_parameters", new)?;
-        let theta = match new.get("rope_theta") {
-            None | Some(Value::Null) => old_theta.unwrap_or(10_000.0),
-            Some(v) => v.as_f64().ok_or_else(|| {
-                self.bad("rope_parameters.rope_theta", format!("{v} is not a number"))
-            })?,
-        };
-        if old_theta.is_some_and(|t| t != theta) {
-            return Err(self.bad("rope_theta", "disagrees with rope_parameters.rope_theta"));
-        }
-        if old.is_some_and(|s| s != scaling) {
-            return Err(self.bad("rope_scaling", "disagrees with rope_parameters"));
-        }
-        Ok((theta, scaling))
-    }
-
-    fn rope_scaling(&self, key: &str, v: &Value) -> Result<RopeScaling> {
-        let Some(map) = v.as_object() else {
-            return Err(self.bad(key, format!("{v} is not an object")));
-        };
-        let number = |name: &str| -> Result<f64> {
-            map.get(name)
-                .and_then(Value::as_f64)
-                .ok_or_else(|| self.bad(&format!("{key}.{name}"), "missing; it must be a number"))
-        };
-        let kind = map
-            .get("rope_type")
-            .or_else(|| map.get("type"))
-            .filter(|v| !v.is_null());
-        match kind.map(|k| k.as_str().unwrap_or_default()) {
-            None if map.keys().all(|k| k == "rope_theta") => Ok(RopeScaling::Default),
-            None => Err(self.bad(&format!("{key}.rope_type"), "missing")),
-            Some("default") => Ok(RopeScaling::Default),
-            Some("linear") => Ok(RopeScaling::Linear {
-                factor: number("factor")?,
-            }),
-            Some("llama3") => Ok(RopeScaling::Llama3 {
-                factor: number("factor")?,
-                low_freq_factor: number("low_freq_factor")?,
-                high_freq_factor: number("high_freq_factor")?,
-                original_max_position_embeddings: number("original_max_position_embeddings")?,
-            }),
-            Some(_) => Err(self.bad(
-                &format!("{key}.rope_type"),
-                format!(
-                    "{} is not supported; supported: default, linear, llama3",
-                    kind.unwrap_or(&Value::Null)
-                ),
-            )),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -708,6 +740,59 @@ mod tests {
         c.rope_scaling = RopeScaling::Linear { factor: 2.5 };
         c.eos_token_ids = vec![];
         assert_eq!(parse(&c.to_json()).unwrap(), c);
+    }
+
+    #[test]
+    fn every_family_survives_its_own_file() {
+        for family in Family::ALL {
+            let mut c = Config::new(384, 64, 5, 4, 256).in_family(family).unwrap();
+            assert_eq!(parse(&c.to_json()).unwrap(), c, "{family:?}");
+            c.sliding_window = c.sliding_window.map(|_| 7);
+            c.tie_word_embeddings = false;
+            c.pad_token_id = Some(3);
+            assert_eq!(parse(&c.to_json()).unwrap(), c, "{family:?}");
+        }
+    }
+
+    /// Keys that a published file leaves out mean what the family's authors meant.
+    #[test]
+    fn absent_keys_are_the_familys() {
+        let of = |more: Value| {
+            let mut json = json!({"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24,
+                "num_hidden_layers": 12, "num_attention_heads": 8});
+            for (key, value) in more.as_object().unwrap() {
+                json[key] = value.clone();
+            }
+            parse(&json).unwrap()
+        };
+        let c = of(json!({"architectures": ["MistralForCausalLM"]}));
+        assert_eq!((c.num_key_value_heads, c.window(0)), (8, Some(4096)));
+        let c = of(json!({"architectures": ["MistralForCausalLM"], "sliding_window": null}));
+        assert_eq!(c.window(0), None);
+        let c = of(json!({"model_type": "qwen3"}));
+        assert_eq!((c.head_dim, c.qkv_bias, c.window(0)), (128, false, None));
+        let c =
+            of(json!({"model_type": "qwen2", "use_sliding_window": true, "max_window_layers": 7}));
+        assert_eq!((c.qkv_bias, c.output_bias), (true, false));
+        assert_eq!((c.window(6), c.window(7)), (None, Some(4096)));
+        let c = of(json!({"model_type": "gemma2"}));
+        assert_eq!(
+            (c.attention_softcap, c.logit_softcap),
+            (Some(50.0), Some(30.0))
+        );
+        assert_eq!((c.window(0), c.window(1)), (Some(4096), None));
+        assert!(c.tie_word_embeddings && c.activation == Activation::GeluTanh);
+        let c = of(json!({"model_type": "gemma3_text"}));
+        assert_eq!((c.rope_theta, c.local_rope_theta), (1e6, Some(1e4)));
+        assert_eq!(
+            (c.window(4), c.window(5), c.logit_softcap),
+            (Some(4096), None, None)
+        );
+        let c = of(json!({"model_type": "smollm3"}));
+        assert_eq!(
+            (c.rotates(2), c.rotates(3), c.rope_theta),
+            (true, false, 2e6)
+        );
     }
 
     #[test]
@@ -753,6 +838,11 @@ mod tests {
             ("dtype", json!("float8"), "\"float8\" is not supported"),
             ("quantization_config", json!({"bits": 4}), "quantised"),
             ("partial_rotary_factor", json!(0.5), "0.5 is not supported"),
+            (
+                "rope_scaling",
+                json!({"type": "yarn", "factor": "big"}),
+                "rope_scaling.factor: \"big\" is not a number",
+            ),
         ] {
             let mut v = base();
             v[key] = value;

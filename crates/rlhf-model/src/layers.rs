@@ -1,0 +1,291 @@
+//! What a layer is made of.
+//!
+//! Invariant: the tensors are those of the files, untouched: nothing fused, nothing transposed,
+//! nothing permuted.
+
+use std::collections::HashMap;
+
+use rlhf_kernels::{AttentionLayout, AttentionOptions, shared_prefix_attention};
+use tch::Tensor;
+
+use crate::config::{Activation, Config};
+use crate::error::{Error, Result};
+use crate::family::{NormKind, Part};
+use crate::rope::Angles;
+
+/// y = x·Wᵀ + b.
+#[derive(Debug)]
+pub(crate) struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    /// The weight is stored `[in, out]`.
+    transposed: bool,
+}
+
+impl Linear {
+    pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
+        match (self.transposed, &self.bias) {
+            (false, bias) => x.linear(&self.weight, bias.as_ref()),
+            (true, Some(bias)) => bias.addmm(x, &self.weight),
+            (true, None) => x.mm(&self.weight),
+        }
+    }
+
+    /// The weight `[out, in]`, without gradients.
+    pub(crate) fn matrix(&self) -> Tensor {
+        let weight = self.weight.detach();
+        if self.transposed { weight.tr() } else { weight }
+    }
+
+    pub(crate) fn bias(&self) -> Option<Tensor> {
+        self.bias.as_ref().map(Tensor::detach)
+    }
+}
+
+/// A norm over the last dimension.
+#[derive(Debug)]
+pub(crate) struct Norm {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    kind: NormKind,
+    eps: f64,
+}
+
+impl Norm {
+    pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
+        let (n, w) = (self.weight.size()[0], Some(&self.weight));
+        match self.kind {
+            NormKind::Rms => x.rms_norm(n, w, self.eps),
+            NormKind::RmsPlusOne => x.rms_norm(n, Some(&(&self.weight + 1.0)), self.eps),
+            NormKind::Layer => x.layer_norm(n, w, self.bias.as_ref(), self.eps, false),
+        }
+    }
+
+    /// The same without gradients, the 1 added once and for all.
+    pub(crate) fn frozen(&self) -> Self {
+        let weight = self.weight.detach();
+        let (weight, kind) = match self.kind {
+            NormKind::RmsPlusOne => (weight + 1.0, NormKind::Rms),
+            kind => (weight, kind),
+        };
+        Self {
+            weight,
+            bias: self.bias.as_ref().map(Tensor::detach),
+            kind,
+            eps: self.eps,
+        }
+    }
+}
+
+/// `x` through a norm that may not be there.
+pub(crate) fn normed(norm: Option<&Norm>, x: Tensor) -> Tensor {
+    match norm {
+        Some(norm) => norm.forward(&x),
+        None => x,
+    }
+}
+
+/// The projections to queries, keys and values.
+#[derive(Debug)]
+pub(crate) enum Qkv {
+    Apart([Linear; 3]),
+    /// One under the other.
+    Together(Linear),
+}
+
+/// The feed-forward block.
+#[derive(Debug)]
+pub(crate) struct Mlp {
+    pub(crate) first: First,
+    pub(crate) down: Linear,
+    pub(crate) activation: Activation,
+}
+
+/// Its first half.
+#[derive(Debug)]
+pub(crate) enum First {
+    /// act(gate) · up.
+    Gated { gate: Linear, up: Linear },
+    /// The same from one matrix, the gate's rows first.
+    GateUp(Linear),
+    /// act(up).
+    Plain(Linear),
+}
+
+pub(crate) fn activate(activation: Activation, x: &Tensor) -> Tensor {
+    match activation {
+        Activation::Silu => x.silu(),
+        Activation::GeluTanh => x.gelu("tanh"),
+        Activation::Gelu => x.gelu("none"),
+        Activation::Relu => x.relu(),
+    }
+}
+
+impl Mlp {
+    fn forward(&self, x: &Tensor) -> Tensor {
+        let act = |x: &Tensor| activate(self.activation, x);
+        let inner = match &self.first {
+            First::Gated { gate, up } => act(&gate.forward(x)) * up.forward(x),
+            First::GateUp(both) => {
+                let both = both.forward(x);
+                let half = both.size()[1] / 2;
+                act(&both.narrow(1, 0, half)) * both.narrow(1, half, half)
+            }
+            First::Plain(up) => act(&up.forward(x)),
+        };
+        self.down.forward(&inner)
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Layer {
+    pub(crate) input_norm: Option<Norm>,
+    pub(crate) qkv: Qkv,
+    pub(crate) q_norm: Option<Norm>,
+    pub(crate) k_norm: Option<Norm>,
+    pub(crate) o: Linear,
+    pub(crate) attention_norm: Option<Norm>,
+    pub(crate) mlp_norm: Option<Norm>,
+    pub(crate) mlp: Mlp,
+    pub(crate) mlp_out_norm: Option<Norm>,
+    pub(crate) options: AttentionOptions,
+    /// Which of the trunk's rotations it uses.
+    pub(crate) rope: Option<usize>,
+}
+
+impl Layer {
+    /// Layer `n`, its tensors taken out of `tensors`.
+    pub(crate) fn assemble(
+        config: &Config,
+        n: i64,
+        tensors: &mut HashMap<String, Tensor>,
+    ) -> Result<Self> {
+        let shape = config.family.shape();
+        let name = |part| {
+            shape
+                .name(part)
+                .map(|p| format!("{}.{n}.{p}", shape.layers))
+        };
+        let absent = |name: &str| Error::Argument(format!("no tensor {name}"));
+        let mut linear = |part| -> Result<Linear> {
+            let name = name(part).ok_or_else(|| absent(&format!("{part:?}")))?;
+            let weight = format!("{name}.weight");
+            Ok(Linear {
+                weight: tensors.remove(&weight).ok_or_else(|| absent(&weight))?,
+                bias: tensors.remove(&format!("{name}.bias")),
+                transposed: shape.transposed,
+            })
+        };
+        let has = |part| shape.name(part).is_some();
+        let qkv = if has(Part::Qkv) {
+            Qkv::Together(linear(Part::Qkv)?)
+        } else {
+            Qkv::Apart([linear(Part::Q)?, linear(Part::K)?, linear(Part::V)?])
+        };
+        let o = linear(Part::O)?;
+        let first = if has(Part::GateUp) {
+            First::GateUp(linear(Part::GateUp)?)
+        } else if has(Part::Gate) {
+            First::Gated {
+                gate: linear(Part::Gate)?,
+                up: linear(Part::Up)?,
+            }
+        } else {
+            First::Plain(linear(Part::Up)?)
+        };
+        let mlp = Mlp {
+            first,
+            down: linear(Part::Down)?,
+            activation: config.activation,
+        };
+        let mut norm = |part| match name(part) {
+            Some(name) => take_norm(config, &name, tensors).map(Some),
+            None => Ok(None),
+        };
+        let window = config.window(n);
+        let local = window.is_some() && config.local_rope_theta.is_some();
+        Ok(Self {
+            input_norm: norm(Part::InputNorm)?,
+            qkv,
+            q_norm: norm(Part::QNorm)?,
+            k_norm: norm(Part::KNorm)?,
+            o,
+            attention_norm: norm(Part::AttentionNorm)?,
+            mlp_norm: norm(Part::MlpNorm)?,
+            mlp,
+            mlp_out_norm: norm(Part::MlpOutNorm)?,
+            options: AttentionOptions {
+                scale: config.attention_scale(),
+                softcap: config.attention_softcap,
+                window,
+            },
+            rope: config.rotates(n).then_some(usize::from(local)),
+        })
+    }
+
+    /// The residual stream `[N, H]` after this layer. `capture` sees the rotated keys and the values,
+    /// `[N, Hkv, D]` each.
+    pub(crate) fn forward(
+        &self,
+        config: &Config,
+        x: Tensor,
+        angles: &[Angles],
+        layout: &AttentionLayout,
+        capture: &mut dyn FnMut(&Tensor, &Tensor),
+    ) -> Result<Tensor> {
+        let input = normed(self.input_norm.as_ref(), x.shallow_clone());
+        let (q, k, v) = self.heads(config, &input);
+        let rotate = |t: Tensor| match self.rope {
+            Some(which) => angles[which].rotate(&t),
+            None => t,
+        };
+        let (q, k) = (rotate(q), rotate(k));
+        capture(&k, &v);
+        let seen = shared_prefix_attention(&q, &k, &v, layout, &self.options)?;
+        let seen = self.o.forward(&seen.flatten(1, 2));
+        // A new tensor each time: the backward pass still needs the old one.
+        let x = normed(self.attention_norm.as_ref(), seen) + x;
+        let input = normed(self.mlp_norm.as_ref(), x.shallow_clone());
+        Ok(normed(self.mlp_out_norm.as_ref(), self.mlp.forward(&input)) + x)
+    }
+
+    /// Queries, keys and values `[N, heads, D]`, normed where the family does, not yet rotated.
+    fn heads(&self, c: &Config, x: &Tensor) -> (Tensor, Tensor, Tensor) {
+        let (d, hq, hkv) = (c.head_dim, c.num_attention_heads, c.num_key_value_heads);
+        let whole = c.family.shape().whole_qk_norm;
+        let split = |t: Tensor, norm: Option<&Norm>, heads: i64| {
+            let (before, after) = if whole { (norm, None) } else { (None, norm) };
+            normed(after, normed(before, t).view([-1, heads, d]))
+        };
+        let (q, k, v) = match &self.qkv {
+            Qkv::Apart([q, k, v]) => (q.forward(x), k.forward(x), v.forward(x)),
+            Qkv::Together(all) => {
+                let all = all.forward(x);
+                let part = |from: i64, heads: i64| all.narrow(1, from * d, heads * d);
+                (part(0, hq), part(hq, hkv), part(hq + hkv, hkv))
+            }
+        };
+        (
+            split(q, self.q_norm.as_ref(), hq),
+            split(k, self.k_norm.as_ref(), hkv),
+            split(v, None, hkv),
+        )
+    }
+}
+
+/// Takes a norm out of `tensors`.
+pub(crate) fn take_norm(
+    config: &Config,
+    name: &str,
+    tensors: &mut HashMap<String, Tensor>,
+) -> Result<Norm> {
+    let weight = format!("{name}.weight");
+    Ok(Norm {
+        weight: tensors
+            .remove(&weight)
+            .ok_or_else(|| Error::Argument(format!("no tensor {weight}")))?,
+        bias: tensors.remove(&format!("{name}.bias")),
+        kind: config.family.shape().norm,
+        eps: config.norm_eps,
+    })
+}

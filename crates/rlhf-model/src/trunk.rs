@@ -1,0 +1,230 @@
+//! Everything of a model below its head: which tensors it has, and its pass over packed batches.
+
+use std::collections::HashMap;
+
+use rlhf_kernels::AttentionLayout;
+use tch::{Device, Kind, Tensor};
+
+use crate::batch::DeviceBatch;
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::family::{NormKind, Part};
+use crate::layers::{Layer, Norm, take_norm};
+use crate::rope::{Angles, Rope};
+
+/// How a tensor starts in a model trained from scratch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Start {
+    Normal,
+    Zeros,
+    Ones,
+}
+
+/// A tensor that a model consists of.
+pub(crate) struct Spec {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<i64>,
+    pub(crate) start: Start,
+}
+
+impl Spec {
+    pub(crate) fn new(name: impl Into<String>, shape: Vec<i64>, start: Start) -> Self {
+        Self {
+            name: name.into(),
+            shape,
+            start,
+        }
+    }
+}
+
+/// The tensors of a norm over `size` numbers.
+fn norm_specs(config: &Config, name: &str, size: i64) -> Vec<Spec> {
+    let kind = config.family.shape().norm;
+    let start = match kind {
+        NormKind::RmsPlusOne => Start::Zeros,
+        NormKind::Rms | NormKind::Layer => Start::Ones,
+    };
+    let mut all = vec![Spec::new(format!("{name}.weight"), vec![size], start)];
+    if kind == NormKind::Layer {
+        all.push(Spec::new(format!("{name}.bias"), vec![size], Start::Zeros));
+    }
+    all
+}
+
+/// The tensors of one part of layer `n`.
+fn part_specs(c: &Config, n: i64, part: Part, name: &str) -> Vec<Spec> {
+    let shape = c.family.shape();
+    let name = format!("{}.{n}.{name}", shape.layers);
+    let (h, i, d) = (c.hidden_size, c.intermediate_size, c.head_dim);
+    let (q, kv) = (c.num_attention_heads * d, c.num_key_value_heads * d);
+    let (out, from, bias) = match part {
+        Part::InputNorm | Part::AttentionNorm | Part::MlpNorm | Part::MlpOutNorm => {
+            return norm_specs(c, &name, h);
+        }
+        Part::QNorm => return norm_specs(c, &name, if shape.whole_qk_norm { q } else { d }),
+        Part::KNorm => return norm_specs(c, &name, if shape.whole_qk_norm { kv } else { d }),
+        Part::Q => (q, h, c.qkv_bias),
+        Part::K | Part::V => (kv, h, c.qkv_bias),
+        Part::Qkv => (q + 2 * kv, h, c.qkv_bias),
+        Part::O => (h, q, c.output_bias),
+        Part::Gate | Part::Up => (i, h, c.mlp_bias),
+        Part::GateUp => (2 * i, h, c.mlp_bias),
+        Part::Down => (h, i, c.mlp_bias),
+    };
+    let size = if shape.transposed {
+        vec![from, out]
+    } else {
+        vec![out, from]
+    };
+    let mut all = vec![Spec::new(format!("{name}.weight"), size, Start::Normal)];
+    if bias {
+        all.push(Spec::new(format!("{name}.bias"), vec![out], Start::Zeros));
+    }
+    all
+}
+
+fn layer_specs(c: &Config, n: i64) -> impl Iterator<Item = Spec> + '_ {
+    let parts = c.family.shape().parts.iter();
+    parts.flat_map(move |(part, name)| part_specs(c, n, *part, name))
+}
+
+/// What stands before the layers.
+fn embedding_specs(c: &Config) -> impl Iterator<Item = Spec> {
+    let shape = c.family.shape();
+    let table = |name: &str, rows| {
+        Spec::new(
+            format!("{name}.weight"),
+            vec![rows, c.hidden_size],
+            Start::Normal,
+        )
+    };
+    let positions = shape.positions.map(|p| table(p, c.max_position_embeddings));
+    std::iter::once(table(shape.embedding, c.vocab_size)).chain(positions)
+}
+
+/// The tensors of a trunk, in the order of [`crate::CausalLm::parameters`].
+pub(crate) fn trunk_specs(config: &Config) -> impl Iterator<Item = Spec> + '_ {
+    let layers = (0..config.num_hidden_layers).flat_map(|n| layer_specs(config, n));
+    let last = norm_specs(config, config.family.shape().final_norm, config.hidden_size);
+    embedding_specs(config).chain(layers).chain(last)
+}
+
+/// Number of weights of a trunk, without making a list of a billion layers.
+pub(crate) fn num_parameters(config: &Config) -> i128 {
+    // In i128: the largest sizes that pass validation would overflow an i64.
+    let count = |specs: &mut dyn Iterator<Item = Spec>| -> i128 {
+        specs
+            .map(|s| s.shape.iter().map(|&d| i128::from(d)).product::<i128>())
+            .sum()
+    };
+    let last = norm_specs(config, config.family.shape().final_norm, config.hidden_size);
+    count(&mut embedding_specs(config).chain(last))
+        + count(&mut layer_specs(config, 0)) * i128::from(config.num_hidden_layers)
+}
+
+/// Everything below the head.
+#[derive(Debug)]
+pub(crate) struct Trunk {
+    pub(crate) config: Config,
+    pub(crate) embedding: Tensor,
+    /// Learned positions.
+    pub(crate) positions: Option<Tensor>,
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) norm: Norm,
+    ropes: Vec<Rope>,
+    parameters: Vec<(String, Tensor)>,
+}
+
+impl Trunk {
+    /// Builds a trunk from its tensors, taken out of `tensors`.
+    pub(crate) fn assemble(config: Config, tensors: &mut HashMap<String, Tensor>) -> Result<Self> {
+        let shape = config.family.shape();
+        let mut parameters = Vec::new();
+        for spec in trunk_specs(&config) {
+            let tensor = tensors
+                .get(&spec.name)
+                .ok_or_else(|| Error::Argument(format!("no tensor {}", spec.name)))?;
+            parameters.push((spec.name, tensor.shallow_clone()));
+        }
+        let embedding = parameters[0].1.shallow_clone();
+        let positions = shape.positions.map(|_| parameters[1].1.shallow_clone());
+        let layers = (0..config.num_hidden_layers)
+            .map(|n| Layer::assemble(&config, n, tensors))
+            .collect::<Result<_>>()?;
+        let norm = take_norm(&config, shape.final_norm, tensors)?;
+        let ropes = Rope::of(&config, embedding.kind(), embedding.device());
+        Ok(Self {
+            config,
+            embedding,
+            positions,
+            layers,
+            norm,
+            ropes,
+            parameters,
+        })
+    }
+
+    pub(crate) fn kind(&self) -> Kind {
+        self.embedding.kind()
+    }
+
+    pub(crate) fn device(&self) -> Device {
+        self.embedding.device()
+    }
+
+    /// The rotations of `positions` (i64 `[N]`), one for each rope.
+    pub(crate) fn angles(&self, positions: &Tensor) -> Vec<Angles> {
+        self.ropes
+            .iter()
+            .map(|rope| Angles::new(rope, positions, self.kind()))
+            .collect()
+    }
+
+    /// What enters the first layer, `[N, H]`.
+    pub(crate) fn embed(&self, token_ids: &Tensor, positions: &Tensor) -> Result<Tensor> {
+        let mut x = Tensor::f_embedding(&self.embedding, token_ids, -1, false, false)?;
+        if self.config.family.shape().scaled_embedding {
+            // Rounded to the weights' type, as the models were trained.
+            let root = Tensor::from((self.config.hidden_size as f64).sqrt()).to_kind(self.kind());
+            x *= root.to_device(self.device());
+        }
+        if let Some(table) = &self.positions {
+            x += Tensor::f_embedding(table, positions, -1, false, false)?;
+        }
+        Ok(x)
+    }
+
+    /// Hidden states `[N, H]` after the last norm. `capture` sees every layer's rotated keys and
+    /// values, `[N, Hkv, D]` each.
+    pub(crate) fn forward(
+        &self,
+        token_ids: &Tensor,
+        positions: &Tensor,
+        layout: &AttentionLayout,
+        capture: &mut dyn FnMut(&Tensor, &Tensor),
+    ) -> Result<Tensor> {
+        let angles = self.angles(positions);
+        let mut x = self.embed(token_ids, positions)?;
+        for layer in &self.layers {
+            x = layer.forward(&self.config, x, &angles, layout, capture)?;
+        }
+        Ok(self.norm.forward(&x))
+    }
+
+    /// [`Trunk::forward`] of a batch, checked against vocabulary and context.
+    pub(crate) fn hidden(&self, batch: &DeviceBatch) -> Result<Tensor> {
+        batch.check(self.config.vocab_size, self.config.max_position_embeddings)?;
+        self.forward(
+            &batch.token_ids,
+            &batch.positions,
+            &batch.layout,
+            &mut |_, _| {},
+        )
+    }
+
+    /// Every tensor by its name in the files.
+    pub(crate) fn parameters(&self) -> Vec<(String, Tensor)> {
+        let list = self.parameters.iter();
+        list.map(|(n, t)| (n.clone(), t.shallow_clone())).collect()
+    }
+}
