@@ -44,7 +44,8 @@ def check(folder: pathlib.Path) -> float:
 def main() -> None:
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
-    folders = sorted(p.parent for p in pathlib.Path(sys.argv[1]).glob("*/rlhf_logits.json"))
+    folders = sorted(p.parent for p in pathlib.Path(sys.argv[1]).glob("*/rlhf_logits.json")
+                     if not p.parent.name.startswith("adapter-"))
     if not folders:
         raise SystemExit(f"{sys.argv[1]}: no folder with rlhf_logits.json")
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")

@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use rlhf_data::group::{Completion, Finish, PromptGroup};
 use rlhf_data::pack::PackedBatch;
 use rlhf_model::{
-    Config, DeviceBatch, Family, LoadOptions, Result, RopeScaling, SaveOptions, ScalarModel,
-    Transformer,
+    AdapterConfig, CausalLm, Config, DeviceBatch, Family, LoadOptions, Result, RopeScaling,
+    SaveOptions, ScalarModel, Transformer,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -105,6 +105,25 @@ fn write_all(out: &Path, models: &[PathBuf]) -> Result<()> {
             &init(&config)?,
             &plain,
         )?;
+        // The adapter lies beside the base that it belongs to; the logits are those of both.
+        let dir = out.join(format!("adapter-{}", family.model_type()));
+        let adapter = AdapterConfig {
+            dora: family == Family::Qwen3,
+            rank_stabilized: family == Family::Gemma2,
+            ..AdapterConfig::default()
+        };
+        let model = init(&config)?;
+        model.save(&dir)?;
+        let model = model.adapt(&adapter, 7)?;
+        for (i, (_, t)) in model.parameters().into_iter().enumerate() {
+            let _no_grad = tch::no_grad_guard();
+            let wave = Tensor::arange(t.numel() as i64, (Kind::Float, Device::Cpu)) * 1.3;
+            let _ = t
+                .detach()
+                .g_add_(&((wave + i as f64).sin() * 0.05).view_as(&t));
+        }
+        model.save_adapter(&dir.join("adapter"), None)?;
+        write_json(&dir, "logits", &model.logits(&batch()?)?)?;
         let reward = ScalarModel::from_trunk(init(&config)?, 6)?;
         let dir = out.join(format!("reward-{}", family.model_type()));
         reward.save(&dir)?;

@@ -26,8 +26,8 @@ pub trait CausalLm {
         None
     }
 
-    /// Every weight once, by its name in a Hugging Face folder, always in the same order. The
-    /// tensors share storage with the model's.
+    /// Every weight that is trained, once, by its name in a Hugging Face folder (an adapter's in
+    /// PEFT's), always in the same order. The tensors share storage with the model's.
     fn parameters(&self) -> Vec<(String, Tensor)>;
 }
 

@@ -10,7 +10,8 @@ use tch::{Kind, Tensor};
 
 use crate::causal_lm::CausalLm;
 use crate::config::{Activation, Config};
-use crate::layers::{First, Layer, Linear, Norm, Qkv, activate, normed};
+use crate::layers::{First, Layer, Norm, Qkv, activate, normed};
+use crate::linear::Linear;
 use crate::rope::Angles;
 use crate::transformer::Transformer;
 use crate::trunk::Trunk;
@@ -109,7 +110,7 @@ impl DecodeLayer {
     fn new(l: &Layer, fuse: bool) -> Self {
         let frozen = |norm: &Option<Norm>| norm.as_ref().map(Norm::frozen);
         let qkv = match &l.qkv {
-            Qkv::Apart([q, k, v]) => Projection::new(&[q, k, v], fuse),
+            Qkv::Apart(three) => Projection::new(&three.each_ref(), fuse),
             Qkv::Together(all) => Projection::new(&[all], fuse),
         };
         let (up, gated) = match &l.mlp.first {

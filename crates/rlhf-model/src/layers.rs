@@ -11,36 +11,11 @@ use tch::Tensor;
 use crate::config::{Activation, Config};
 use crate::error::{Error, Result};
 use crate::family::{NormKind, Part};
+use crate::linear::Linear;
 use crate::rope::Angles;
 
-/// y = x·Wᵀ + b.
-#[derive(Debug)]
-pub(crate) struct Linear {
-    weight: Tensor,
-    bias: Option<Tensor>,
-    /// The weight is stored `[in, out]`.
-    transposed: bool,
-}
-
-impl Linear {
-    pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
-        match (self.transposed, &self.bias) {
-            (false, bias) => x.linear(&self.weight, bias.as_ref()),
-            (true, Some(bias)) => bias.addmm(x, &self.weight),
-            (true, None) => x.mm(&self.weight),
-        }
-    }
-
-    /// The weight `[out, in]`, without gradients.
-    pub(crate) fn matrix(&self) -> Tensor {
-        let weight = self.weight.detach();
-        if self.transposed { weight.tr() } else { weight }
-    }
-
-    pub(crate) fn bias(&self) -> Option<Tensor> {
-        self.bias.as_ref().map(Tensor::detach)
-    }
-}
+/// After a module's name: the scales of its weight, where that is kept in eight bits.
+pub(crate) const SCALES: &str = ".weight_scale";
 
 /// A norm over the last dimension.
 #[derive(Debug)]
@@ -58,6 +33,15 @@ impl Norm {
             NormKind::Rms => x.rms_norm(n, w, self.eps),
             NormKind::RmsPlusOne => x.rms_norm(n, Some(&(&self.weight + 1.0)), self.eps),
             NormKind::Layer => x.layer_norm(n, w, self.bias.as_ref(), self.eps, false),
+        }
+    }
+
+    /// The same tensors once more.
+    fn share(&self) -> Self {
+        Self {
+            weight: self.weight.shallow_clone(),
+            bias: self.bias.as_ref().map(Tensor::shallow_clone),
+            ..*self
         }
     }
 
@@ -88,7 +72,7 @@ pub(crate) fn normed(norm: Option<&Norm>, x: Tensor) -> Tensor {
 /// The projections to queries, keys and values.
 #[derive(Debug)]
 pub(crate) enum Qkv {
-    Apart([Linear; 3]),
+    Apart(Box<[Linear; 3]>),
     /// One under the other.
     Together(Linear),
 }
@@ -122,16 +106,16 @@ pub(crate) fn activate(activation: Activation, x: &Tensor) -> Tensor {
 }
 
 impl Mlp {
-    fn forward(&self, x: &Tensor) -> Tensor {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let act = |x: &Tensor| activate(self.activation, x);
         let inner = match &self.first {
-            First::Gated { gate, up } => act(&gate.forward(x)) * up.forward(x),
+            First::Gated { gate, up } => act(&gate.forward(x)?) * up.forward(x)?,
             First::GateUp(both) => {
-                let both = both.forward(x);
+                let both = both.forward(x)?;
                 let half = both.size()[1] / 2;
                 act(&both.narrow(1, 0, half)) * both.narrow(1, half, half)
             }
-            First::Plain(up) => act(&up.forward(x)),
+            First::Plain(up) => act(&up.forward(x)?),
         };
         self.down.forward(&inner)
     }
@@ -170,17 +154,23 @@ impl Layer {
         let mut linear = |part| -> Result<Linear> {
             let name = name(part).ok_or_else(|| absent(&format!("{part:?}")))?;
             let weight = format!("{name}.weight");
-            Ok(Linear {
-                weight: tensors.remove(&weight).ok_or_else(|| absent(&weight))?,
-                bias: tensors.remove(&format!("{name}.bias")),
-                transposed: shape.transposed,
-            })
+            Ok(Linear::new(
+                name.clone(),
+                tensors.remove(&weight).ok_or_else(|| absent(&weight))?,
+                tensors.remove(&format!("{name}{SCALES}")),
+                tensors.remove(&format!("{name}.bias")),
+                shape.transposed,
+            ))
         };
         let has = |part| shape.name(part).is_some();
         let qkv = if has(Part::Qkv) {
             Qkv::Together(linear(Part::Qkv)?)
         } else {
-            Qkv::Apart([linear(Part::Q)?, linear(Part::K)?, linear(Part::V)?])
+            Qkv::Apart(Box::new([
+                linear(Part::Q)?,
+                linear(Part::K)?,
+                linear(Part::V)?,
+            ]))
         };
         let o = linear(Part::O)?;
         let first = if has(Part::GateUp) {
@@ -234,7 +224,7 @@ impl Layer {
         capture: &mut dyn FnMut(&Tensor, &Tensor),
     ) -> Result<Tensor> {
         let input = normed(self.input_norm.as_ref(), x.shallow_clone());
-        let (q, k, v) = self.heads(config, &input);
+        let (q, k, v) = self.heads(config, &input)?;
         let rotate = |t: Tensor| match self.rope {
             Some(which) => angles[which].rotate(&t),
             None => t,
@@ -242,15 +232,15 @@ impl Layer {
         let (q, k) = (rotate(q), rotate(k));
         capture(&k, &v);
         let seen = shared_prefix_attention(&q, &k, &v, layout, &self.options)?;
-        let seen = self.o.forward(&seen.flatten(1, 2));
+        let seen = self.o.forward(&seen.flatten(1, 2))?;
         // A new tensor each time: the backward pass still needs the old one.
         let x = normed(self.attention_norm.as_ref(), seen) + x;
         let input = normed(self.mlp_norm.as_ref(), x.shallow_clone());
-        Ok(normed(self.mlp_out_norm.as_ref(), self.mlp.forward(&input)) + x)
+        Ok(normed(self.mlp_out_norm.as_ref(), self.mlp.forward(&input)?) + x)
     }
 
     /// Queries, keys and values `[N, heads, D]`, normed where the family does, not yet rotated.
-    fn heads(&self, c: &Config, x: &Tensor) -> (Tensor, Tensor, Tensor) {
+    fn heads(&self, c: &Config, x: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
         let (d, hq, hkv) = (c.head_dim, c.num_attention_heads, c.num_key_value_heads);
         let whole = c.family.shape().whole_qk_norm;
         let split = |t: Tensor, norm: Option<&Norm>, heads: i64| {
@@ -258,18 +248,84 @@ impl Layer {
             normed(after, normed(before, t).view([-1, heads, d]))
         };
         let (q, k, v) = match &self.qkv {
-            Qkv::Apart([q, k, v]) => (q.forward(x), k.forward(x), v.forward(x)),
+            Qkv::Apart(three) => {
+                let [q, k, v] = &**three;
+                (q.forward(x)?, k.forward(x)?, v.forward(x)?)
+            }
             Qkv::Together(all) => {
-                let all = all.forward(x);
+                let all = all.forward(x)?;
                 let part = |from: i64, heads: i64| all.narrow(1, from * d, heads * d);
                 (part(0, hq), part(hq, hkv), part(hq + hkv, hkv))
             }
         };
-        (
+        Ok((
             split(q, self.q_norm.as_ref(), hq),
             split(k, self.k_norm.as_ref(), hkv),
             split(v, None, hkv),
-        )
+        ))
+    }
+
+    /// The same tensors once more.
+    pub(crate) fn share(&self) -> Self {
+        let norm = |n: &Option<Norm>| n.as_ref().map(Norm::share);
+        let first = match &self.mlp.first {
+            First::Gated { gate, up } => First::Gated {
+                gate: gate.share(),
+                up: up.share(),
+            },
+            First::GateUp(both) => First::GateUp(both.share()),
+            First::Plain(up) => First::Plain(up.share()),
+        };
+        Self {
+            input_norm: norm(&self.input_norm),
+            qkv: match &self.qkv {
+                Qkv::Apart(three) => Qkv::Apart(Box::new(three.each_ref().map(Linear::share))),
+                Qkv::Together(all) => Qkv::Together(all.share()),
+            },
+            q_norm: norm(&self.q_norm),
+            k_norm: norm(&self.k_norm),
+            o: self.o.share(),
+            attention_norm: norm(&self.attention_norm),
+            mlp_norm: norm(&self.mlp_norm),
+            mlp: Mlp {
+                first,
+                down: self.mlp.down.share(),
+                activation: self.mlp.activation,
+            },
+            mlp_out_norm: norm(&self.mlp_out_norm),
+            options: self.options,
+            rope: self.rope,
+        }
+    }
+
+    /// Its matrices, in the order of its parameters.
+    pub(crate) fn linears(&self) -> Vec<&Linear> {
+        let mut all = match &self.qkv {
+            Qkv::Apart(three) => three.iter().collect(),
+            Qkv::Together(one) => vec![one],
+        };
+        all.push(&self.o);
+        match &self.mlp.first {
+            First::Gated { gate, up } => all.extend([gate, up]),
+            First::GateUp(one) | First::Plain(one) => all.push(one),
+        }
+        all.push(&self.mlp.down);
+        all
+    }
+
+    /// The same, to be changed.
+    pub(crate) fn linears_mut(&mut self) -> Vec<&mut Linear> {
+        let mut all = match &mut self.qkv {
+            Qkv::Apart(three) => three.iter_mut().collect(),
+            Qkv::Together(one) => vec![one],
+        };
+        all.push(&mut self.o);
+        match &mut self.mlp.first {
+            First::Gated { gate, up } => all.extend([gate, up]),
+            First::GateUp(one) | First::Plain(one) => all.push(one),
+        }
+        all.push(&mut self.mlp.down);
+        all
     }
 }
 

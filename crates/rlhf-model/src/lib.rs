@@ -23,6 +23,7 @@
 //! # }
 //! ```
 
+mod adapter;
 pub mod batch;
 pub mod causal_lm;
 pub mod config;
@@ -36,6 +37,7 @@ pub mod family;
 mod ffi;
 pub mod generate;
 mod layers;
+mod linear;
 pub mod reference;
 mod rope;
 pub mod sampling;
@@ -45,6 +47,7 @@ pub mod transformer;
 mod trunk;
 pub mod weights;
 
+pub use adapter::AdapterConfig;
 pub use batch::DeviceBatch;
 pub use causal_lm::{CausalLm, TargetLogprobs, target_logprobs};
 pub use config::{Activation, Config, RopeScaling};

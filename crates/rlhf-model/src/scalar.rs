@@ -151,14 +151,9 @@ impl ScalarModel {
             json[NORM_KEY] = json!({"mean": self.norm.mean, "std": self.norm.std});
         };
         let config = &self.trunk.config;
-        save_folder(
-            dir,
-            config,
-            &self.parameters(),
-            options,
-            self.trunk.kind(),
-            amend,
-        )
+        let mut tensors = self.trunk.stored();
+        tensors.push((SCORE.to_owned(), self.head.shallow_clone()));
+        save_folder(dir, config, &tensors, options, self.trunk.kind(), amend)
     }
 
     /// One score a completion, f32 (f64 for an f64 model) `[S]`: the head at its last token, shifted
@@ -241,10 +236,11 @@ impl ScalarModel {
         &self.notices
     }
 
-    /// Every weight by its name in the folder; the tensors share storage with the model's.
+    /// Every weight that is trained, by its name in the folder; the tensors share storage with the
+    /// model's. Of an adapted trunk these are the adapter and the head.
     #[must_use]
     pub fn parameters(&self) -> Vec<(String, Tensor)> {
-        let mut all = self.trunk.parameters();
+        let mut all = self.trunk.trainable();
         all.push((SCORE.to_owned(), self.head.shallow_clone()));
         all
     }
@@ -254,14 +250,12 @@ impl ScalarModel {
     /// # Errors
     /// [`Error::Torch`] when memory does not suffice.
     pub fn duplicate(&self) -> Result<Self> {
-        let mut tensors = copies(&self.parameters())?;
-        let head = tensors
-            .remove(SCORE)
-            .ok_or_else(|| Error::Argument(format!("no tensor {SCORE}")))?;
-        let trunk = Trunk::assemble(self.trunk.config.clone(), &mut tensors)?;
+        let mut head = copies(&[(SCORE.to_owned(), self.head.shallow_clone())])?;
         Ok(Self {
-            trunk,
-            head,
+            trunk: self.trunk.duplicate()?,
+            head: head
+                .remove(SCORE)
+                .ok_or_else(|| Error::Argument(format!("no tensor {SCORE}")))?,
             norm: self.norm,
             notices: Vec::new(),
         })

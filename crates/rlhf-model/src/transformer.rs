@@ -16,6 +16,7 @@ use crate::batch::DeviceBatch;
 use crate::causal_lm::CausalLm;
 use crate::config::{Config, Head, is_float};
 use crate::error::{Error, Result};
+use crate::reference::Reference;
 use crate::trunk::{self, Spec, Start, Trunk, trunk_specs};
 use crate::weights::{Load, Staging, WeightStore, save_tensors, sync_write};
 
@@ -139,7 +140,8 @@ impl Transformer {
     }
 
     /// Writes `config.json`, `generation_config.json` and the weights, all or nothing. Other files
-    /// of an existing folder (a tokenizer) stay.
+    /// of an existing folder (a tokenizer) stay. An adapter is merged into the weights that are
+    /// written; [`Transformer::save_adapter`] writes it alone.
     ///
     /// # Errors
     /// [`Error::Io`] when the folder cannot be written; what stood there before is then untouched.
@@ -152,10 +154,12 @@ impl Transformer {
     /// # Errors
     /// As [`Transformer::save`]; [`Error::Argument`] for a type that is not floating-point.
     pub fn save_with(&self, dir: &Path, options: &SaveOptions) -> Result<()> {
+        let mut tensors = self.trunk.stored();
+        tensors.extend(self.head());
         save_folder(
             dir,
             &self.trunk.config,
-            &self.parameters(),
+            &tensors,
             options,
             self.kind(),
             |_| {},
@@ -186,13 +190,93 @@ impl Transformer {
         &self.notices
     }
 
-    /// A copy with weights of its own, which require gradients.
+    /// A copy with weights of its own, which require gradients. Of an adapted model only the adapter
+    /// is copied; the frozen weights are shared.
     ///
     /// # Errors
     /// [`Error::Torch`] when memory does not suffice.
     pub fn duplicate(&self) -> Result<Self> {
-        let mut tensors = copies(&self.parameters())?;
-        Self::assemble(self.trunk.config.clone(), &mut tensors)
+        let lm_head = match &self.lm_head {
+            Some(head) if self.adapter().is_none() => {
+                copies(&[(LM_HEAD.to_owned(), head.shallow_clone())])?.remove(LM_HEAD)
+            }
+            head => head.as_ref().map(Tensor::shallow_clone),
+        };
+        Ok(Self {
+            trunk: self.trunk.duplicate()?,
+            lm_head,
+            notices: Vec::new(),
+        })
+    }
+
+    /// The model without its adapter, sharing the frozen weights: the reference of a policy that
+    /// trains an adapter. A model without one is shared as it is: train only one of the two.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] when libtorch fails.
+    pub fn base(&self) -> Result<Self> {
+        Ok(Self {
+            trunk: self.trunk.base()?,
+            lm_head: self.lm_head.as_ref().map(Tensor::shallow_clone),
+            notices: Vec::new(),
+        })
+    }
+
+    /// The reference π₀ as the policy stands: its [`base`](Self::base) where it has an adapter, which
+    /// takes no memory, else a frozen copy.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] when memory does not suffice.
+    pub fn reference(&self) -> Result<Reference> {
+        Ok(Reference::new(match self.adapter() {
+            Some(_) => self.base()?,
+            None => self.duplicate()?,
+        }))
+    }
+
+    /// The model with its adapter merged into the matrices that it is on: these are new and frozen,
+    /// all others shared.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] when memory does not suffice.
+    pub fn merged(&self) -> Result<Self> {
+        let mut tensors: HashMap<String, Tensor> = self.trunk.stored().into_iter().collect();
+        tensors.extend(self.head());
+        Self::assemble(self.config().clone(), &mut tensors)
+    }
+
+    /// Keeps of every `every` layers only the input for backward, and runs them again there: less
+    /// memory for a third more time. 0 keeps everything.
+    pub fn set_recompute(&mut self, every: usize) {
+        self.trunk.recompute_every = every;
+    }
+
+    /// The model with the matrices of its layers in eight bits and a scale for every row, all of it
+    /// frozen: a base for an adapter at a quarter of f32's memory (half of bf16's). No weight moves
+    /// by more than 1/254 of its row's largest. An adapter is merged first.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] naming a matrix that holds NaN or infinities.
+    pub fn into_int8(self) -> Result<Self> {
+        self.freeze_head();
+        let mut trunk = self.trunk.quantise()?;
+        trunk.freeze();
+        Ok(Self { trunk, ..self })
+    }
+
+    fn head(&self) -> Option<(String, Tensor)> {
+        let head = self.lm_head.as_ref()?;
+        Some((LM_HEAD.to_owned(), head.shallow_clone()))
+    }
+
+    pub(crate) fn freeze_head(&self) {
+        if let Some(head) = &self.lm_head {
+            freeze(head);
+        }
+    }
+
+    pub(crate) fn trunk_mut(&mut self) -> &mut Trunk {
+        &mut self.trunk
     }
 
     /// Overwrites the weights by those of a model of the same shape.
@@ -242,12 +326,10 @@ impl CausalLm for Transformer {
     }
 
     fn parameters(&self) -> Vec<(String, Tensor)> {
-        let mut all = self.trunk.parameters();
-        all.extend(
-            self.lm_head
-                .as_ref()
-                .map(|t| (LM_HEAD.to_owned(), t.shallow_clone())),
-        );
+        let mut all = self.trunk.trainable();
+        if self.adapter().is_none() {
+            all.extend(self.head());
+        }
         all
     }
 }
@@ -374,6 +456,13 @@ pub fn copy_tokenizer(from: &Path, to: &Path) -> Result<()> {
 /// A leaf that requires gradients.
 pub(crate) fn trainable(t: &Tensor) -> Tensor {
     t.detach().set_requires_grad(true)
+}
+
+/// Stops gradients to a leaf.
+pub(crate) fn freeze(t: &Tensor) {
+    if t.is_leaf() && is_float(t.kind()) {
+        let _ = t.shallow_clone().requires_grad_(false);
+    }
 }
 
 /// Deep copies by name.

@@ -1,16 +1,20 @@
 //! Everything of a model below its head: which tensors it has, and its pass over packed batches.
 
 use std::collections::HashMap;
+use std::rc::Rc;
 
-use rlhf_kernels::AttentionLayout;
+use rlhf_kernels::{AttentionLayout, recompute};
 use tch::{Device, Kind, Tensor};
 
+use crate::adapter::{AdapterConfig, adapter_tensors};
 use crate::batch::DeviceBatch;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::family::{NormKind, Part};
-use crate::layers::{Layer, Norm, take_norm};
+use crate::layers::{Layer, Norm, SCALES, take_norm};
+use crate::linear::{Linear, quantise};
 use crate::rope::{Angles, Rope};
+use crate::transformer::{copies, freeze};
 
 /// How a tensor starts in a model trained from scratch.
 #[derive(Clone, Copy, Debug)]
@@ -132,22 +136,32 @@ pub(crate) struct Trunk {
     pub(crate) layers: Vec<Layer>,
     pub(crate) norm: Norm,
     ropes: Vec<Rope>,
-    parameters: Vec<(String, Tensor)>,
+    /// All tensors but adapters, by their names; eight-bit weights as codes and scales.
+    weights: Vec<(String, Tensor)>,
+    pub(crate) adapter: Option<AdapterConfig>,
+    /// So many layers are run again together in backward instead of being kept; 0 keeps all.
+    pub(crate) recompute_every: usize,
 }
 
 impl Trunk {
     /// Builds a trunk from its tensors, taken out of `tensors`.
     pub(crate) fn assemble(config: Config, tensors: &mut HashMap<String, Tensor>) -> Result<Self> {
         let shape = config.family.shape();
-        let mut parameters = Vec::new();
+        let mut weights = Vec::new();
         for spec in trunk_specs(&config) {
             let tensor = tensors
                 .get(&spec.name)
                 .ok_or_else(|| Error::Argument(format!("no tensor {}", spec.name)))?;
-            parameters.push((spec.name, tensor.shallow_clone()));
+            let scales = spec.name.strip_suffix(".weight").and_then(|module| {
+                let name = format!("{module}{SCALES}");
+                let scales = tensors.get(&name)?.shallow_clone();
+                Some((name, scales))
+            });
+            weights.push((spec.name, tensor.shallow_clone()));
+            weights.extend(scales);
         }
-        let embedding = parameters[0].1.shallow_clone();
-        let positions = shape.positions.map(|_| parameters[1].1.shallow_clone());
+        let embedding = weights[0].1.shallow_clone();
+        let positions = shape.positions.map(|_| weights[1].1.shallow_clone());
         let layers = (0..config.num_hidden_layers)
             .map(|n| Layer::assemble(&config, n, tensors))
             .collect::<Result<_>>()?;
@@ -160,7 +174,9 @@ impl Trunk {
             layers,
             norm,
             ropes,
-            parameters,
+            weights,
+            adapter: None,
+            recompute_every: 0,
         })
     }
 
@@ -205,10 +221,42 @@ impl Trunk {
     ) -> Result<Tensor> {
         let angles = self.angles(positions);
         let mut x = self.embed(token_ids, positions)?;
+        if self.recompute_every > 0 && grad_enabled() {
+            return Ok(self.norm.forward(&self.recomputed(x, angles, layout)?));
+        }
         for layer in &self.layers {
             x = layer.forward(&self.config, x, &angles, layout, capture)?;
         }
         Ok(self.norm.forward(&x))
+    }
+
+    /// The layers, of which only every n-th input is kept for backward.
+    fn recomputed(
+        &self,
+        x: Tensor,
+        angles: Vec<Angles>,
+        layout: &AttentionLayout,
+    ) -> Result<Tensor> {
+        // Adapters get gradients through an input that wants one; a frozen embedding's does not.
+        let mut x = if x.requires_grad() {
+            x
+        } else {
+            x.detach().set_requires_grad(true)
+        };
+        let shared = Rc::new((self.config.clone(), angles, layout.clone()));
+        for block in self.layers.chunks(self.recompute_every) {
+            let layers: Vec<Layer> = block.iter().map(Layer::share).collect();
+            let shared = shared.clone();
+            x = recompute(&[&x], move |x| {
+                let (config, angles, layout) = &*shared;
+                let forward = layers.iter().try_fold(x[0].shallow_clone(), |x, layer| {
+                    layer.forward(config, x, angles, layout, &mut |_, _| {})
+                });
+                // `recompute` turns this into an error.
+                forward.unwrap_or_else(|e| panic!("{e}"))
+            })?;
+        }
+        Ok(x)
     }
 
     /// [`Trunk::forward`] of a batch, checked against vocabulary and context.
@@ -222,9 +270,88 @@ impl Trunk {
         )
     }
 
-    /// Every tensor by its name in the files.
-    pub(crate) fn parameters(&self) -> Vec<(String, Tensor)> {
-        let list = self.parameters.iter();
+    /// The matrices of all layers.
+    pub(crate) fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.layers.iter().flat_map(Layer::linears)
+    }
+
+    pub(crate) fn each_linear(
+        &mut self,
+        change: &mut dyn FnMut(&mut Linear) -> Result<()>,
+    ) -> Result<()> {
+        self.layers
+            .iter_mut()
+            .flat_map(Layer::linears_mut)
+            .try_for_each(change)
+    }
+
+    /// What is trained: the adapter where there is one, else every tensor by its name in the files.
+    pub(crate) fn trainable(&self) -> Vec<(String, Tensor)> {
+        if self.adapter.is_some() {
+            return self.linears().flat_map(adapter_tensors).collect();
+        }
+        let list = self.weights.iter();
         list.map(|(n, t)| (n.clone(), t.shallow_clone())).collect()
     }
+
+    /// What a file holds: every tensor by its name, adapters merged, eight bits widened.
+    pub(crate) fn stored(&self) -> Vec<(String, Tensor)> {
+        let changed: HashMap<String, Tensor> = self
+            .linears()
+            .filter_map(|l| Some((format!("{}.weight", l.name), l.stored()?)))
+            .collect();
+        let list = self.weights.iter().filter(|(n, _)| !n.ends_with(SCALES));
+        list.map(|(n, t)| (n.clone(), changed.get(n).unwrap_or(t).shallow_clone()))
+            .collect()
+    }
+
+    /// The same trunk without adapters, its tensors shared.
+    pub(crate) fn base(&self) -> Result<Self> {
+        let list = self.weights.iter();
+        let mut tensors = list.map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
+        self.rebuilt(&mut tensors)
+    }
+
+    /// A trunk with these tensors and the settings of this one.
+    fn rebuilt(&self, tensors: &mut HashMap<String, Tensor>) -> Result<Self> {
+        Ok(Self {
+            recompute_every: self.recompute_every,
+            ..Self::assemble(self.config.clone(), tensors)?
+        })
+    }
+
+    /// A copy: of everything, or of the adapter alone where the rest is frozen.
+    pub(crate) fn duplicate(&self) -> Result<Self> {
+        if let Some(adapter) = &self.adapter {
+            return self.duplicate_adapted(adapter);
+        }
+        self.rebuilt(&mut copies(&self.trainable())?)
+    }
+
+    /// Nothing but adapters will get gradients.
+    pub(crate) fn freeze(&mut self) {
+        for (_, t) in &self.weights {
+            freeze(t);
+        }
+    }
+
+    /// Keeps the matrices of the layers in eight bits, frozen like everything else.
+    pub(crate) fn quantise(&self) -> Result<Self> {
+        let mut tensors: HashMap<String, Tensor> = HashMap::new();
+        for (name, t) in &self.weights {
+            tensors.insert(name.clone(), t.detach());
+        }
+        for linear in self.linears() {
+            let (codes, scales) = quantise(&linear.name, &linear.matrix())?;
+            tensors.insert(format!("{}.weight", linear.name), codes);
+            tensors.insert(format!("{}{SCALES}", linear.name), scales);
+        }
+        self.rebuilt(&mut tensors)
+    }
+}
+
+/// Whether operations are recorded for a backward pass.
+fn grad_enabled() -> bool {
+    let probe = Tensor::zeros(0, (Kind::Float, Device::Cpu)).set_requires_grad(true);
+    (probe * 1.0).requires_grad()
 }

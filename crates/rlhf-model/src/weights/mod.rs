@@ -9,6 +9,7 @@ mod safetensors;
 mod staging;
 mod store;
 
+pub(crate) use safetensors::{Entry, write_safetensors};
 pub use safetensors::{TensorInfo, WeightFile};
 pub(crate) use staging::{Staging, sync_write};
 pub use store::WeightStore;

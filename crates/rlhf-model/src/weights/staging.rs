@@ -64,6 +64,9 @@ impl Staging {
             let to = self.target.join(name);
             std::fs::rename(self.work.join(name), &to).map_err(Error::io(&to))?;
         }
+        if !names.iter().any(|n| is_weights(&n.to_string_lossy())) {
+            return sync_dir(&self.target);
+        }
         for entry in std::fs::read_dir(&self.target).map_err(Error::io(&self.target))? {
             let name = entry.map_err(Error::io(&self.target))?.file_name();
             if is_weights(&name.to_string_lossy()) && !names.contains(&name) {

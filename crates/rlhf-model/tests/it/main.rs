@@ -7,6 +7,7 @@
     reason = "tests"
 )]
 
+mod adapter;
 mod bad;
 mod exact;
 mod files;
