@@ -8,6 +8,7 @@ pub mod engine;
 mod ffi;
 mod inputs;
 mod logprobs;
+pub mod memory;
 mod plan;
 pub mod recipe;
 mod run;

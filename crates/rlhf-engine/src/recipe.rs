@@ -16,6 +16,7 @@ use rlhf_reward::source::Rule;
 use rlhf_train::lr_schedule::LrSchedule;
 use serde::{Deserialize, Serialize};
 
+use crate::memory::Memory;
 use rlhf::{Usage, shipped, usage};
 
 /// A whole recipe.
@@ -206,6 +207,9 @@ pub struct Sft {
     pub micro_tokens: usize,
     /// The optimiser.
     pub optim: Optim,
+    /// How memory is saved.
+    #[serde(default, skip_serializing_if = "crate::memory::is_default")]
+    pub memory: Memory,
 }
 
 /// A Bradley–Terry reward model.
@@ -228,6 +232,9 @@ pub struct Reward {
     pub centering: f64,
     /// The optimiser.
     pub optim: Optim,
+    /// How memory is saved.
+    #[serde(default, skip_serializing_if = "crate::memory::is_default")]
+    pub memory: Memory,
 }
 
 /// Direct preference optimisation.
@@ -253,6 +260,9 @@ pub struct Dpo {
     pub label_smoothing: f64,
     /// The optimiser.
     pub optim: Optim,
+    /// How memory is saved.
+    #[serde(default, skip_serializing_if = "crate::memory::is_default")]
+    pub memory: Memory,
 }
 
 /// How completions are drawn.
@@ -325,6 +335,9 @@ pub struct Grpo {
     pub kl: KlPenalty,
     /// The optimiser.
     pub optim: Optim,
+    /// How memory is saved.
+    #[serde(default, skip_serializing_if = "crate::memory::is_default")]
+    pub memory: Memory,
 }
 
 /// Proximal policy optimisation.
@@ -362,6 +375,9 @@ pub struct Ppo {
     pub value_warmup_steps: u64,
     /// The policy's optimiser.
     pub optim: Optim,
+    /// How memory is saved.
+    #[serde(default, skip_serializing_if = "crate::memory::is_default")]
+    pub memory: Memory,
 }
 
 /// Evaluation on held-out data.
@@ -709,6 +725,10 @@ impl Source {
                 "optim.weight_decay must not be negative",
             );
         };
+        let memory = |m: &Memory, need: &mut dyn FnMut(bool, &str)| {
+            let problem = m.problem();
+            need(problem.is_none(), problem.unwrap_or_default());
+        };
         let rollouts = |r: &Rollouts, need: &mut dyn FnMut(bool, &str)| {
             need(
                 r.prompts_per_step > 0 && r.group_size > 0,
@@ -736,6 +756,7 @@ impl Source {
         match &stage.kind {
             StageKind::Sft(s) => {
                 optim(&s.optim);
+                memory(&s.memory, &mut need);
                 need(
                     s.batch_size > 0 && s.steps > 0,
                     "steps and batch_size must be above 0",
@@ -743,6 +764,7 @@ impl Source {
             }
             StageKind::Reward(s) => {
                 optim(&s.optim);
+                memory(&s.memory, &mut need);
                 need(
                     s.batch_size > 0 && s.steps > 0,
                     "steps and batch_size must be above 0",
@@ -750,6 +772,7 @@ impl Source {
             }
             StageKind::Dpo(s) => {
                 optim(&s.optim);
+                memory(&s.memory, &mut need);
                 need(
                     s.batch_size > 0 && s.steps > 0,
                     "steps and batch_size must be above 0",
@@ -762,6 +785,7 @@ impl Source {
             }
             StageKind::Grpo(s) => {
                 optim(&s.optim);
+                memory(&s.memory, &mut need);
                 rollouts(&s.rollouts, &mut need);
                 need(
                     s.rollouts.group_size > 1,
@@ -774,6 +798,7 @@ impl Source {
             }
             StageKind::Ppo(s) => {
                 optim(&s.optim);
+                memory(&s.memory, &mut need);
                 rollouts(&s.rollouts, &mut need);
                 need(
                     s.steps > 0 && s.epochs > 0 && s.minibatches > 0,

@@ -11,6 +11,7 @@ use rlhf_kernels::Ragged;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
+use crate::adapter::AdapterConfig;
 use crate::batch::DeviceBatch;
 use crate::config::{Config, Head};
 use crate::error::{Error, Result};
@@ -192,6 +193,30 @@ impl ScalarModel {
             return Ok(raw);
         }
         Ok((raw - self.norm.mean) / self.norm.std)
+    }
+
+    /// Freezes the trunk and starts an adapter on it; adapter and head are what is trained.
+    ///
+    /// # Errors
+    /// As [`Transformer::adapt`].
+    pub fn adapt(mut self, config: &AdapterConfig, seed: u64) -> Result<Self> {
+        self.trunk.adapt(config, seed)?;
+        Ok(self)
+    }
+
+    /// As [`Transformer::into_int8`]; the head stays as it is.
+    ///
+    /// # Errors
+    /// As [`Transformer::into_int8`].
+    pub fn into_int8(self) -> Result<Self> {
+        let trunk = self.trunk.quantise()?;
+        trunk.freeze();
+        Ok(Self { trunk, ..self })
+    }
+
+    /// As [`Transformer::set_recompute`].
+    pub fn set_recompute(&mut self, every: usize) {
+        self.trunk.recompute_every = every;
     }
 
     /// The normalisation in force.

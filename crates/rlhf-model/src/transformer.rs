@@ -16,7 +16,6 @@ use crate::batch::DeviceBatch;
 use crate::causal_lm::CausalLm;
 use crate::config::{Config, Head, is_float};
 use crate::error::{Error, Result};
-use crate::reference::Reference;
 use crate::trunk::{self, Spec, Start, Trunk, trunk_specs};
 use crate::weights::{Load, Staging, WeightStore, save_tensors, sync_write};
 
@@ -222,16 +221,16 @@ impl Transformer {
         })
     }
 
-    /// The reference π₀ as the policy stands: its [`base`](Self::base) where it has an adapter, which
-    /// takes no memory, else a frozen copy.
+    /// The reference π₀ as the policy begins: its [`base`](Self::base) where it has an adapter, which
+    /// takes no memory, else a copy.
     ///
     /// # Errors
     /// [`Error::Torch`] when memory does not suffice.
-    pub fn reference(&self) -> Result<Reference> {
-        Ok(Reference::new(match self.adapter() {
-            Some(_) => self.base()?,
-            None => self.duplicate()?,
-        }))
+    pub fn reference(&self) -> Result<Self> {
+        match self.adapter() {
+            Some(_) => self.base(),
+            None => self.duplicate(),
+        }
     }
 
     /// The model with its adapter merged into the matrices that it is on: these are new and frozen,
@@ -259,7 +258,7 @@ impl Transformer {
     /// [`Error::NonFinite`] naming a matrix that holds NaN or infinities.
     pub fn into_int8(self) -> Result<Self> {
         self.freeze_head();
-        let mut trunk = self.trunk.quantise()?;
+        let trunk = self.trunk.quantise()?;
         trunk.freeze();
         Ok(Self { trunk, ..self })
     }

@@ -329,7 +329,7 @@ impl Trunk {
     }
 
     /// Nothing but adapters will get gradients.
-    pub(crate) fn freeze(&mut self) {
+    pub(crate) fn freeze(&self) {
         for (_, t) in &self.weights {
             freeze(t);
         }

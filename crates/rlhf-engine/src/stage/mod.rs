@@ -21,6 +21,7 @@ use rlhf_train::{Flow, Session, SessionConfig, Stepper, StepperConfig, StopFlag}
 use tch::{Device, Kind, Tensor};
 
 use crate::inputs::Inputs;
+use crate::memory::Memory;
 use crate::plan::Plan;
 use crate::recipe::{Optim, Recipe, RewardPart, Stage, StageKind};
 use rlhf::exit::Interrupted;
@@ -137,6 +138,20 @@ impl Context<'_> {
             .with_context(|| format!("loading {}", dir.display()))
     }
 
+    /// Loads the policy that a stage is to train.
+    pub(crate) fn learner(&self, name: &str, memory: &Memory) -> anyhow::Result<Transformer> {
+        Ok(memory.policy(self.policy(name)?, self.recipe.run.seed)?)
+    }
+
+    /// Loads the reward or value model that a stage is to train.
+    pub(crate) fn scalar_learner(
+        &self,
+        name: &str,
+        memory: &Memory,
+    ) -> anyhow::Result<ScalarModel> {
+        Ok(memory.scalar(self.scalar(name)?, self.recipe.run.seed)?)
+    }
+
     /// Loads a reward model, or puts a new scalar head on a policy.
     pub(crate) fn scalar(&self, name: &str) -> anyhow::Result<ScalarModel> {
         let is_reward = self
@@ -241,9 +256,13 @@ impl Context<'_> {
         })
     }
 
-    /// Saves a policy with its tokenizer as the stage's `model/`.
+    /// Saves a policy with its tokenizer as the stage's `model/`, an adapter merged and also by itself
+    /// as its `adapter/`.
     pub(crate) fn save_policy(&self, name: &str, model: &Transformer) -> anyhow::Result<()> {
         let dir = self.model_dir(name);
+        if model.adapter().is_some() {
+            model.save_adapter(&self.dir.join(name).join("adapter"), None)?;
+        }
         model.save(&dir)?;
         copy_tokenizer(&self.plan.tokenizer_dir, &dir)?;
         Ok(())

@@ -36,8 +36,8 @@ fn rollouts(ctx: &Context<'_>, r: &Rollouts) -> RolloutConfig {
 }
 
 pub(super) fn grpo(ctx: &Context<'_>, name: &str, s: &Grpo) -> anyhow::Result<Ended> {
-    let policy = ctx.policy(&s.model)?;
-    let reference = policy.duplicate()?;
+    let policy = ctx.learner(&s.model, &s.memory)?;
+    let reference = policy.reference()?;
     let prompts = ctx.inputs.prompts(&s.rollouts.data)?;
     let rewards = ctx.rewards(
         &s.rollouts.reward,
@@ -76,9 +76,9 @@ pub(super) fn grpo(ctx: &Context<'_>, name: &str, s: &Grpo) -> anyhow::Result<En
 }
 
 pub(super) fn ppo(ctx: &Context<'_>, name: &str, s: &Ppo) -> anyhow::Result<Ended> {
-    let policy = ctx.policy(&s.model)?;
-    let reference = policy.duplicate()?;
-    let value = ctx.scalar(&s.value_model)?;
+    let policy = ctx.learner(&s.model, &s.memory)?;
+    let reference = policy.reference()?;
+    let value = ctx.scalar_learner(&s.value_model, &s.memory)?;
     let prompts = ctx.inputs.prompts(&s.rollouts.data)?;
     let rewards = ctx.rewards(
         &s.rollouts.reward,

@@ -10,7 +10,7 @@ use super::{Context, Ended};
 use crate::recipe::{Dpo, Reward, Sft};
 
 pub(super) fn sft(ctx: &Context<'_>, name: &str, s: &Sft) -> anyhow::Result<Ended> {
-    let model = ctx.policy(&s.model)?;
+    let model = ctx.learner(&s.model, &s.memory)?;
     let data = ctx.inputs.sft(&s.data)?;
     let cfg = SftConfig {
         seed: ctx.recipe.run.seed,
@@ -27,7 +27,7 @@ pub(super) fn sft(ctx: &Context<'_>, name: &str, s: &Sft) -> anyhow::Result<Ende
 }
 
 pub(super) fn reward(ctx: &Context<'_>, name: &str, s: &Reward) -> anyhow::Result<Ended> {
-    let mut model = ctx.scalar(&s.model)?;
+    let mut model = ctx.scalar_learner(&s.model, &s.memory)?;
     let data = ctx.inputs.preference(&s.data)?;
     let test = ctx.inputs.preference(&s.test)?;
     let cfg = RewardConfig {
@@ -65,7 +65,7 @@ pub(super) fn reward(ctx: &Context<'_>, name: &str, s: &Reward) -> anyhow::Resul
 }
 
 pub(super) fn dpo(ctx: &Context<'_>, name: &str, s: &Dpo) -> anyhow::Result<Ended> {
-    let model = ctx.policy(&s.model)?;
+    let model = ctx.learner(&s.model, &s.memory)?;
     let data = ctx.inputs.preference(&s.data)?;
     let cfg = DpoConfig {
         loss: PreferenceLoss::Sigmoid {

@@ -209,6 +209,48 @@ fn speaks(whole: &Path) {
 }
 
 #[cfg(unix)]
+/// Every stage with an adapter on recomputed layers, one on eight bits: models that others load, the
+/// adapter beside them, and a resumed run like an unbroken one.
+#[test]
+fn adapters_go_through_every_stage() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, broken) = (dir.path().join("whole"), dir.path().join("broken"));
+    let mut more = Vec::new();
+    for set in [
+        "stages.sft.memory={ recompute = 1 }",
+        "stages.rm.memory={ lora = { rank = 2 } }",
+        "stages.grpo.memory={ lora = { rank = 4, dora = true } }",
+        "stages.ppo.memory={ lora = { rank = 2, targets = [\"q_proj\"] }, recompute = 2 }",
+        "stages.dpo.memory={ lora = {}, int8_base = true }",
+    ] {
+        more.extend(["--set", set]);
+    }
+    let (code, _, err) = text(tiny(&whole, &more).output().unwrap());
+    assert_eq!(code, 0, "{err}");
+    for stage in ["grpo", "ppo", "dpo"] {
+        let dir = whole.join(stage);
+        assert!(dir.join("adapter/adapter_model.safetensors").is_file());
+        assert!(dir.join("model/model.safetensors").is_file());
+    }
+    assert!(!whole.join("sft/adapter").exists());
+    let mut child = tiny(&broken, &more)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_for(&mut child, &broken, "dpo", 2);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    more.push("--resume");
+    let (code, _, err) = text(tiny(&broken, &more).output().unwrap());
+    assert_eq!(code, 0, "{err}");
+    assert_eq!(metrics(&broken), metrics(&whole));
+
+    let bad = ["--set", "stages.dpo.memory={ int8_base = true }"];
+    let (code, _, err) = text(tiny(&dir.path().join("bad"), &bad).output().unwrap());
+    assert!(code == 2 && err.contains("needs memory.lora"), "{err}");
+}
+
 #[test]
 fn a_signal_ends_the_run_with_a_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
