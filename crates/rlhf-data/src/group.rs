@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Finish {
-    /// It ends by itself: its last token is an end-of-sequence token.
+    /// It ends by itself: with an end-of-sequence token, or with a stop string.
     Stop,
     /// The sampler reached its limit.
     Length,
@@ -26,6 +26,9 @@ pub struct SamplerRecord {
     pub logprobs: Vec<f32>,
     /// Which policy drew it (the optimiser step of its weights).
     pub policy_version: u64,
+    /// The likeliest tokens at each place with their log-probabilities, likeliest first; empty unless
+    /// asked for.
+    pub top: Vec<Vec<(u32, f32)>>,
 }
 
 /// One completion of a prompt.

@@ -176,6 +176,7 @@ fn generate_command(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
                 prompt: tokenizer.prompt_ids(p)?,
                 prompt_key: i as u64,
                 samples: args.n.max(1),
+                max_new_tokens: None,
             })
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
@@ -299,6 +300,7 @@ fn speak(
         prompt,
         prompt_key: turn,
         samples: 1,
+        max_new_tokens: None,
     };
     generate(
         model,

@@ -77,6 +77,7 @@ fn generation(c: &mut Criterion) {
                     .collect(),
                 prompt_key: u64::from(i),
                 samples: shape.samples,
+                max_new_tokens: None,
             })
             .collect();
         let config = SamplingConfig {

@@ -15,7 +15,7 @@
 //! # fn main() -> rlhf_model::Result<()> {
 //! // Vocabulary 64, width 32, two layers of four heads, context 128.
 //! let model = Transformer::init(Config::new(64, 32, 2, 4, 128), 1, Device::Cpu, Kind::Float)?;
-//! let request = GenerateRequest { prompt: vec![1, 5, 9], prompt_key: 0, samples: 4 };
+//! let request = GenerateRequest { prompt: vec![1, 5, 9], prompt_key: 0, samples: 4, max_new_tokens: None };
 //! let config = SamplingConfig { max_new_tokens: 8, eos_ids: vec![2], ..Default::default() };
 //! let groups = generate(&model, &[request], &config, &GenerateLimits::default(), &mut |_| {})?;
 //! assert_eq!(groups[0].completions.len(), 4);
@@ -55,7 +55,7 @@ pub use error::{Error, Result, TensorProblem};
 pub use family::Family;
 pub use generate::{
     Decoder, GenerateLimits, GenerateProgress, GenerateRequest, RecordedLogprobs, SamplingConfig,
-    generate,
+    StopStrings, generate,
 };
 pub use reference::Reference;
 pub use scalar::{RewardNorm, ScalarModel};

@@ -90,6 +90,7 @@ pub fn draw(
             prompt: prompts[i].ids.clone(),
             prompt_key: step << 32 | (prompts[i].row & 0xffff_ffff),
             samples: cfg.group_size,
+            max_new_tokens: None,
         })
         .collect();
     let sampling = SamplingConfig {

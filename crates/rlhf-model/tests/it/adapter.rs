@@ -223,6 +223,7 @@ fn generation_is_the_adapted_model() {
         prompt: vec![3, 9, 4],
         prompt_key: 0,
         samples: 2,
+        max_new_tokens: None,
     };
     let sampling = SamplingConfig {
         max_new_tokens: 6,

@@ -145,6 +145,7 @@ fn complete(model: &Transformer, temperature: f64) -> Result<(), Error> {
         prompt: vec![1, 2],
         prompt_key: 0,
         samples: 2,
+        max_new_tokens: None,
     };
     let config = SamplingConfig {
         temperature,

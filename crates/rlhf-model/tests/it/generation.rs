@@ -33,6 +33,7 @@ fn requests(vocab: u32) -> Vec<GenerateRequest> {
                 .collect(),
             prompt_key: u64::from(i) + 1000,
             samples: 1 + (i % 3) as usize,
+            max_new_tokens: None,
         })
         .collect()
 }
@@ -146,6 +147,7 @@ fn samples_follow_the_distribution() {
         prompt: prompt.clone(),
         prompt_key: 1,
         samples: 4000,
+        max_new_tokens: None,
     };
     let config = SamplingConfig {
         max_new_tokens: 1,
@@ -184,6 +186,7 @@ fn ends_and_limits() {
         prompt: (0..n).map(|i| 3 + i % 300).collect(),
         prompt_key: 0,
         samples: 2,
+        max_new_tokens: None,
     };
     // The context of 256 is full after 6 more tokens.
     let config = SamplingConfig {
@@ -242,6 +245,7 @@ fn what_cannot_be_generated_is_refused() {
             prompt,
             prompt_key: 0,
             samples: 1,
+            max_new_tokens: None,
         }]
     };
     let config = SamplingConfig::default();
@@ -347,6 +351,7 @@ fn progress_tells_every_token_once() {
     );
     let none = GenerateRequest {
         samples: 0,
+        max_new_tokens: None,
         ..requests[0].clone()
     };
     let out = decoder

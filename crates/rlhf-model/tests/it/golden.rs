@@ -158,6 +158,7 @@ fn greedy_text() {
                 prompt: ids.clone(),
                 prompt_key: i as u64,
                 samples: 1,
+                max_new_tokens: None,
             })
             .collect();
         for (key, honoured) in [

@@ -18,5 +18,6 @@ mod props;
 mod sampling;
 mod scalar;
 mod smollm2;
+mod steering;
 mod support;
 mod tabular;

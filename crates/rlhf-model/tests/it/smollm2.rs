@@ -70,6 +70,7 @@ fn smollm2() {
             prompt: prompt.clone(),
             prompt_key: 0,
             samples: 1,
+            max_new_tokens: None,
         };
         let config = SamplingConfig {
             temperature: 0.0,

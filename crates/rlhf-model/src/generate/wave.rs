@@ -1,210 +1,24 @@
-//! Sampling completions: prompts join a running batch, finished sequences leave it.
-//!
-//! Invariant: what a sequence says depends on its prompt, its key, its sample number and the seed,
-//! never on the other sequences of the batch (up to rounding of the matrix products, which differs
-//! with the batch's size in the last bits). A prompt is computed once for all of its samples.
+//! The running batch: who joins, who leaves, and a token for everybody between.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use rlhf_data::group::{Completion, Finish, PromptGroup, SamplerRecord};
 use rlhf_data::seed::{Purpose, Stream};
 use rlhf_kernels::{AttentionGroup, AttentionLayout};
 use tch::{Kind, Tensor};
 
-use crate::decode::{DecodeWeights, KvCache, PromptCache, Window, step, wide};
+use super::settings::check;
+use super::{
+    Decoder, GenerateLimits, GenerateProgress, GenerateRequest, RecordedLogprobs, SamplingConfig,
+    StopStrings,
+};
+use crate::decode::{KvCache, PromptCache, Window, step, wide};
 use crate::error::{Error, Result};
 use crate::rope::Angles;
 use crate::sampling::{Drawn, Filters, draw, greedy};
-use crate::transformer::Transformer;
 
-/// Which log-probabilities a completion carries.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum RecordedLogprobs {
-    /// Those of the distribution that each token was drawn from: after temperature and filters. A
-    /// greedy token is certain, 0.
-    #[default]
-    Sampled,
-    /// Those of the model at temperature 1 without filters.
-    Model,
-}
-
-/// How to sample.
-#[derive(Clone, Debug, PartialEq)]
-pub struct SamplingConfig {
-    /// Divides the logits; 0 takes the likeliest token.
-    pub temperature: f64,
-    /// Keeps the k likeliest tokens.
-    pub top_k: Option<usize>,
-    /// Keeps the likeliest tokens that together reach this probability.
-    pub top_p: Option<f64>,
-    /// Keeps tokens at least this fraction as likely as the likeliest.
-    pub min_p: Option<f64>,
-    /// The longest completion, end-of-sequence token included.
-    pub max_new_tokens: usize,
-    /// Until a completion has this many tokens it may not end by itself.
-    pub min_new_tokens: usize,
-    /// Tokens that end a completion; each belongs to it.
-    pub eos_ids: Vec<u32>,
-    /// The seed of all draws.
-    pub seed: u64,
-    /// Goes into the completions' records: which policy drew them.
-    pub policy_version: u64,
-    /// Which log-probabilities to record.
-    pub record: RecordedLogprobs,
-}
-
-impl Default for SamplingConfig {
-    /// Plain sampling at temperature 1, up to 256 tokens, no end-of-sequence token.
-    fn default() -> Self {
-        Self {
-            temperature: 1.0,
-            top_k: None,
-            top_p: None,
-            min_p: None,
-            max_new_tokens: 256,
-            min_new_tokens: 0,
-            eos_ids: Vec::new(),
-            seed: 0,
-            policy_version: 0,
-            record: RecordedLogprobs::Sampled,
-        }
-    }
-}
-
-impl SamplingConfig {
-    /// The filters, or `None` for greedy.
-    fn filters(&self) -> Result<Option<Filters>> {
-        let greedy = self.temperature == 0.0;
-        let filters = Filters {
-            temperature: if greedy { 1.0 } else { self.temperature },
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-        };
-        filters.validate()?;
-        if self.max_new_tokens == 0 {
-            return Err(Error::Argument("max_new_tokens must be at least 1".into()));
-        }
-        Ok((!greedy).then_some(filters))
-    }
-}
-
-/// A prompt to be completed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct GenerateRequest {
-    /// Its token ids; at least one.
-    pub prompt: Vec<u32>,
-    /// The key of its noise, usually the row of the data; becomes [`PromptGroup::row`].
-    pub prompt_key: u64,
-    /// How many completions.
-    pub samples: usize,
-}
-
-/// How much to compute at once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct GenerateLimits {
-    /// Sequences that are decoded together.
-    pub max_batch_sequences: usize,
-    /// Tokens that the key-value cache may hold (rows times columns); fewer sequences run together
-    /// when they are long.
-    pub max_cache_tokens: usize,
-    /// Prompt tokens that are computed together.
-    pub max_prefill_tokens: usize,
-}
-
-impl Default for GenerateLimits {
-    /// 256 sequences, a million cached tokens, 16 Ki prompt tokens.
-    fn default() -> Self {
-        Self {
-            max_batch_sequences: 256,
-            max_cache_tokens: 1 << 20,
-            max_prefill_tokens: 1 << 14,
-        }
-    }
-}
-
-/// What happens while generating.
-#[derive(Clone, Copy, Debug, PartialEq)]
-#[non_exhaustive]
-pub enum GenerateProgress {
-    /// A token was drawn.
-    Token {
-        /// Index of the request.
-        request: usize,
-        /// Which of its completions.
-        sample: usize,
-        /// The token.
-        id: u32,
-        /// Its recorded log-probability.
-        logprob: f32,
-    },
-    /// Every live sequence got a token.
-    Step {
-        /// Sequences still running.
-        live: usize,
-        /// Completions that are done.
-        finished: usize,
-        /// Completions in all.
-        total: usize,
-        /// Tokens drawn so far.
-        tokens: u64,
-    },
-}
-
-/// Completes prompts.
-///
-/// The result has one group a request, in order, each with its `samples` completions. All their
-/// tokens are trained; [`Finish::Stop`] completions end with an end-of-sequence token; a completion
-/// also ends ([`Finish::Length`]) where the model's context is full.
-///
-/// # Errors
-/// [`Error::Argument`] when a prompt is empty, fills the context, or holds an id outside the
-/// vocabulary, or a setting is out of range; [`Error::NonFinite`] when the model gives NaN or
-/// infinite logits, naming the request; [`Error::Torch`] when memory does not suffice.
-pub fn generate(
-    model: &Transformer,
-    requests: &[GenerateRequest],
-    config: &SamplingConfig,
-    limits: &GenerateLimits,
-    progress: &mut dyn FnMut(GenerateProgress),
-) -> Result<Vec<PromptGroup>> {
-    Decoder::new(model).generate(requests, config, limits, progress)
-}
-
-/// A model with its weights laid out for decoding, for many calls with the same weights.
-#[derive(Debug)]
-pub struct Decoder<'m> {
-    model: &'m Transformer,
-    weights: DecodeWeights,
-}
-
-impl<'m> Decoder<'m> {
-    /// Lays out the weights (a copy, for all but very large models).
-    #[must_use]
-    pub fn new(model: &'m Transformer) -> Self {
-        Self {
-            model,
-            weights: DecodeWeights::new(model),
-        }
-    }
-
-    /// As [`generate`](generate()).
-    ///
-    /// # Errors
-    /// As [`generate`](generate()).
-    pub fn generate(
-        &self,
-        requests: &[GenerateRequest],
-        config: &SamplingConfig,
-        limits: &GenerateLimits,
-        progress: &mut dyn FnMut(GenerateProgress),
-    ) -> Result<Vec<PromptGroup>> {
-        let _no_grad = tch::no_grad_guard();
-        let mut wave = Wave::new(self, requests, config, limits)?;
-        wave.run(progress)?;
-        Ok(wave.into_groups())
-    }
-}
+/// Tokens with their log-probabilities, likeliest first.
+type Likeliest = Vec<(u32, f32)>;
 
 /// A running sequence.
 #[derive(Debug)]
@@ -213,6 +27,11 @@ struct Slot {
     sample: usize,
     ids: Vec<u32>,
     logprobs: Vec<f32>,
+    top: Vec<Likeliest>,
+    /// How often prompt (not counted: 0) and completion hold each token; kept only for penalties.
+    held: BTreeMap<u32, u32>,
+    /// Its longest completion.
+    limit: usize,
     /// Its first column of the cache.
     start: i64,
     done: Option<Finish>,
@@ -227,7 +46,7 @@ struct Waiting {
     logits: Tensor,
 }
 
-struct Wave<'a> {
+pub(super) struct Wave<'a> {
     decoder: &'a Decoder<'a>,
     requests: &'a [GenerateRequest],
     config: &'a SamplingConfig,
@@ -256,7 +75,7 @@ struct Wave<'a> {
 }
 
 impl<'a> Wave<'a> {
-    fn new(
+    pub(super) fn new(
         decoder: &'a Decoder<'a>,
         requests: &'a [GenerateRequest],
         config: &'a SamplingConfig,
@@ -273,7 +92,9 @@ impl<'a> Wave<'a> {
         )?;
         let longest = requests.iter().map(|r| r.prompt.len()).max().unwrap_or(0);
         let context = trunk.config.max_position_embeddings as usize;
-        let new_tokens = config.max_new_tokens.min(context);
+        let asked = |r: &GenerateRequest| r.max_new_tokens.unwrap_or(usize::MAX);
+        let new_tokens = requests.iter().map(asked).max().unwrap_or(0);
+        let new_tokens = new_tokens.min(config.max_new_tokens).min(context);
         let total: usize = requests.iter().map(|r| r.samples).sum();
         // With later arrivals the timeline runs on; the slack spaces out the shifts back.
         let width = longest + new_tokens;
@@ -312,7 +133,7 @@ impl<'a> Wave<'a> {
         })
     }
 
-    fn run(&mut self, progress: &mut dyn FnMut(GenerateProgress)) -> Result<()> {
+    pub(super) fn run(&mut self, progress: &mut dyn FnMut(GenerateProgress)) -> Result<()> {
         while self.finished < self.total {
             self.compact();
             self.admit(progress)?;
@@ -455,6 +276,9 @@ impl<'a> Wave<'a> {
                     sample: span.first_sample + k,
                     ids: Vec::new(),
                     logprobs: Vec::new(),
+                    top: Vec::new(),
+                    held: self.held(span.request),
+                    limit: self.limit(span.request),
                     start: 0,
                     done: None,
                 });
@@ -537,7 +361,11 @@ impl<'a> Wave<'a> {
         let logits = logits.to_kind(wide(logits.kind()));
         // A sum is finite exactly when its terms are: NaN and infinities cannot hide.
         let check = logits.sum_dim_intlist(-1, false, None::<Kind>);
-        let drawn = self.choose(&logits, first);
+        let (drawn, scores) = self.choose(&logits, first);
+        let top = self.top(match self.config.record {
+            RecordedLogprobs::Sampled => &scores,
+            RecordedLogprobs::Model => &logits,
+        })?;
         let logprobs = match self.config.record {
             RecordedLogprobs::Sampled => drawn.logprobs,
             RecordedLogprobs::Model => {
@@ -569,6 +397,12 @@ impl<'a> Wave<'a> {
             }
             slot.ids.push(id);
             slot.logprobs.push(logprob);
+            if let Some(top) = &top {
+                slot.top.push(top[row].clone());
+            }
+            if self.config.penalises() {
+                *slot.held.entry(id).or_insert(0) += 1;
+            }
             self.tokens += 1;
             progress(GenerateProgress::Token {
                 request: slot.request,
@@ -577,9 +411,12 @@ impl<'a> Wave<'a> {
                 logprob,
             });
             let full = self.requests[slot.request].prompt.len() + slot.ids.len() >= context;
-            if self.config.eos_ids.contains(&id) {
+            let said = |stop: &StopStrings<'_>| {
+                slot.ids.len() > self.config.min_new_tokens && stop.hit(&slot.ids)
+            };
+            if self.config.eos_ids.contains(&id) || self.decoder.stop.as_ref().is_some_and(said) {
                 slot.done = Some(Finish::Stop);
-            } else if full || slot.ids.len() >= self.config.max_new_tokens {
+            } else if full || slot.ids.len() >= slot.limit {
                 slot.done = Some(Finish::Length);
             }
             if let Some(finish) = slot.done {
@@ -589,6 +426,7 @@ impl<'a> Wave<'a> {
                 completion.sampler = Some(SamplerRecord {
                     logprobs: std::mem::take(&mut slot.logprobs),
                     policy_version: self.config.policy_version,
+                    top: std::mem::take(&mut slot.top),
                 });
                 self.done[slot.request].push((slot.sample, completion));
             }
@@ -596,36 +434,12 @@ impl<'a> Wave<'a> {
         Ok(())
     }
 
-    /// Chooses a token a row from wide logits.
-    fn choose(&self, logits: &Tensor, first: usize) -> Drawn {
+    /// Chooses a token a row from wide logits; beside it the scores that it was chosen by.
+    fn choose(&self, logits: &Tensor, first: usize) -> (Drawn, Tensor) {
         let slots = &self.slots[first..];
-        let device = self.decoder.model.device();
-        let held = slots
-            .iter()
-            .filter(|s| s.ids.len() < self.config.min_new_tokens)
-            .count();
-        let held_back = (held > 0 && !self.config.eos_ids.is_empty()).then(|| {
-            let penalty = |s: &Slot| {
-                if s.ids.len() < self.config.min_new_tokens {
-                    f64::NEG_INFINITY
-                } else {
-                    0.0
-                }
-            };
-            let penalties: Vec<f64> = slots.iter().map(penalty).collect();
-            let penalties = Tensor::from_slice(&penalties)
-                .to_device(device)
-                .to_kind(logits.kind());
-            let logits = logits.copy();
-            for &eos in &self.config.eos_ids {
-                let mut column = logits.select(1, i64::from(eos));
-                let _ = column.g_add_(&penalties);
-            }
-            logits
-        });
-        let logits = held_back.as_ref().unwrap_or(logits);
+        let adjusted = self.adjust(logits, slots);
         let Some(filters) = &self.filters else {
-            return greedy(logits);
+            return (greedy(&adjusted), adjusted);
         };
         let uniform = |s: &Slot| {
             let key = self.requests[s.request].prompt_key;
@@ -633,10 +447,84 @@ impl<'a> Wave<'a> {
                 .uniform(key, s.sample as u32, s.ids.len() as u32)
         };
         let uniforms: Vec<f64> = slots.iter().map(uniform).collect();
-        draw(
-            &filters.apply(logits),
-            &Tensor::from_slice(&uniforms).to_device(device),
-        )
+        let scores = filters.apply(&adjusted);
+        let uniforms = Tensor::from_slice(&uniforms).to_device(self.decoder.model.device());
+        (draw(&scores, &uniforms), scores)
+    }
+
+    /// Logits after penalties and biases, and without end-of-sequence tokens where a completion may
+    /// not end yet.
+    fn adjust(&self, logits: &Tensor, slots: &[Slot]) -> Tensor {
+        let c = self.config;
+        let mut logits = logits.shallow_clone();
+        if c.penalises() {
+            let held: Vec<&BTreeMap<u32, u32>> = slots.iter().map(|s| &s.held).collect();
+            logits = penalised(&logits, &held, c);
+        }
+        for &(id, by) in &c.logit_bias {
+            logits = logits.index_add(
+                1,
+                &Tensor::from_slice(&[i64::from(id)]).to_device(logits.device()),
+                &Tensor::full([logits.size()[0], 1], by, (logits.kind(), logits.device())),
+            );
+        }
+        let held_back = |s: &Slot| s.ids.len() < c.min_new_tokens;
+        if c.eos_ids.is_empty() || !slots.iter().any(held_back) {
+            return logits;
+        }
+        let penalty = |s: &Slot| if held_back(s) { f64::NEG_INFINITY } else { 0.0 };
+        let penalties: Vec<f64> = slots.iter().map(penalty).collect();
+        let penalties = Tensor::from_slice(&penalties)
+            .to_device(logits.device())
+            .to_kind(logits.kind());
+        let logits = logits.copy();
+        for &eos in &c.eos_ids {
+            let mut column = logits.select(1, i64::from(eos));
+            let _ = column.g_add_(&penalties);
+        }
+        logits
+    }
+
+    /// The likeliest tokens of every row, where they are recorded.
+    fn top(&self, scores: &Tensor) -> Result<Option<Vec<Likeliest>>> {
+        let k = (self.config.top_logprobs as i64).min(scores.size()[1]);
+        if k == 0 {
+            return Ok(None);
+        }
+        let (logprobs, ids) = scores.log_softmax(-1, None::<Kind>).topk(k, -1, true, true);
+        let ids = Vec::<i64>::try_from(ids.view(-1))?;
+        let logprobs = Vec::<f64>::try_from(logprobs.to_kind(Kind::Double).view(-1))?;
+        let pairs: Vec<(u32, f32)> = ids
+            .into_iter()
+            .zip(logprobs)
+            .map(|(id, lp)| (id as u32, lp as f32))
+            .collect();
+        let possible = |row: &[(u32, f32)]| {
+            row.iter()
+                .copied()
+                .filter(|(_, lp)| lp.is_finite())
+                .collect()
+        };
+        Ok(Some(pairs.chunks(k as usize).map(possible).collect()))
+    }
+
+    /// What penalties count of a prompt.
+    fn held(&self, request: usize) -> BTreeMap<u32, u32> {
+        if self.config.penalises() {
+            self.requests[request]
+                .prompt
+                .iter()
+                .map(|&id| (id, 0))
+                .collect()
+        } else {
+            BTreeMap::new()
+        }
+    }
+
+    /// The longest completion of a request.
+    fn limit(&self, request: usize) -> usize {
+        let own = self.requests[request].max_new_tokens;
+        own.unwrap_or(usize::MAX).min(self.config.max_new_tokens)
     }
 
     /// The first column that a running row still needs.
@@ -685,7 +573,7 @@ impl<'a> Wave<'a> {
         });
     }
 
-    fn into_groups(self) -> Vec<PromptGroup> {
+    pub(super) fn into_groups(self) -> Vec<PromptGroup> {
         self.requests
             .iter()
             .zip(self.done)
@@ -742,45 +630,38 @@ impl Waiting {
     }
 }
 
-/// Refuses what cannot be generated, before anything is computed.
-fn check(
-    requests: &[GenerateRequest],
-    config: &SamplingConfig,
-    limits: &GenerateLimits,
-    vocab: i64,
-    context: i64,
-) -> Result<()> {
-    if limits.max_batch_sequences == 0 {
-        return Err(Error::Argument(
-            "max_batch_sequences must be at least 1".into(),
-        ));
-    }
-    if let Some(id) = config.eos_ids.iter().find(|&&id| i64::from(id) >= vocab) {
-        return Err(Error::Argument(format!(
-            "end-of-sequence token {id} is outside the model's vocabulary of {vocab}"
-        )));
-    }
-    for (i, r) in requests.iter().enumerate() {
-        let bad = |what: String| Err(Error::Argument(format!("request {i}: {what}")));
-        if r.prompt.is_empty() {
-            return bad(
-                "the prompt is empty; give it at least a beginning-of-sequence token".into(),
-            );
-        }
-        if r.prompt.len() as i64 >= context {
-            return bad(format!(
-                "the prompt has {} tokens, the model's context holds {context}; shorten it",
-                r.prompt.len()
-            ));
-        }
-        if let Some(id) = r.prompt.iter().find(|&&id| i64::from(id) >= vocab) {
-            return bad(format!(
-                "token id {id} is outside the model's vocabulary of {vocab}; tokenizer and model do not belong together"
-            ));
-        }
-        if u32::try_from(r.samples).is_err() {
-            return bad(format!("{} samples", r.samples));
+/// Logits `[B, V]` after the penalties for what each row holds: its tokens with how often the
+/// completion has them (0 for those of the prompt only).
+fn penalised(logits: &Tensor, held: &[&BTreeMap<u32, u32>], c: &SamplingConfig) -> Tensor {
+    let width = held.iter().map(|h| h.len()).max().unwrap_or(0).max(1);
+    let (mut ids, mut by) = (Vec::new(), Vec::new());
+    for row in held {
+        let one = |(&id, &n): (&u32, &u32)| {
+            let presence = if n > 0 { c.presence_penalty } else { 0.0 };
+            (i64::from(id), presence + c.frequency_penalty * f64::from(n))
+        };
+        // A row with fewer tokens repeats one of its own, to the same effect; prompts are not empty.
+        let fill = row.iter().next().map_or((0, 0.0), one);
+        let pairs = row
+            .iter()
+            .map(one)
+            .chain(std::iter::repeat(fill))
+            .take(width);
+        for (id, penalty) in pairs {
+            ids.push(id);
+            by.push(penalty);
         }
     }
-    Ok(())
+    let size = [held.len() as i64, width as i64];
+    let ids = Tensor::from_slice(&ids)
+        .view(size)
+        .to_device(logits.device());
+    let by = Tensor::from_slice(&by)
+        .view(size)
+        .to_device(logits.device())
+        .to_kind(logits.kind());
+    let now = logits.gather(1, &ids, false);
+    let repeated =
+        (&now / c.repetition_penalty).where_self(&now.gt(0.0), &(&now * c.repetition_penalty));
+    logits.scatter(1, &ids, &(repeated - by))
 }
