@@ -11,6 +11,7 @@ mod jsonl;
 mod open;
 mod out;
 pub(crate) mod parquet;
+mod parquet_pages;
 
 use std::io::BufRead as _;
 use std::path::Path;

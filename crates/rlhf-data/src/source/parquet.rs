@@ -14,7 +14,10 @@ use arrow_array::types::{Float64Type, Int64Type};
 use arrow_array::{Array, RecordBatch};
 use arrow_cast::cast;
 use arrow_schema::{ArrowError, DataType, SchemaRef};
-use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use parquet::arrow::arrow_reader::{
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader,
+    ParquetRecordBatchReaderBuilder,
+};
 use parquet::file::reader::ChunkReader;
 use serde_json::{Map, Number, Value};
 
@@ -76,8 +79,9 @@ fn open_unguarded<R: ChunkReader + 'static>(
     size: u64,
     batch_rows: usize,
 ) -> std::result::Result<(ParquetRecordBatchReader, SchemaRef), String> {
-    let builder = ParquetRecordBatchReaderBuilder::try_new(input).map_err(|e| e.to_string())?;
-    for (i, group) in builder.metadata().row_groups().iter().enumerate() {
+    let metadata = ArrowReaderMetadata::load(&input, ArrowReaderOptions::default())
+        .map_err(|e| e.to_string())?;
+    for (i, group) in metadata.metadata().row_groups().iter().enumerate() {
         let inside = group.num_rows() >= 0
             && group.columns().iter().all(|c| {
                 let start = c.dictionary_page_offset().unwrap_or(c.data_page_offset());
@@ -91,9 +95,13 @@ fn open_unguarded<R: ChunkReader + 'static>(
         if !inside {
             return Err(format!("row group {i} lies outside the file"));
         }
+        for column in group.columns() {
+            let (start, length) = column.byte_range();
+            super::parquet_pages::check(&input, start, start + length)?;
+        }
     }
-    let schema = builder.schema().clone();
-    let reader = builder
+    let schema = metadata.schema().clone();
+    let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(input, metadata)
         .with_batch_size(batch_rows)
         .build()
         .map_err(|e| e.to_string())?;

@@ -346,6 +346,26 @@ fn damage_at_any_byte_is_no_panic() {
     assert!(refused > bytes.len() / 2);
 }
 
+/// A page header that states a list of 2³¹ flags: the Parquet crate would count them all.
+#[test]
+fn page_headers_that_state_too_much_are_refused() {
+    let good = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/files/page_checksums.parquet");
+    let mut bytes = std::fs::read(good).unwrap();
+    // The first page begins after the magic.
+    bytes[4..11].copy_from_slice(&[0x99, 0xf1, 0xff, 0xff, 0xff, 0xff, 0x07]);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("boast.parquet");
+    std::fs::write(&path, bytes).unwrap();
+    let e = source::read_preference(&path)
+        .and_then(Iterator::collect::<rlhf_data::Result<Vec<_>>>)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        e.contains("boast.parquet") && e.contains("header at byte 4 states more"),
+        "{e}"
+    );
+}
+
 #[test]
 fn pages_with_a_wrong_checksum_are_refused() {
     // Written by pyarrow with `write_page_checksum=True`, uncompressed.
