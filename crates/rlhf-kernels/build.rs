@@ -45,6 +45,7 @@ fn main() {
             "linear_logprobs",
             "optim",
             "optim8",
+            "panels",
             "ragged",
             "recompute",
             "surrogate",

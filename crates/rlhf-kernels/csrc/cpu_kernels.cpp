@@ -142,6 +142,54 @@ void gemm(int64_t m, int64_t n, int64_t k, const T *a, int64_t row, int64_t col,
     }
 }
 
+INLINE F widen(const float *p) { return load(p); }
+// bf16 is the upper half of f32.
+INLINE F widen(const uint16_t *p) {
+  typedef uint16_t H __attribute__((vector_size(32)));
+  typedef uint32_t U __attribute__((vector_size(64)));
+  H half;
+  __builtin_memcpy(&half, p, 32);
+  const U bits = __builtin_convertvector(half, U) << 16;
+  F wide;
+  __builtin_memcpy(&wide, &bits, 64);
+  return wide;
+}
+template <class E, int R>
+INLINE void panel_tile(const float *x, int64_t row, int64_t k, const E *panel, float *out, int64_t ldo) {
+  F acc[R][kTileVecs];
+#pragma GCC unroll 12
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < kTileVecs; ++j) acc[i][j] = F{};
+  for (int64_t p = 0; p < k; ++p) {
+    F y[kTileVecs];
+#pragma GCC unroll 2
+    for (int j = 0; j < kTileVecs; ++j) y[j] = widen(panel + p * rlhf::kPanel + j * W);
+#pragma GCC unroll 12
+    for (int i = 0; i < R; ++i) {
+      const F b = splat(x[i * row + p]);
+#pragma GCC unroll 2
+      for (int j = 0; j < kTileVecs; ++j) acc[i][j] += b * y[j];
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < kTileVecs; ++j) store(out + i * ldo + j * W, acc[i][j]);
+}
+template <class E>
+void panel(const float *x, int64_t rows, int64_t row, int64_t k, const E *w, float *out, int64_t ldo) {
+  for (int64_t j = 0; j < rlhf::kPanel; j += kTileVecs * W) {
+    int64_t i = 0;
+    if (kTileRows == 8)
+      for (; i + 12 <= rows; i += 12) panel_tile<E, 12>(x + i * row, row, k, w + j, out + i * ldo + j, ldo);
+    for (; i + kTileRows <= rows; i += kTileRows)
+      panel_tile<E, kTileRows>(x + i * row, row, k, w + j, out + i * ldo + j, ldo);
+    for (; i + 4 <= rows; i += 4) panel_tile<E, 4>(x + i * row, row, k, w + j, out + i * ldo + j, ldo);
+    for (; i < rows; ++i) panel_tile<E, 1>(x + i * row, row, k, w + j, out + i * ldo + j, ldo);
+  }
+}
+
 // Scratch that grows and is kept by its thread.
 template <class T> T *scratch(int slot, int64_t n) {
   struct Kept {
@@ -343,5 +391,6 @@ template <class T> void attend_grad(const rlhf::Attention<T> &a, const rlhf::Gro
 
 namespace rlhf {
 extern const CpuKernels RLHF_ISA;
-const CpuKernels RLHF_ISA = {stats, grad, attend<float>, attend<double>, attend_grad<float>, attend_grad<double>};
+const CpuKernels RLHF_ISA = {stats, grad, attend<float>, attend<double>, attend_grad<float>, attend_grad<double>,
+                             panel<float>, panel<uint16_t>};
 } // namespace rlhf

@@ -28,6 +28,9 @@ template <class T> struct Attention {
 // and 1/S. Probabilities come from 1/S: log S in f32 would make all of a row's wrong by the same factor.
 constexpr int64_t kStats = 4;
 
+// Columns of a matrix that lie together when it is packed for few rows.
+constexpr int64_t kPanel = 32;
+
 struct CpuKernels {
   void (*stats)(const float *z, int64_t v, float inv_t, bool entropy, float *out);
   // out = d(g·logp + ge·H)/dz of one row, without the chosen id's own part; out may be z. With a soft
@@ -39,6 +42,10 @@ struct CpuKernels {
   void (*attend_f64)(const Attention<double> &, const Group &, int64_t head);
   void (*attend_grad_f32)(const Attention<float> &, const Group &, int64_t head);
   void (*attend_grad_f64)(const Attention<double> &, const Group &, int64_t head);
+  // out [rows][ldo], kPanel columns of it, = x [rows][k] with rows `row` apart, times one panel [k][kPanel].
+  void (*panel_f32)(const float *x, int64_t rows, int64_t row, int64_t k, const float *panel, float *out, int64_t ldo);
+  void (*panel_bf16)(const float *x, int64_t rows, int64_t row, int64_t k, const uint16_t *panel, float *out,
+                     int64_t ldo);
 };
 
 const CpuKernels &cpu_kernels();

@@ -91,6 +91,11 @@ unsafe extern "C" {
         by_completion: c_int,
         sequence_mean: c_int,
     ) -> *mut c_char;
+    fn rlhf_panel_product(
+        out: *mut *mut C_tensor,
+        x: *const C_tensor,
+        panels: *const C_tensor,
+    ) -> *mut c_char;
     fn rlhf_prefix_attention(
         out: *mut *mut C_tensor,
         q: *const C_tensor,
@@ -465,6 +470,15 @@ pub(crate) fn surrogate(
     };
     check("surrogate", message)?;
     Ok((take(out), sums))
+}
+
+/// `x` f32 `[B, I]` with unit stride in I, `panels` contiguous `[n, I, 32]`, both on the CPU.
+pub(crate) fn panel_product(x: &Tensor, panels: &Tensor) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: both tensors are alive for the call; the caller checked types, shapes and devices.
+    let message = unsafe { rlhf_panel_product(&raw mut out, x.as_ptr(), panels.as_ptr()) };
+    check("Panels::product", message)?;
+    Ok(take(out))
 }
 
 /// `groups`: for each the prompt's start and end, the number of completions, their starts and ends.

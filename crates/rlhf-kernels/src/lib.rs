@@ -25,6 +25,7 @@ mod ffi;
 pub mod kl;
 mod linear_logprobs;
 pub mod optim;
+mod panels;
 mod ragged;
 mod recompute;
 pub mod reference;
@@ -38,6 +39,7 @@ pub use linear_logprobs::{
     F32_RESOLUTION, Head, LogprobOptions, Logprobs, Moments, Top1, entropy, linear_logprobs,
     token_logprobs,
 };
+pub use panels::Panels;
 pub use ragged::{LossSum, Mean, Offsets, Ragged};
 pub use recompute::recompute;
 pub use scan::{Direction, discounted_returns, gae, scan};

@@ -33,6 +33,14 @@ fn shapes() -> Vec<Shape> {
             new_tokens: 40,
         },
         Shape {
+            name: "stories15M, batch 8, prompt 32 + 128",
+            config: stories15m.clone(),
+            prompts: 8,
+            samples: 1,
+            prompt_tokens: 32,
+            new_tokens: 128,
+        },
+        Shape {
             name: "stories15M, batch 32, prompt 32 + 128",
             config: stories15m,
             prompts: 32,
@@ -41,12 +49,20 @@ fn shapes() -> Vec<Shape> {
             new_tokens: 128,
         },
         Shape {
-            name: "SmolLM2-135M, batch 8, prompt 32 + 32",
-            config: smollm2,
+            name: "SmolLM2-135M, batch 8, prompt 32 + 128",
+            config: smollm2.clone(),
             prompts: 8,
             samples: 1,
             prompt_tokens: 32,
-            new_tokens: 32,
+            new_tokens: 128,
+        },
+        Shape {
+            name: "SmolLM2-135M, batch 32, prompt 32 + 128",
+            config: smollm2,
+            prompts: 32,
+            samples: 1,
+            prompt_tokens: 32,
+            new_tokens: 128,
         },
     ]
 }
@@ -95,6 +111,7 @@ fn generation(c: &mut Criterion) {
         group.bench_function(BenchmarkId::from_parameter(shape.name), |b| {
             b.iter(|| {
                 Decoder::new(&model)
+                    .expect("memory")
                     .generate(&requests, &config, &GenerateLimits::default(), &mut |_| {})
                     .expect("generation")
             });

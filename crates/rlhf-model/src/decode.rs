@@ -5,11 +5,12 @@
 //! sequence owns the columns from its start on; what lies before is masked. Rotary positions are in
 //! the keys already, so columns carry no meaning of their own and may be shifted together.
 
-use rlhf_kernels::AttentionOptions;
-use tch::{Kind, Tensor};
+use rlhf_kernels::{AttentionOptions, Panels};
+use tch::{Device, Kind, Tensor};
 
 use crate::causal_lm::CausalLm;
 use crate::config::{Activation, Config};
+use crate::error::Result;
 use crate::layers::{First, Layer, Norm, Qkv, activate, normed};
 use crate::linear::Linear;
 use crate::rope::Angles;
@@ -23,69 +24,88 @@ const MAX_FUSED_PARAMETERS: i64 = 1 << 29;
 #[derive(Debug)]
 enum Projection {
     Fused {
-        transposed: Tensor,
+        matrix: Matrix,
         bias: Option<Tensor>,
     },
     Parts(Vec<(Tensor, Option<Tensor>)>),
 }
 
 impl Projection {
-    fn new(parts: &[&Linear], fuse: bool) -> Self {
+    fn new(parts: &[&Linear], fuse: bool) -> Result<Self> {
         if !fuse {
-            return Self::Parts(parts.iter().map(|l| (l.matrix(), l.bias())).collect());
+            let parts = parts.iter().map(|l| (l.matrix(), l.bias()));
+            return Ok(Self::Parts(parts.collect()));
         }
         let weights: Vec<Tensor> = parts.iter().map(|l| l.matrix()).collect();
         let biases: Vec<Tensor> = parts.iter().filter_map(|l| l.bias()).collect();
-        Self::Fused {
-            transposed: Tensor::cat(&weights, 0).tr().contiguous(),
+        Ok(Self::Fused {
+            matrix: Matrix::new(&Tensor::cat(&weights, 0))?,
             bias: (!biases.is_empty()).then(|| Tensor::cat(&biases, 0)),
-        }
+        })
     }
 
-    fn forward(&self, x: &Tensor) -> Tensor {
-        match self {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(match self {
+            Self::Fused { matrix, bias: None } => matrix.product(x)?,
             Self::Fused {
-                transposed,
-                bias: None,
-            } => x.mm(transposed),
-            Self::Fused {
-                transposed,
+                matrix,
                 bias: Some(bias),
-            } => bias.addmm(x, transposed),
+            } => matrix.product(x)? + bias,
             Self::Parts(parts) => {
                 let outs: Vec<Tensor> =
                     parts.iter().map(|(w, b)| x.linear(w, b.as_ref())).collect();
                 Tensor::cat(&outs, 1)
             }
-        }
+        })
+    }
+}
+
+/// A weight laid out for products with few rows.
+#[derive(Debug)]
+enum Matrix {
+    /// On the CPU.
+    Panels(Panels),
+    /// `[in, out]`; on other devices and in other types.
+    Transposed(Tensor),
+}
+
+impl Matrix {
+    /// From a weight `[out, in]`.
+    fn new(weight: &Tensor) -> Result<Self> {
+        Ok(
+            if weight.device() == Device::Cpu && weight.kind() == Kind::Float {
+                Self::Panels(Panels::pack(weight)?)
+            } else {
+                Self::Transposed(weight.tr().contiguous())
+            },
+        )
+    }
+
+    fn product(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(match self {
+            Self::Panels(panels) => panels.product(x)?,
+            Self::Transposed(t) => x.mm(t),
+        })
     }
 }
 
 /// A projection whose result is added to the residual stream, after a norm in some families.
 #[derive(Debug)]
 struct Residual {
-    transposed: Tensor,
-    bias: Option<Tensor>,
+    product: Projection,
     norm: Option<Norm>,
 }
 
 impl Residual {
-    fn new(linear: &Linear, norm: Option<&Norm>, copy: bool) -> Self {
-        let t = linear.matrix().tr();
-        Self {
-            transposed: if copy { t.contiguous() } else { t },
-            bias: linear.bias(),
+    fn new(linear: &Linear, norm: Option<&Norm>, fuse: bool) -> Result<Self> {
+        Ok(Self {
+            product: Projection::new(&[linear], fuse)?,
             norm: norm.map(Norm::frozen),
-        }
+        })
     }
 
-    fn add(&self, residual: &Tensor, x: &Tensor) -> Tensor {
-        match (&self.norm, &self.bias) {
-            (None, None) => residual.addmm(x, &self.transposed),
-            (None, Some(bias)) => residual.addmm(x, &self.transposed) + bias,
-            (Some(norm), None) => norm.forward(&x.mm(&self.transposed)) + residual,
-            (Some(norm), Some(bias)) => norm.forward(&bias.addmm(x, &self.transposed)) + residual,
-        }
+    fn add(&self, residual: &Tensor, x: &Tensor) -> Result<Tensor> {
+        Ok(normed(self.norm.as_ref(), self.product.forward(x)?) + residual)
     }
 }
 
@@ -107,38 +127,38 @@ struct DecodeLayer {
 }
 
 impl DecodeLayer {
-    fn new(l: &Layer, fuse: bool) -> Self {
+    fn new(l: &Layer, fuse: bool) -> Result<Self> {
         let frozen = |norm: &Option<Norm>| norm.as_ref().map(Norm::frozen);
         let qkv = match &l.qkv {
-            Qkv::Apart(three) => Projection::new(&three.each_ref(), fuse),
-            Qkv::Together(all) => Projection::new(&[all], fuse),
+            Qkv::Apart(three) => Projection::new(&three.each_ref(), fuse)?,
+            Qkv::Together(all) => Projection::new(&[all], fuse)?,
         };
         let (up, gated) = match &l.mlp.first {
-            First::Gated { gate, up } => (Projection::new(&[gate, up], fuse), true),
-            First::GateUp(both) => (Projection::new(&[both], fuse), true),
-            First::Plain(up) => (Projection::new(&[up], fuse), false),
+            First::Gated { gate, up } => (Projection::new(&[gate, up], fuse)?, true),
+            First::GateUp(both) => (Projection::new(&[both], fuse)?, true),
+            First::Plain(up) => (Projection::new(&[up], fuse)?, false),
         };
-        Self {
+        Ok(Self {
             input_norm: frozen(&l.input_norm),
             qkv,
             q_norm: frozen(&l.q_norm),
             k_norm: frozen(&l.k_norm),
-            o: Residual::new(&l.o, l.attention_norm.as_ref(), fuse),
+            o: Residual::new(&l.o, l.attention_norm.as_ref(), fuse)?,
             mlp_norm: frozen(&l.mlp_norm),
             up,
             gated,
             activation: l.mlp.activation,
-            down: Residual::new(&l.mlp.down, l.mlp_out_norm.as_ref(), fuse),
+            down: Residual::new(&l.mlp.down, l.mlp_out_norm.as_ref(), fuse)?,
             options: l.options,
             rope: l.rope,
-        }
+        })
     }
 
     /// Queries and keys `[n, Hq + Hkv, D]`, normed and rotated, and values `[n, Hkv, D]`.
-    fn heads(&self, c: &Config, x: &Tensor, angles: &[Angles]) -> (Tensor, Tensor) {
+    fn heads(&self, c: &Config, x: &Tensor, angles: &[Angles]) -> Result<(Tensor, Tensor)> {
         let (n, d) = (x.size()[0], c.head_dim);
         let (hq, hkv) = (c.num_attention_heads, c.num_key_value_heads);
-        let all = self.qkv.forward(x);
+        let all = self.qkv.forward(x)?;
         let values = all.narrow(1, (hq + hkv) * d, hkv * d).reshape([n, hkv, d]);
         let qk = if self.q_norm.is_none() && self.k_norm.is_none() {
             all.narrow(1, 0, (hq + hkv) * d).reshape([n, hq + hkv, d])
@@ -158,7 +178,7 @@ impl DecodeLayer {
             Some(which) => angles[which].rotate(&qk),
             None => qk,
         };
-        (qk, values)
+        Ok((qk, values))
     }
 }
 
@@ -167,35 +187,39 @@ impl DecodeLayer {
 pub(crate) struct DecodeWeights {
     layers: Vec<DecodeLayer>,
     norm: Norm,
-    /// `[V, H]`.
-    head: Tensor,
+    head: Matrix,
     softcap: Option<f64>,
 }
 
 impl DecodeWeights {
-    pub(crate) fn new(model: &Transformer) -> Self {
+    pub(crate) fn new(model: &Transformer) -> Result<Self> {
         let _no_grad = tch::no_grad_guard();
         let trunk: &Trunk = model.trunk();
         let fuse = trunk.config.num_parameters() <= MAX_FUSED_PARAMETERS;
-        Self {
+        let head = model.lm_head().detach();
+        Ok(Self {
             layers: trunk
                 .layers
                 .iter()
                 .map(|l| DecodeLayer::new(l, fuse))
-                .collect(),
+                .collect::<Result<_>>()?,
             norm: trunk.norm.frozen(),
-            head: model.lm_head().detach(),
+            head: if fuse {
+                Matrix::new(&head)?
+            } else {
+                Matrix::Transposed(head.tr())
+            },
             softcap: model.logit_softcap(),
-        }
+        })
     }
 
     /// Logits `[P, V]` of hidden states `[P, H]`.
-    pub(crate) fn logits(&self, hidden: &Tensor) -> Tensor {
-        let logits = hidden.linear(&self.head, None::<Tensor>);
-        match self.softcap {
+    pub(crate) fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        let logits = self.head.product(hidden)?;
+        Ok(match self.softcap {
             Some(cap) => (logits / cap).tanh() * cap,
             None => logits,
-        }
+        })
     }
 }
 
@@ -220,7 +244,7 @@ pub(crate) struct KvCache {
 }
 
 impl KvCache {
-    pub(crate) fn new(trunk: &Trunk, rows: i64, columns: i64) -> crate::Result<Self> {
+    pub(crate) fn new(trunk: &Trunk, rows: i64, columns: i64) -> Result<Self> {
         let c = &trunk.config;
         // Zeros: a masked column has weight 0, and 0 times stray bits could be NaN.
         let one = || {
@@ -234,7 +258,7 @@ impl KvCache {
                 .layers
                 .iter()
                 .map(|_| one())
-                .collect::<Result<Vec<_>, _>>()
+                .collect::<std::result::Result<Vec<_>, _>>()
         };
         Ok(Self {
             keys: make()?,
@@ -327,14 +351,14 @@ pub(crate) fn step(
     positions: &Tensor,
     angles: &[Angles],
     window: &Window<'_>,
-) -> crate::Result<Tensor> {
+) -> Result<Tensor> {
     let c = &trunk.config;
     let (n, d) = (window.rows, c.head_dim);
     let (hq, hkv) = (c.num_attention_heads, c.num_key_value_heads);
     let mut x = trunk.embed(ids, positions)?;
     for (i, layer) in weights.layers.iter().enumerate() {
         let input = normed(layer.input_norm.as_ref(), x.shallow_clone());
-        let (qk, v) = layer.heads(c, &input, angles);
+        let (qk, v) = layer.heads(c, &input, angles)?;
         let (keys, values) = (&cache.keys[i], &cache.values[i]);
         let now = |t: &Tensor| t.narrow(0, 0, n).select(2, window.now);
         now(keys).copy_(&qk.narrow(1, hq, hkv));
@@ -358,18 +382,18 @@ pub(crate) fn step(
             bias.as_ref(),
             &layer.options,
         );
-        x = layer.o.add(&x, &mixed.reshape([n, hq * d]));
+        x = layer.o.add(&x, &mixed.reshape([n, hq * d]))?;
         let input = normed(layer.mlp_norm.as_ref(), x.shallow_clone());
-        let up = layer.up.forward(&input);
+        let up = layer.up.forward(&input)?;
         let inner = if layer.gated {
             let half = c.intermediate_size;
             activate(layer.activation, &up.narrow(1, 0, half)) * up.narrow(1, half, half)
         } else {
             activate(layer.activation, &up)
         };
-        x = layer.down.add(&x, &inner);
+        x = layer.down.add(&x, &inner)?;
     }
-    Ok(weights.logits(&weights.norm.forward(&x)))
+    weights.logits(&weights.norm.forward(&x))
 }
 
 /// Attention of one token a sequence: `q` `[n, Hkv, Hq / Hkv, D]` over `[n, Hkv, columns, D]`.

@@ -6,8 +6,8 @@ use std::rc::Rc;
 
 use rlhf_kernels::optim::{AdamW, AdamWConfig, clip_grad_norm};
 use rlhf_kernels::{
-    AttentionOptions, Head, LogprobOptions, Offsets, Ragged, discounted_returns, entropy, gae,
-    linear_logprobs, recompute, reference, shared_prefix_attention, token_logprobs,
+    AttentionOptions, Head, LogprobOptions, Offsets, Panels, Ragged, discounted_returns, entropy,
+    gae, linear_logprobs, recompute, reference, shared_prefix_attention, token_logprobs,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -556,6 +556,31 @@ fn a_distant_cap_is_no_cap() {
         shared_prefix_attention(&x, &x, &x, &layout, &options).unwrap()
     };
     assert!(largest_difference(&with(Some(1e6)), &with(None)) < 1e-10);
+}
+
+/// Every number of rows around the tiles' borders, matrices of whole and broken panels, f32 and bf16.
+#[test]
+fn panels_are_the_plain_product() {
+    for kind in [Kind::Float, Kind::BFloat16] {
+        for (out, from) in [(32, 7), (64, 96), (1, 5), (33, 16), (95, 40)] {
+            let weight = wave(&[out, from], 1.0, Kind::Float).to_kind(kind);
+            let panels = Panels::pack(&weight).unwrap();
+            for rows in [1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 33] {
+                let x = wave(&[rows, from + 2], 2.0, Kind::Float).narrow(1, 1, from);
+                let wide = |t: &Tensor| t.to_kind(Kind::Double);
+                let plain = wide(&x).mm(&wide(&weight).tr());
+                let ours = panels.product(&x).unwrap();
+                assert_eq!(ours.size(), [rows, out]);
+                assert!(largest_difference(&wide(&ours), &plain) < 1e-6 * from as f64);
+            }
+        }
+    }
+    let weight = wave(&[8, 4], 1.0, Kind::Float);
+    let panels = Panels::pack(&weight).unwrap();
+    let text = |e: rlhf_kernels::Result<Tensor>| e.unwrap_err().to_string();
+    assert!(text(panels.product(&wave(&[2, 5], 1.0, Kind::Float))).contains("[B, 4]"));
+    assert!(text(panels.product(&wave(&[2, 4], 1.0, Kind::Double))).contains("f32"));
+    assert!(Panels::pack(&weight.to_kind(Kind::Double)).is_err());
 }
 
 /// Heads cut out of one wide product, as models make them.

@@ -63,7 +63,7 @@ pub fn generate(
     limits: &GenerateLimits,
     progress: &mut dyn FnMut(GenerateProgress),
 ) -> Result<Vec<PromptGroup>> {
-    Decoder::new(model).generate(requests, config, limits, progress)
+    Decoder::new(model)?.generate(requests, config, limits, progress)
 }
 
 /// A model with its weights laid out for decoding, for many calls with the same weights.
@@ -76,13 +76,15 @@ pub struct Decoder<'m> {
 
 impl<'m> Decoder<'m> {
     /// Lays out the weights (a copy, for all but very large models).
-    #[must_use]
-    pub fn new(model: &'m Transformer) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// [`Error::Torch`] or [`Error::Kernel`] when memory does not suffice.
+    pub fn new(model: &'m Transformer) -> Result<Self> {
+        Ok(Self {
             model,
-            weights: DecodeWeights::new(model),
+            weights: DecodeWeights::new(model)?,
             stop: None,
-        }
+        })
     }
 
     /// Ends completions at texts, too; such a completion has [`rlhf_data::group::Finish::Stop`] and keeps all of its

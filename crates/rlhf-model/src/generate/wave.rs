@@ -249,7 +249,7 @@ impl<'a> Wave<'a> {
         let logits = self
             .decoder
             .weights
-            .logits(&hidden.index_select(0, &upload(&last)?));
+            .logits(&hidden.index_select(0, &upload(&last)?))?;
         Ok(Prompts {
             spans,
             cache,

@@ -309,7 +309,7 @@ fn progress_tells_every_token_once() {
         max_batch_sequences: 8,
         ..GenerateLimits::default()
     };
-    let decoder = Decoder::new(&model);
+    let decoder = Decoder::new(&model).unwrap();
     let groups = decoder
         .generate(&requests, config, &limits, &mut |p| match p {
             GenerateProgress::Token {

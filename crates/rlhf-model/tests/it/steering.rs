@@ -189,7 +189,7 @@ fn stop_strings_end_a_completion_with_the_token_that_completes_them() {
         strings: &strings,
         decode: &decode,
     };
-    let decoder = Decoder::new(&model).stop_at(stop).unwrap();
+    let decoder = Decoder::new(&model).unwrap().stop_at(stop).unwrap();
     let held = decoder
         .generate(&requests, &config, &limits, &mut |_| {})
         .unwrap();
@@ -215,7 +215,7 @@ fn stop_strings_end_a_completion_with_the_token_that_completes_them() {
         strings: &empty,
         decode: &decode,
     };
-    assert!(Decoder::new(&model).stop_at(stop).is_err());
+    assert!(Decoder::new(&model).unwrap().stop_at(stop).is_err());
 }
 
 #[test]
