@@ -1,7 +1,17 @@
 //! Reward models: Bradley-Terry and kin, training, reward sources.
 //!
-//! The loss ([`bradley_terry`]) needs only tensors: use it with a model of your own by turning the
-//! default feature `train` off.
+//! The losses need only tensors: use them with a model of your own by turning the default features off.
+//!
+//! | labels | loss |
+//! | --- | --- |
+//! | pairs, with margins, ties, weights | [`bradley_terry`]; all pairs of a prompt: [`pairs`] |
+//! | pairs with a difference of scores | [`difference`] |
+//! | rankings | [`plackett_luce`] |
+//! | Likert scales, of completions or pairs | [`ordinal`] |
+//! | ratings of attributes | [`regression`] |
+//! | right or wrong answers | [`outcome`] |
+//! | right or wrong steps | [`process`] |
+//! | labels that disagree | [`distributional`] |
 //!
 //! ```
 //! use rlhf_reward::bradley_terry::{self, BradleyTerry};
@@ -17,7 +27,16 @@
 //! ```
 
 pub mod bradley_terry;
+mod checks;
+pub mod difference;
+pub mod distributional;
 mod error;
+pub mod ordinal;
+pub mod outcome;
+pub mod pairs;
+pub mod plackett_luce;
+pub mod process;
+pub mod regression;
 #[cfg(feature = "train")]
 pub mod source;
 #[cfg(feature = "train")]

@@ -3,12 +3,14 @@
 use rlhf_data::group::PromptGroup;
 use rlhf_data::order::endless;
 use rlhf_data::pack::{PackedBatch, batches_by_tokens};
+use rlhf_kernels::Offsets;
 use rlhf_model::{DeviceBatch, RewardNorm, ScalarModel};
 use rlhf_train::{Flow, Session, Stepper};
-use tch::{Kind, Tensor};
+use tch::Kind;
 
-use crate::bradley_terry::{self, BradleyTerry};
+use crate::bradley_terry::{self, BradleyTerry, PairStats};
 use crate::error::{Error, Result};
+use crate::pairs::Pairs;
 use crate::source::model_scores;
 
 /// Settings of [`train`].
@@ -30,7 +32,7 @@ pub struct RewardConfig {
 /// completion is preferred to every later one, each pair at weight 1 / (pairs of its prompt).
 ///
 /// # Errors
-/// When a group exceeds `micro_tokens`, the loss stays non-finite, or a file cannot be written.
+/// When a group exceeds `micro_tokens` or has fewer than two completions, the loss stays non-finite, or a file cannot be written.
 pub fn train(
     model: &ScalarModel,
     data: &[PromptGroup],
@@ -48,50 +50,32 @@ pub fn train(
             .map(|i| data[endless(cfg.seed, data.len(), first + i)].clone())
             .collect();
         let lengths: Vec<usize> = rows.iter().map(PromptGroup::num_tokens).collect();
-        let (mut right, mut margin, mut pairs) = (0.0, 0.0, 0.0);
+        let mut stats = PairStats::default();
         for range in batches_by_tokens(&lengths, cfg.micro_tokens)? {
             let groups = &rows[range];
             let batch = DeviceBatch::new(&PackedBatch::pack(groups)?, device)?;
             let scores = model.scores(&batch)?;
-            let (chosen, rejected, weights) = all_pairs(groups);
-            let at = |index: &[i64]| {
-                scores.index_select(0, &Tensor::from_slice(index).to_device(device))
+            let lengths: Vec<i64> = groups.iter().map(|g| g.completions.len() as i64).collect();
+            let pairs =
+                Pairs::of_rankings(&Offsets::from_lengths(&lengths)?)?.tensors(Kind::Float, device);
+            let (c, r) = (
+                scores.index_select(0, &pairs.chosen),
+                scores.index_select(0, &pairs.rejected),
+            );
+            let settings = BradleyTerry {
+                weights: Some(&pairs.weights),
+                centering: cfg.centering,
+                ..BradleyTerry::default()
             };
-            let (c, r) = (at(&chosen), at(&rejected));
-            let w = Tensor::from_slice(&weights)
-                .to_kind(c.kind())
-                .to_device(device);
-            let loss = bradley_terry::loss(
-                &c,
-                &r,
-                &BradleyTerry {
-                    weights: Some(&w),
-                    centering: cfg.centering,
-                    ..BradleyTerry::default()
-                },
-            )?;
-            let gap = (&c - &r).detach().to_kind(Kind::Double);
-            right += gap
-                .gt(0.0)
-                .to_kind(Kind::Double)
-                .sum(None)
-                .double_value(&[])
-                + 0.5
-                    * gap
-                        .eq(0.0)
-                        .to_kind(Kind::Double)
-                        .sum(None)
-                        .double_value(&[]);
-            margin += gap.sum(None).double_value(&[]);
-            pairs += chosen.len() as f64;
+            let loss = bradley_terry::loss(&c, &r, &settings)?;
+            stats.add(&PairStats::of(&c, &r)?);
             stepper.accumulate(loss)?;
         }
         let report = stepper.apply()?;
-        let n = f64::max(pairs, 1.0);
         let metrics = [
             ("loss", report.loss),
-            ("accuracy", right / n),
-            ("margin", margin / n),
+            ("accuracy", stats.accuracy()),
+            ("margin", stats.mean_margin()),
             ("grad_norm", report.grad_norm),
             ("lr", report.lr),
         ];
@@ -101,24 +85,6 @@ pub fn train(
         }
     }
     Ok(Flow::Continue)
-}
-
-/// Completion indices of every (better, worse) pair, with weights that sum to 1 in each group.
-fn all_pairs(groups: &[PromptGroup]) -> (Vec<i64>, Vec<i64>, Vec<f64>) {
-    let (mut chosen, mut rejected, mut weights) = (Vec::new(), Vec::new(), Vec::new());
-    let mut base = 0i64;
-    for group in groups {
-        let k = group.completions.len() as i64;
-        for better in 0..k {
-            for worse in better + 1..k {
-                chosen.push(base + better);
-                rejected.push(base + worse);
-                weights.push(2.0 / (k * (k - 1)) as f64);
-            }
-        }
-        base += k;
-    }
-    (chosen, rejected, weights)
 }
 
 /// Scores of (chosen, rejected) for every pair of `data`.

@@ -1,7 +1,13 @@
 //! Properties that hold for any input.
 
 use proptest::prelude::*;
+use rlhf_kernels::{Offsets, Ragged};
 use rlhf_reward::bradley_terry::{self, BradleyTerry};
+use rlhf_reward::difference::{self, DifferenceLoss};
+use rlhf_reward::distributional::{self, Normal};
+use rlhf_reward::outcome::{self, Pool};
+use rlhf_reward::regression::{self, Regression};
+use rlhf_reward::{ordinal, plackett_luce, process};
 use tch::Tensor;
 
 use crate::golden_io::gradient;
@@ -39,5 +45,87 @@ proptest! {
         };
         prop_assert!((of(c, r) - of(c + shift, r + shift)).abs() < 1e-12);
         prop_assert!((of(r, c) - of(c, r) - (c - r)).abs() < 1e-12);
+    }
+
+    /// Rankings and completions of any lengths, cut anywhere: the parts add up to the whole.
+    #[test]
+    fn ragged_losses_split(
+        lengths in prop::collection::vec(2i64..5, 1..6),
+        cut in any::<prop::sample::Index>(),
+        seed in prop::collection::vec(-3.0f64..3.0, 25),
+    ) {
+        let total: i64 = lengths.iter().sum();
+        let leaf = Tensor::from_slice(&seed[..total as usize]).set_requires_grad(true);
+        let correct: Vec<f64> = (0..lengths.len()).map(|i| [1.0, 0.0, 0.25][i % 3]).collect();
+        let part = |from: usize, to: usize| {
+            let start: i64 = lengths[..from].iter().sum();
+            let offsets = Offsets::from_lengths(&lengths[from..to]).unwrap();
+            let values = leaf.narrow(0, start, offsets.num_values());
+            let ragged = Ragged::new(values, offsets).unwrap();
+            let correct = Tensor::from_slice(&correct[from..to]);
+            [
+                plackett_luce::loss(&ragged, None).unwrap(),
+                outcome::per_token(&ragged, &correct, None).unwrap(),
+                outcome::pooled(&ragged, &correct, Pool::Mean, None).unwrap(),
+            ]
+        };
+        let cut = cut.index(lengths.len() + 1);
+        let parts = part(0, cut).into_iter().zip(part(cut, lengths.len()));
+        for (whole, (a, b)) in part(0, lengths.len()).into_iter().zip(parts) {
+            prop_assert!((a.weight + b.weight - whole.weight).abs() < 1e-12);
+            let sum = a.sum + b.sum;
+            prop_assert!((&sum - &whole.sum).abs().double_value(&[]) < 1e-10);
+            prop_assert!((gradient(&sum, &leaf) - gradient(&whole.sum, &leaf)).abs().max().double_value(&[]) < 1e-12);
+        }
+    }
+
+    /// Losses of rows, cut anywhere.
+    #[test]
+    fn row_losses_split(
+        rows in prop::collection::vec((-4.0f64..4.0, -4.0f64..4.0, 0i64..3, 0.0f64..2.0), 1..9),
+        cut in any::<prop::sample::Index>(),
+    ) {
+        let n = rows.len();
+        let flat: Vec<f64> = rows.iter().flat_map(|r| [r.0, r.1]).collect();
+        let leaf = Tensor::from_slice(&flat).set_requires_grad(true);
+        let theta = Tensor::from_slice(&[-1.0, 0.5]);
+        let part = |from: usize, to: usize| {
+            let rows = &rows[from..to];
+            let x = leaf.view([-1, 2]).narrow(0, from as i64, rows.len() as i64);
+            let (a, b) = (x.select(1, 0), x.select(1, 1));
+            let labels = Tensor::from_slice(&rows.iter().map(|r| r.2).collect::<Vec<_>>());
+            let w = Tensor::from_slice(&rows.iter().map(|r| r.3).collect::<Vec<_>>());
+            let three = Tensor::stack(&[&a, &b, &(&a * &b)], 1);
+            let normal = |mean, log_variance| Normal { mean, log_variance };
+            [
+                difference::loss(&a, &b, &w, DifferenceLoss::Squared, Some(&w)).unwrap(),
+                ordinal::loss(&(&a - &b), &labels, &theta, Some(&w)).unwrap(),
+                process::loss(&three, &labels, Some(&w)).unwrap(),
+                regression::loss(&x, &Tensor::stack(&[&w, &w], 1), &Regression::default()).unwrap(),
+                distributional::regression(normal(&a, &b), &w, Some(&w)).unwrap(),
+                distributional::pairwise(normal(&a, &b), normal(&b, &a), Some(&w)).unwrap(),
+            ]
+        };
+        let cut = cut.index(n + 1);
+        let parts = part(0, cut).into_iter().zip(part(cut, n));
+        for (whole, (a, b)) in part(0, n).into_iter().zip(parts) {
+            prop_assert!((a.weight + b.weight - whole.weight).abs() < 1e-12);
+            let sum = a.sum + b.sum;
+            prop_assert!((&sum - &whole.sum).abs().double_value(&[]) < 1e-9);
+            prop_assert!((gradient(&sum, &leaf) - gradient(&whole.sum, &leaf)).abs().max().double_value(&[]) < 1e-9);
+        }
+    }
+
+    /// The labels' probabilities sum to 1 and agree with the loss.
+    #[test]
+    fn ordinal_labels_sum_to_one(s in -9.0f64..9.0, raw in prop::collection::vec(-3.0f64..3.0, 1..5)) {
+        let theta = ordinal::thresholds(&Tensor::from_slice(&raw)).unwrap();
+        let at = Tensor::from_slice(&[s]);
+        let p = Vec::<f64>::try_from(&ordinal::probabilities(&at, &theta).unwrap().get(0)).unwrap();
+        prop_assert!((p.iter().sum::<f64>() - 1.0).abs() < 1e-12);
+        for (label, p) in p.iter().enumerate() {
+            let loss = ordinal::loss(&at, &Tensor::from_slice(&[label as i64]), &theta, None).unwrap();
+            prop_assert!(((-loss.sum).exp().double_value(&[]) - p).abs() < 1e-12);
+        }
     }
 }
