@@ -31,7 +31,7 @@ fn sigmoid(c: &mut Criterion) {
                     ref_chosen: ref_chosen.shallow_clone(),
                     ref_rejected: ref_rejected.shallow_clone(),
                 };
-                let out = loss.compute(&inputs).expect("valid inputs");
+                let out = loss.compute(&inputs.into()).expect("valid inputs");
                 Tensor::run_backward(&[out.loss.sum], &[&leaf], false, false)
             });
         });

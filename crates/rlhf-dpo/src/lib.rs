@@ -15,7 +15,7 @@
 //!     ref_chosen: Tensor::from_slice(&[-5.0, -5.0]),
 //!     ref_rejected: Tensor::from_slice(&[-5.0, -5.0]),
 //! };
-//! let out = PreferenceLoss::Sigmoid { beta: 0.1, label_smoothing: 0.0 }.compute(&pairs)?;
+//! let out = PreferenceLoss::Sigmoid { beta: 0.1, label_smoothing: 0.0 }.compute(&pairs.into())?;
 //! (out.loss.sum / out.loss.weight).backward();
 //! assert!(chosen.grad().double_value(&[0]) < 0.0); // descending makes the chosen likelier
 //! # Ok(()) }

@@ -8,7 +8,7 @@ use rlhf_train::{Flow, Session, Stepper};
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
-use crate::loss::{PairLogprobs, PreferenceLoss};
+use crate::loss::{PairLogprobs, PairValues, Pairs, PreferenceLoss};
 
 /// Settings of [`train`].
 #[derive(Clone, Copy, Debug)]
@@ -148,7 +148,9 @@ pub fn train(
             let picks = &picks[range];
             let groups: Vec<PromptGroup> = picks.iter().map(|&i| data[i].clone()).collect();
             let batch = DeviceBatch::new(&PackedBatch::pack(&groups)?, device)?;
-            let sums = target_logprobs(model, &batch, 1.0, false)?.logprobs.sum();
+            let logprobs = target_logprobs(model, &batch, 1.0, false)?.logprobs;
+            let sums = logprobs.sum();
+            let lengths = logprobs.offsets().lengths(device).to_kind(sums.kind());
             let column = |pick: fn(&(f64, f64)) -> f64| {
                 let host: Vec<f64> = picks.iter().map(|&i| pick(&reference[i])).collect();
                 Tensor::from_slice(&host)
@@ -161,8 +163,15 @@ pub fn train(
                 ref_chosen: column(|p| p.0),
                 ref_rejected: column(|p| p.1),
             };
+            let pairs = Pairs {
+                lengths: Some(PairValues::new(
+                    &lengths.slice(0, 0, None, 2),
+                    &lengths.slice(0, 1, None, 2),
+                )?),
+                ..pairs.into()
+            };
             let out = cfg.loss.compute(&pairs)?;
-            seen.add(&pairs, &out)?;
+            seen.add(&pairs.logprobs, &out)?;
             stepper.accumulate(out.loss)?;
         }
         let report = stepper.apply()?;

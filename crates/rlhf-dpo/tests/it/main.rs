@@ -6,6 +6,7 @@
     reason = "tests"
 )]
 
+mod every;
 mod exact;
 mod golden;
 #[allow(
@@ -14,6 +15,7 @@ mod golden;
 )]
 #[path = "../../../rlhf-policy/tests/it/golden_io.rs"]
 mod golden_io;
+mod golden_pref;
 mod gradcheck;
 mod props;
 mod sums;

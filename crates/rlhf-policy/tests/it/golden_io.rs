@@ -56,6 +56,18 @@ impl Case<'_> {
         self.setting(name).as_str()
     }
 
+    /// The names of all settings.
+    pub(crate) fn settings(&self) -> Vec<&str> {
+        let names = self.json["hyper"].as_object().unwrap().keys();
+        names.map(String::as_str).collect()
+    }
+
+    /// The names of all outputs.
+    pub(crate) fn outputs(&self) -> Vec<&str> {
+        let names = self.json["outputs"].as_object().unwrap().keys();
+        names.map(String::as_str).collect()
+    }
+
     pub(crate) fn has(&self, output: &str) -> bool {
         !self.json["outputs"][output].is_null()
     }
@@ -148,8 +160,8 @@ fn without_nan(json: &str) -> String {
 
 /// Runs every case whose name begins with one of `sections` through `compute`, in f64 and in f32.
 /// `compute` says false for a case that it does not know. Prints how many ran and the names of the
-/// unknown; panics if any differs or none ran.
-pub(crate) fn run(sections: &[&str], compute: impl Fn(&Case<'_>) -> bool) {
+/// unknown, which it gives back; panics if any differs or none ran.
+pub(crate) fn run(sections: &[&str], compute: impl Fn(&Case<'_>) -> bool) -> BTreeSet<String> {
     let folder = std::env::var_os("RLHF_GOLDEN").map_or_else(
         || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden"),
         PathBuf::from,
@@ -189,7 +201,7 @@ pub(crate) fn run(sections: &[&str], compute: impl Fn(&Case<'_>) -> bool) {
         "golden {sections:?}: {ran} cases ran, {} unknown",
         unknown.len()
     );
-    for name in unknown {
+    for name in &unknown {
         println!("  unknown: {name}");
     }
     let failures = failures.into_inner();
@@ -204,6 +216,7 @@ pub(crate) fn run(sections: &[&str], compute: impl Fn(&Case<'_>) -> bool) {
         "no case of {sections:?} ran in {}",
         folder.display()
     );
+    unknown
 }
 
 /// The gradient of a scalar with respect to `leaf`.
