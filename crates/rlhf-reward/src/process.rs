@@ -34,7 +34,7 @@ pub enum Aggregate {
     Last,
 }
 
-/// L = −Σ_m w_m log softmax(z_m)\[y_m\] over step ends m; its weight is Σ w.
+/// L = −Σ_m w_m log softmax(z_m) at y_m, over step ends m; its weight is Σ w.
 ///
 /// Lightman et al. 2023 (arXiv 2305.20050): three classes, wrong, neutral, right. With two it is TRL's
 /// `PRMTrainer`.

@@ -1,6 +1,6 @@
 //! Other divergences than the reverse KL for the tie to the reference (f-DPO).
 //!
-//! Wang et al. 2023 (arXiv 2309.16240), theorem 1: tied by D_f, the policy's implicit reward is β f′(π/π₀)
+//! Wang et al. 2023 (arXiv 2309.16240): tied by D_f, the policy's implicit reward is β f′(π/π₀)
 //! up to a constant of the prompt, so that f′ of the ratio stands wherever DPO has its logarithm.
 
 use tch::Tensor;

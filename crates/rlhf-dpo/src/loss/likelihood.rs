@@ -119,8 +119,8 @@ pub fn simpo(
 
 /// AlphaPO: L = −ℓ(β(r_c − r_r) − γ), r = (1 − p̄^−α)/α.
 ///
-/// Gupta et al. 2025 (arXiv 2501.03884): SimPO, which is α → 0, with a reward of another shape; α > 0 keeps
-/// likely completions from falling.
+/// Gupta et al. 2025 (arXiv 2501.03884): SimPO, which is α → 0, with a reward of another shape; α > 0
+/// pulls harder on unlikely completions, α < 0 on likely ones.
 ///
 /// # Shapes
 /// `mean_logprobs` are log p̄, `[P]`; rewards βr and losses `[P]`.

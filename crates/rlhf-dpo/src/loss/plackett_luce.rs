@@ -20,7 +20,7 @@ pub struct RankedOutput {
 
 /// DPO under the Plackett–Luce model: L = Σ_k (log Σ_{j≥k} e^{βΔ_j} − βΔ_k), best first.
 ///
-/// Rafailov et al. 2023 (arXiv 2305.18290), appendix A.3, equation 20. Of two completions it is
+/// Rafailov et al. 2023 (arXiv 2305.18290), appendix A.3. Of two completions it is
 /// [`sigmoid`](super::dpo::sigmoid); of one it is 0.
 ///
 /// # Shapes

@@ -121,7 +121,7 @@ fn sign(desirable: &Tensor, kind: Kind) -> Tensor {
 
 /// KTO: L = λ (1 − σ(±β(Δ − z))), + with λ_D for the desirable, − with λ_U for the undesirable.
 ///
-/// Ethayarajh et al. 2024 (arXiv 2402.01306), equation 8: the value function of prospect theory, against a
+/// Ethayarajh et al. 2024 (arXiv 2402.01306): the value function of prospect theory, against a
 /// reference point z, [`kl_estimate`]. The loss is bounded: what is far on the wrong side is let go.
 ///
 /// # Shapes
@@ -150,7 +150,7 @@ pub fn kto(
 
 /// KTO's reference point z = max(0, mean Δ) over mismatched completions: each is another row's, after this row's prompt.
 ///
-/// It is to be taken over the whole step, as the paper's equation 9 does, and has no gradient.
+/// It is to be taken over the whole step, and has no gradient.
 ///
 /// # Errors
 /// Unless both are floating-point tensors of one shape `[N]`, N above 0.
@@ -263,7 +263,7 @@ impl RunningMoments {
         let x = rewards.detach().f_to_kind(Kind::Double)?;
         let mean = x.mean(Kind::Double).double_value(&[]);
         let squares = (x - mean).square().sum(Kind::Double).double_value(&[]);
-        // Chan, Golub and LeVeque 1979, equation 2.1.
+        // Chan, Golub and LeVeque 1979.
         let (apart, total) = (mean - self.mean, self.count + count);
         self.squares += squares + apart * apart * self.count * count / total;
         self.mean += apart * count / total;

@@ -183,7 +183,7 @@ fn smoothed_labels() {
     });
 }
 
-/// Azar et al. 2023, equation 7 with Ψ the identity: π* ∝ π₀ exp(p(y ≻ μ)/τ), p(y ≻ μ) the probability to
+/// Azar et al. 2023, with Ψ the identity: π* ∝ π₀ exp(p(y ≻ μ)/τ), p(y ≻ μ) the probability to
 /// beat a completion drawn evenly (itself: ½).
 #[test]
 fn ipo() {
@@ -215,7 +215,7 @@ fn rewards_known() {
     });
 }
 
-/// Wang et al. 2023, theorem 1: β f′(π*/π₀) = r − λ, with λ such that π* is a distribution.
+/// Wang et al. 2023: β f′(π*/π₀) = r − λ, with λ such that π* is a distribution.
 #[test]
 fn other_divergences() {
     type Inverse = fn(f64) -> f64;
@@ -293,7 +293,7 @@ fn plackett_luce_of_three() {
     );
 }
 
-/// Ethayarajh et al. 2024, theorem 4.3: of contradictory thumbs KTO's optimum takes the majority's side
+/// Ethayarajh et al. 2024, section 4: of contradictory thumbs KTO's optimum takes the majority's side
 /// without reserve. Here one completion has it: all mass goes there. The optimum is at infinity, where
 /// Newton never comes to rest; steps by the gradient's sign go there straight.
 #[test]

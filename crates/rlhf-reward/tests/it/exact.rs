@@ -158,14 +158,13 @@ fn orders(n: usize) -> Vec<Vec<usize>> {
 }
 
 #[test]
-#[allow(clippy::needless_range_loop, reason = "i and j name completions")]
 fn ties_recover_the_rewards_and_the_threshold() {
     // Rao and Kupper: worse, tie, better of each pair at thresholds −η, η.
     let eta = 0.9f64;
     let (mut first, mut second, mut labels, mut weights) = (vec![], vec![], vec![], vec![]);
-    for i in 0..4usize {
-        for j in 0..i {
-            let d = TRUE[i] - TRUE[j];
+    for (i, a) in TRUE[..4].iter().enumerate() {
+        for (j, b) in TRUE[..i].iter().enumerate() {
+            let d = a - b;
             let (better, worse) = (sigmoid(d - eta), sigmoid(-d - eta));
             for (label, p) in [(0i64, worse), (1, 1.0 - better - worse), (2, better)] {
                 first.push(i as i64);
