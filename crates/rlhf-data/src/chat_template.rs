@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 /// Instructions a template may execute for one conversation.
 const FUEL: u64 = 4_000_000;
 /// The longest text a template may give, in bytes.
-const MAX_TEXT: usize = 64 << 20;
+const MAX_TEXT: usize = 16 << 20;
 
 /// Marks around `{% generation %}` blocks, and inside special tokens that stand in a message.
 const BEGIN: char = '\u{f0a11}';
@@ -202,7 +202,7 @@ impl ChatTemplate {
             Ok(()) => {}
             Err(_) if sink.text.len() >= MAX_TEXT => {
                 return Err(bad(
-                    "it gives more than 64 MiB of text",
+                    "it gives more than 16 MiB of text",
                     "correct the template",
                 ));
             }

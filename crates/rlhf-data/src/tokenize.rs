@@ -37,15 +37,19 @@ pub use limits::{
 };
 pub use stream::GroupStream;
 
-/// Which assistant turns of a demonstration are trained when the template does not say.
+/// What of a demonstration is trained. `Last` and `All` speak of whole conversations whose template does
+/// not say it by `{% generation %}`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Turns {
-    /// The last one.
+    /// The assistant's last turn.
     #[default]
     Last,
-    /// Every one.
+    /// Every turn of the assistant.
     All,
+    /// Every token, prompts and the template's own included, as TRL does unless it is told otherwise.
+    /// A group then has no prompt, and the limit of completions holds for all of it.
+    Everything,
 }
 
 /// A tokenizer with its chat template.
@@ -72,6 +76,16 @@ struct Split {
     completions: Vec<Answer>,
     /// Whether a token spans prompt and completion.
     shared_boundary: bool,
+}
+
+impl Split {
+    /// Makes the prompt a part of what is trained.
+    fn merge(&mut self) {
+        let prompt = std::mem::take(&mut self.prompt);
+        for answer in &mut self.completions {
+            *answer = Answer::whole([&prompt[..], &answer.ids].concat());
+        }
+    }
 }
 
 /// A completion's ids and which of them are trained.
@@ -163,7 +177,7 @@ impl ChatTokenizer {
         })
     }
 
-    /// Chooses the trained turns of `messages` for templates without `{% generation %}`.
+    /// Chooses what of demonstrations is trained.
     #[must_use]
     pub fn with_turns(mut self, turns: Turns) -> Self {
         self.turns = turns;
@@ -383,7 +397,15 @@ impl ChatTokenizer {
             }
             (None, Text::Messages(messages)) => self.demonstration(messages)?,
         };
-        split.map_or_else(|e| Ok(Err(e)), |s| self.limited(s, limits))
+        split.map_or_else(
+            |e| Ok(Err(e)),
+            |mut s| {
+                if self.turns == Turns::Everything {
+                    s.merge();
+                }
+                self.limited(s, limits)
+            },
+        )
     }
 
     fn preference(&self, record: &PreferenceRecord, limits: &Limits) -> Result<Parted<Made>> {
@@ -469,7 +491,7 @@ impl ChatTokenizer {
         };
         let first = match self.turns {
             Turns::Last => last,
-            Turns::All => first,
+            Turns::All | Turns::Everything => first,
         };
         let head = self.before(&messages[..first], false)?;
         Ok(self

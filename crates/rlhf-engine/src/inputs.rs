@@ -13,7 +13,7 @@ use rlhf_data::conversation::Text;
 use rlhf_data::group::PromptGroup;
 use rlhf_data::record::PromptRecord;
 use rlhf_data::source;
-use rlhf_data::tokenize::{ChatTokenizer, Limits, Outcome, TokenizeReport};
+use rlhf_data::tokenize::{ChatTokenizer, Limits, Outcome, TokenizeReport, Turns};
 use rlhf_policy::rollout::Prompt;
 use serde::Serialize;
 
@@ -67,13 +67,14 @@ impl Inputs {
     }
 
     /// Demonstrations.
-    pub(crate) fn sft(&self, data: &Data) -> anyhow::Result<Rc<Table<PromptGroup>>> {
+    pub(crate) fn sft(&self, data: &Data, turns: Turns) -> anyhow::Result<Rc<Table<PromptGroup>>> {
+        let tokenizer = self.tokenizer.clone().with_turns(turns);
         self.cached(
             &self.sft,
-            data,
+            (data, turns),
             |path, limits| {
                 let records = source::read_sft(path)?.take(data.limit.unwrap_or(usize::MAX));
-                let mut stream = self.tokenizer.sft_stream(records, limits);
+                let mut stream = tokenizer.sft_stream(records, limits);
                 let rows = stream.by_ref().collect::<Result<Vec<_>, _>>()?;
                 Ok((rows, stream.report().clone(), stream.rows() as usize))
             },
@@ -85,7 +86,7 @@ impl Inputs {
     pub(crate) fn preference(&self, data: &Data) -> anyhow::Result<Rc<Table<PromptGroup>>> {
         self.cached(
             &self.preference,
-            data,
+            (data, Turns::default()),
             |path, limits| {
                 let records = source::read_preference(path)?.take(data.limit.unwrap_or(usize::MAX));
                 let mut stream = self.tokenizer.preference_stream(records, limits);
@@ -100,7 +101,7 @@ impl Inputs {
     pub(crate) fn prompts(&self, data: &Data) -> anyhow::Result<Rc<Table<Prompt>>> {
         self.cached(
             &self.prompts,
-            data,
+            (data, Turns::default()),
             |path, limits| {
                 let records = collect::<PromptRecord>(source::read_prompts(path)?, data.limit)?;
                 let mut report = TokenizeReport::default();
@@ -133,11 +134,11 @@ impl Inputs {
     fn cached<T>(
         &self,
         shelf: &Shelf<T>,
-        data: &Data,
+        (data, turns): (&Data, Turns),
         read: impl FnOnce(&Path, &Limits) -> anyhow::Result<(Vec<T>, TokenizeReport, usize)>,
         tokens: fn(&T) -> usize,
     ) -> anyhow::Result<Rc<Table<T>>> {
-        let key = serde_json::to_string(data)?;
+        let key = serde_json::to_string(&(data, turns))?;
         if let Some(table) = shelf.borrow().get(&key) {
             return Ok(table.clone());
         }

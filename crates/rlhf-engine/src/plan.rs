@@ -140,7 +140,7 @@ fn read_all(recipe: &Recipe, inputs: &Inputs) -> anyhow::Result<()> {
     for stage in &recipe.stages {
         let read = || -> anyhow::Result<()> {
             match &stage.kind {
-                StageKind::Sft(s) => drop(inputs.sft(&s.data)?),
+                StageKind::Sft(s) => drop(inputs.sft(&s.data, s.turns)?),
                 StageKind::Reward(s) => {
                     inputs.preference(&s.data)?;
                     inputs.preference(&s.test)?;

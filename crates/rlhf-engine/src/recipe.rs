@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use rlhf_data::tokenize::Truncation;
+use rlhf_data::tokenize::{Truncation, Turns};
 use rlhf_kernels::optim::AdamWConfig;
 use rlhf_policy::advantage::AdvantageEstimator;
 use rlhf_policy::kl::{KlController, KlPenalty};
@@ -187,8 +187,8 @@ pub struct Data {
     pub limit: Option<usize>,
 }
 
-fn is_default(t: &Truncation) -> bool {
-    *t == Truncation::default()
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// Supervised fine-tuning.
@@ -199,6 +199,9 @@ pub struct Sft {
     pub model: String,
     /// Demonstrations.
     pub data: Data,
+    /// What of them is trained: the assistant's `last` turn, `all` its turns, or `everything`.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub turns: Turns,
     /// Optimiser steps.
     pub steps: u64,
     /// Rows a step.

@@ -245,7 +245,7 @@ pub enum DataCommand {
         input: PathBuf,
         /// What it is for
         #[arg(long, value_enum)]
-        purpose: PurposeArg,
+        purpose: KindArg,
         /// A tokenizer or model folder, to check lengths and trained tokens too
         #[arg(long, value_name = "DIR")]
         tokenizer: Option<PathBuf>,
@@ -283,7 +283,7 @@ pub enum DataCommand {
         input: PathBuf,
         /// What it is for
         #[arg(long, value_enum)]
-        purpose: PurposeArg,
+        purpose: KindArg,
         /// A tokenizer or model folder, to count tokens instead of characters
         #[arg(long, value_name = "DIR")]
         tokenizer: Option<PathBuf>,

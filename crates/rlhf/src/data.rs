@@ -115,12 +115,16 @@ pub(crate) fn run(command: &DataCommand) -> anyhow::Result<ExitCode> {
     }
 }
 
-impl PurposeArg {
+impl KindArg {
     fn purpose(self) -> Purpose {
         match self {
             Self::Sft => Purpose::Sft,
             Self::Preference => Purpose::Preference,
             Self::Prompts => Purpose::Prompts,
+            Self::Ranked => Purpose::Ranked,
+            Self::Unpaired => Purpose::Unpaired,
+            Self::Stepwise => Purpose::Stepwise,
+            Self::Rated => Purpose::Rated,
         }
     }
 }
@@ -343,12 +347,8 @@ fn import(
                 if row.contains_key("completions") && !row.contains_key("chosen") {
                     let ranked = RankedRecord::from_row(row)?;
                     pairs_fit(&ranked, options.pairing)?;
-                    return Ok(ranked_to_pairs(
-                        &ranked,
-                        options.pairing,
-                        options.seed,
-                        number,
-                    ));
+                    let pairs = ranked_to_pairs(&ranked, options.pairing, options.seed, number);
+                    return Ok(pairs.collect());
                 }
                 Ok(vec![PreferenceRecord::from_row(row)?])
             },
@@ -384,7 +384,7 @@ fn import(
 
 fn check(
     input: &Path,
-    purpose: PurposeArg,
+    purpose: KindArg,
     options: &CheckOptions<'_>,
     findings: Option<&Path>,
     as_json: bool,
@@ -408,7 +408,7 @@ fn check(
 
 fn stats(
     input: &Path,
-    purpose: PurposeArg,
+    purpose: KindArg,
     tokenizer: Option<&ChatTokenizer>,
     html: Option<&Path>,
     as_json: bool,

@@ -4,8 +4,10 @@
 //! reported with its row.
 
 mod findings;
-mod near;
+pub(crate) mod near;
 mod pairs;
+mod places;
+mod row;
 mod splits;
 pub(crate) mod values;
 
@@ -15,18 +17,23 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};
 
-use crate::conversation::{Message, Role, Text};
 use crate::error::Error;
-use crate::record::{Fault, PreferenceRecord, PromptRecord, Record, SftRecord};
+use crate::record::{
+    PreferenceRecord, PromptRecord, RankedRecord, RatedRecord, Record, SftRecord, StepwiseRecord,
+    UnpairedRecord,
+};
 use crate::source;
-use crate::tokenize::{ChatTokenizer, DropReason, Limits, Outcome};
+use crate::tokenize::{ChatTokenizer, Limits};
 
 use near::NearDuplicates;
 use pairs::{Contradictions, LengthBias};
-use splits::{Parts, Splits};
+use places::Places;
+use row::RowCheck;
+use splits::Splits;
+
+pub(crate) use pairs::digest;
 
 pub use findings::{FindingsOut, findings_schema, write_findings_parquet};
 pub use splits::SHORT_NGRAM;
@@ -39,6 +46,14 @@ pub enum Purpose {
     Sft,
     /// Chosen and rejected completions.
     Preference,
+    /// Several completions of a prompt, in order or with scores.
+    Ranked,
+    /// Completions with a thumb up or down.
+    Unpaired,
+    /// Solutions in steps, each right or wrong.
+    Stepwise,
+    /// Completions with a number for each attribute.
+    Rated,
     /// Prompts alone.
     Prompts,
 }
@@ -156,7 +171,7 @@ impl Ledger<'_> {
             level,
             place: place.into(),
             column: excerpt(column),
-            what: excerpt(&what.into()),
+            what: shown(&what.into(), MAX_MESSAGE),
         };
         (self.sink)(&finding);
         let r = &mut self.report;
@@ -200,26 +215,24 @@ impl fmt::Display for CheckReport {
     }
 }
 
-/// Names that templates in the wild give a meaning.
-const MARKERS: [&str; 6] = [
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|endoftext|>",
-    "[INST]",
-    "<|eot_id|>",
-    "</s>",
-];
-
 fn invisible(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
 }
 
-/// The first characters of a text, control characters escaped.
+/// Characters of a message: enough for a path with the longest name there is.
+const MAX_MESSAGE: usize = 1_000;
+
+/// The beginning of a text of the data, control characters escaped.
 fn excerpt(text: &str) -> String {
+    shown(text, 160)
+}
+
+/// The first `limit` characters of a text, control characters escaped.
+fn shown(text: &str, limit: usize) -> String {
     let mut out = String::new();
     for (i, c) in text.chars().enumerate() {
-        if i == 160 {
+        if i == limit {
             out.push('…');
             break;
         }
@@ -272,6 +285,7 @@ pub fn check_each(
     };
     // A digest a row, so that memory does not grow with the texts.
     let mut seen: HashMap<[u8; 16], u64> = HashMap::new();
+    let mut places = Places::default();
     let mut memory = Memory {
         splits: Splits::load(&options.against, &options.eval, options.ngram, &mut report),
         ..Memory::default()
@@ -285,26 +299,29 @@ pub fn check_each(
             }
         };
         report.report.rows += 1;
+        let here = places.number(&row.place);
         let mut duplicate = false;
-        match seen.entry(digest(&row.columns)) {
+        match seen.entry(digest_of(&row.columns)) {
             Entry::Occupied(first) => {
                 duplicate = true;
                 report.add(
                     "duplicate",
                     Level::Warning,
                     (&row.place, ""),
-                    format!("the same as {}", place_of(&row.place, *first.get())),
+                    format!("the same as {}", places.name(*first.get())),
                 );
             }
             Entry::Vacant(v) => {
-                v.insert(number_of(&row.place));
+                v.insert(here);
             }
         }
         let mut one = RowCheck {
             report: &mut report,
             memory: &mut memory,
             options,
+            places: &places,
             place: &row.place,
+            here,
             row: index as u64,
             duplicate,
         };
@@ -315,6 +332,14 @@ pub fn check_each(
                 PreferenceRecord::from_row(row.columns),
                 RowCheck::preference,
             ),
+            Purpose::Ranked => one.judge(RankedRecord::from_row(row.columns), RowCheck::ranked),
+            Purpose::Unpaired => {
+                one.judge(UnpairedRecord::from_row(row.columns), RowCheck::unpaired)
+            }
+            Purpose::Stepwise => {
+                one.judge(StepwiseRecord::from_row(row.columns), RowCheck::stepwise)
+            }
+            Purpose::Rated => one.judge(RatedRecord::from_row(row.columns), RowCheck::rated),
             Purpose::Prompts => one.judge(PromptRecord::from_row(row.columns), RowCheck::prompt),
         }
     }
@@ -336,7 +361,7 @@ struct Memory {
     splits: Splits,
 }
 
-fn digest(columns: &serde_json::Map<String, serde_json::Value>) -> [u8; 16] {
+fn digest_of(columns: &serde_json::Map<String, serde_json::Value>) -> [u8; 16] {
     let mut hash = Sha256::new();
     for (name, value) in columns {
         hash.update(name.len().to_le_bytes());
@@ -350,279 +375,8 @@ fn digest(columns: &serde_json::Map<String, serde_json::Value>) -> [u8; 16] {
     short
 }
 
-/// The number in `row 3` or `line 4`.
-fn number_of(place: &str) -> u64 {
-    place
-        .rsplit(' ')
-        .next()
-        .and_then(|n| n.parse().ok())
-        .unwrap_or_default()
-}
-
-/// The place of number `n`, named like `place`.
-fn place_of(place: &str, n: u64) -> String {
-    format!("{} {n}", place.split(' ').next().unwrap_or_default())
-}
-
 fn one_line(e: &Error) -> String {
     e.to_string().replace("\n  ", "; ")
-}
-
-struct RowCheck<'a, 'b> {
-    report: &'a mut Ledger<'b>,
-    memory: &'a mut Memory,
-    options: &'a CheckOptions<'a>,
-    place: &'a str,
-    row: u64,
-    /// Whether an earlier row is the same.
-    duplicate: bool,
-}
-
-impl RowCheck<'_, '_> {
-    /// The rules that need no record.
-    fn columns(&mut self, row: &Map<String, Value>, purpose: Purpose) {
-        let label = row.get("label").and_then(Value::as_bool);
-        if purpose == Purpose::Sft && label == Some(false) {
-            self.report.add(
-                "label_ignored",
-                Level::Warning,
-                (self.place, "label"),
-                "a completion labelled as bad would be trained like a good one",
-            );
-        }
-        if let (Some(label), Some(completion)) = (label, row.get("completion")) {
-            let prompt = row.get("prompt").map(Value::to_string).unwrap_or_default();
-            let here = number_of(self.place);
-            let earlier =
-                self.memory
-                    .contradictions
-                    .label(here, &prompt, &completion.to_string(), label);
-            if let Some(n) = earlier {
-                let what = format!(
-                    "{} labels the same completion {}",
-                    place_of(self.place, n),
-                    !label
-                );
-                self.report
-                    .add("contradiction", Level::Warning, (self.place, "label"), what);
-            }
-        }
-        for (column, value) in values::not_finite_columns(row) {
-            // A record refuses such a margin itself.
-            if column != "margin" || purpose != Purpose::Preference {
-                let what = format!("{value} is no finite number");
-                self.report
-                    .add("not_finite", Level::Warning, (self.place, column), what);
-            }
-        }
-        let limit = self.options.max_characters;
-        for (column, n) in values::over_long(row, limit) {
-            let what = format!("{n} characters, the limit is {limit}");
-            self.report
-                .add("over_long", Level::Warning, (self.place, &column), what);
-        }
-    }
-
-    /// The rules that compare with earlier rows and other files.
-    fn compare(&mut self, parts: &Parts, near: &str) {
-        self.memory.splits.judge(parts, self.place, self.report);
-        let Some(threshold) = self.options.near_duplicate.filter(|_| !self.duplicate) else {
-            return;
-        };
-        let here = number_of(self.place);
-        if let Some((n, s)) = self.memory.near.find(near, here, threshold) {
-            let what = format!(
-                "much like {} (estimated Jaccard similarity {s:.2})",
-                place_of(self.place, n)
-            );
-            self.add("near_duplicate", Level::Warning, what);
-        }
-    }
-
-    fn add(&mut self, rule: &'static str, level: Level, what: impl Into<String>) {
-        self.report.add(rule, level, (self.place, ""), what);
-    }
-
-    fn judge<R>(&mut self, record: Result<R, Fault>, then: fn(&mut Self, &R)) {
-        match record {
-            Ok(r) => then(self, &r),
-            Err(f) => {
-                self.report
-                    .add(f.rule, Level::Error, (self.place, &f.column), f.what);
-            }
-        }
-    }
-
-    fn sft(&mut self, r: &SftRecord) {
-        let conversation: Vec<Message> = r
-            .prompt
-            .iter()
-            .chain([&r.completion])
-            .flat_map(messages)
-            .collect();
-        self.order(&conversation);
-        match (&r.prompt, &r.completion) {
-            (Some(p), c) => self.text(&[("prompt", p), ("completion", c)]),
-            (None, c @ Text::Messages(_)) => self.text(&[("messages", c)]),
-            (None, c @ Text::Plain(_)) => self.text(&[("text", c)]),
-        }
-        let whole: Vec<String> = r
-            .prompt
-            .iter()
-            .chain([&r.completion])
-            .map(Text::joined)
-            .collect();
-        self.compare(&Parts::sft(r), &whole.join("\n"));
-        if let Some((t, limits)) = self.options.tokens {
-            self.outcome(t.sft_group(self.row, r, &limits));
-        }
-    }
-
-    fn preference(&mut self, r: &PreferenceRecord) {
-        let conversation: Vec<Message> = [&r.prompt, &r.chosen]
-            .into_iter()
-            .flat_map(messages)
-            .collect();
-        self.order(&conversation);
-        self.text(&[
-            ("prompt", &r.prompt),
-            ("chosen", &r.chosen),
-            ("rejected", &r.rejected),
-        ]);
-        // With a tokenizer the ids are compared, which finds these pairs and more.
-        if self.options.tokens.is_none() && r.chosen == r.rejected {
-            self.add(
-                "identical",
-                Level::Warning,
-                "chosen equals rejected: the pair is dropped",
-            );
-        }
-        let [prompt, chosen, rejected] = [&r.prompt, &r.chosen, &r.rejected].map(Text::joined);
-        self.compare(&Parts::preference(r), &format!("{prompt}\n{chosen}"));
-        let here = number_of(self.place);
-        let earlier = self
-            .memory
-            .contradictions
-            .pair(here, &prompt, &chosen, &rejected);
-        if let Some(n) = earlier {
-            let what = format!("{} prefers the other completion", place_of(self.place, n));
-            self.add("contradiction", Level::Warning, what);
-        }
-        self.memory.lengths.add(&chosen, &rejected);
-        if let Some((t, limits)) = self.options.tokens {
-            self.outcome(t.preference_group(self.row, r, &limits));
-        }
-    }
-
-    fn prompt(&mut self, r: &PromptRecord) {
-        self.text(&[("prompt", &r.prompt)]);
-        self.compare(&Parts::prompt(r), &r.prompt.joined());
-        if let Some((t, limits)) = self.options.tokens {
-            match t.prompt_ids(&r.prompt) {
-                Ok(ids) if ids.len() > limits.max_prompt => {
-                    self.add(
-                        "prompt_too_long",
-                        Level::Warning,
-                        format!(
-                            "dropped: the prompt has {} tokens, the limit is {}",
-                            ids.len(),
-                            limits.max_prompt
-                        ),
-                    );
-                }
-                Ok(_) => {}
-                Err(e) => self.add("template", Level::Error, one_line(&e)),
-            }
-        }
-    }
-
-    fn outcome<T>(&mut self, outcome: crate::Result<Outcome<T>>) {
-        match outcome {
-            Ok(Outcome::Kept(_)) => {}
-            Ok(Outcome::Truncated(_)) => {
-                self.add("truncated", Level::Warning, "shortened to the limits")
-            }
-            Ok(Outcome::Dropped(reason)) => {
-                let rule = match reason {
-                    DropReason::PromptTooLong => "prompt_too_long",
-                    DropReason::CompletionTooLong => "completion_too_long",
-                    DropReason::EmptyCompletion => "empty",
-                    DropReason::NothingTrained => "nothing_trained",
-                    DropReason::Identical => "identical",
-                    DropReason::NoPrefix => "no_prefix",
-                };
-                self.add(rule, Level::Warning, format!("dropped: {reason}"));
-            }
-            Err(e) => self.add("template", Level::Error, one_line(&e)),
-        }
-    }
-
-    /// System first, then user and assistant in turn (tools may come anywhere after the system).
-    fn order(&mut self, conversation: &[Message]) {
-        let talk: Vec<Role> = conversation.iter().map(|m| m.role).collect();
-        if talk.iter().skip(1).any(|r| *r == Role::System) {
-            self.add(
-                "role_order",
-                Level::Warning,
-                "a system message after the first",
-            );
-        }
-        let turns: Vec<Role> = talk
-            .iter()
-            .copied()
-            .filter(|r| matches!(r, Role::User | Role::Assistant))
-            .collect();
-        if turns.first() == Some(&Role::Assistant) {
-            self.add("role_order", Level::Warning, "the assistant speaks first");
-        }
-        if !talk.contains(&Role::Tool) && turns.windows(2).any(|w| w[0] == w[1]) {
-            self.add("role_order", Level::Warning, "the same role twice in a row");
-        }
-    }
-
-    /// Special tokens' names and characters that do not show, once a row each.
-    fn text(&mut self, texts: &[(&str, &Text)]) {
-        let own = self
-            .options
-            .tokens
-            .map_or(&[][..], |(t, _)| t.special_tokens());
-        let markers = || {
-            MARKERS
-                .iter()
-                .copied()
-                .chain(own.iter().map(String::as_str))
-        };
-        let (mut marker, mut control) = (false, false);
-        for (column, text) in texts {
-            let joined = text.joined();
-            if !marker && let Some(m) = markers().find(|m| joined.contains(m)) {
-                marker = true;
-                self.report.add(
-                    "special_token",
-                    Level::Warning,
-                    (self.place, column),
-                    format!("{m} stands in the text; it is read as plain text"),
-                );
-            }
-            let shown = |c: char| !invisible(c) || matches!(c, '\n' | '\t' | '\r');
-            if !control && !joined.chars().all(shown) {
-                control = true;
-                self.report.add(
-                    "control_character",
-                    Level::Warning,
-                    (self.place, column),
-                    joined,
-                );
-            }
-        }
-    }
-}
-
-fn messages(t: &Text) -> Vec<Message> {
-    match t {
-        Text::Messages(m) => m.clone(),
-        Text::Plain(_) => Vec::new(),
-    }
 }
 
 #[cfg(test)]

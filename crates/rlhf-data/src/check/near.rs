@@ -21,7 +21,7 @@ const MAX_CHAIN: usize = 32;
 pub(super) type Signature = [u16; HASHES];
 
 /// A 64-bit mixer (Steele, Lea and Flood 2014, SplitMix64's finaliser).
-pub(super) fn mix(mut x: u64) -> u64 {
+pub(crate) fn mix(mut x: u64) -> u64 {
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     x ^ (x >> 31)

@@ -10,7 +10,8 @@ use serde_json::{Map, Value};
 
 use super::near::{run_hash, word_hash};
 use super::pairs::digest;
-use super::{Ledger, Level, number_of};
+use super::places::Places;
+use super::{Ledger, Level};
 use crate::conversation::{Role, Text};
 use crate::error::Error;
 use crate::record::{PreferenceRecord, PromptRecord, Record, SftRecord};
@@ -53,19 +54,21 @@ fn spoken(text: &Text) -> String {
 }
 
 impl Parts {
-    pub(super) fn preference(r: &PreferenceRecord) -> Self {
+    /// A prompt and its answers.
+    pub(super) fn of<'a>(prompt: &'a Text, answers: impl IntoIterator<Item = &'a Text>) -> Self {
         Self {
-            prompt: r.prompt.joined(),
-            texts: vec![spoken(&r.prompt), spoken(&r.chosen), spoken(&r.rejected)],
+            prompt: prompt.joined(),
+            texts: std::iter::once(prompt).chain(answers).map(spoken).collect(),
         }
+    }
+
+    pub(super) fn preference(r: &PreferenceRecord) -> Self {
+        Self::of(&r.prompt, [&r.chosen, &r.rejected])
     }
 
     pub(super) fn sft(r: &SftRecord) -> Self {
         match (&r.prompt, &r.completion) {
-            (Some(p), c) => Self {
-                prompt: p.joined(),
-                texts: vec![spoken(p), spoken(c)],
-            },
+            (Some(p), c) => Self::of(p, [c]),
             (None, Text::Plain(s)) => Self {
                 prompt: s.clone(),
                 texts: vec![s.clone()],
@@ -77,10 +80,7 @@ impl Parts {
                     Text::Messages(before.to_vec()),
                     Text::Messages(after.to_vec()),
                 );
-                Self {
-                    prompt: p.joined(),
-                    texts: vec![spoken(&p), spoken(&a)],
-                }
+                Self::of(&p, [&a])
             }
         }
     }
@@ -101,6 +101,14 @@ impl Parts {
             return PreferenceRecord::from_row(row)
                 .ok()
                 .map(|r| Self::preference(&r));
+        }
+        if row.contains_key("completions") {
+            let answers = row.get("completions").map(texts_of).unwrap_or_default();
+            let r = PromptRecord::from_row(row).ok()?;
+            return Some(Self {
+                prompt: r.prompt.joined(),
+                texts: std::iter::once(spoken(&r.prompt)).chain(answers).collect(),
+            });
         }
         if ["messages", "completion", "text"]
             .iter()
@@ -128,29 +136,35 @@ impl Parts {
     }
 }
 
+/// The texts of a cell: itself, those of a list, the contents of messages.
+fn texts_of(v: &Value) -> Vec<String> {
+    match v {
+        Value::String(s) => vec![s.clone()],
+        Value::Array(list) => list.iter().flat_map(texts_of).collect(),
+        Value::Object(message) => message.get("content").map(texts_of).unwrap_or_default(),
+        _ => Vec::new(),
+    }
+}
+
 /// Lower case, white space collapsed.
 fn normalised(text: &str) -> String {
     let words: Vec<String> = text.split_whitespace().map(str::to_lowercase).collect();
     words.join(" ")
 }
 
-/// A row of a file: the file's number and the row's.
-type At = (u32, u64);
-
 /// An n-gram's first row and how many rows it stands in.
 #[derive(Clone, Copy, Debug)]
 struct Gram {
-    row: u64,
-    file: u32,
+    at: u64,
     rows: u32,
 }
 
 /// Prompts of other splits and n-grams of evaluation sets.
 #[derive(Debug, Default)]
 pub(super) struct Splits {
-    /// Each file's name and how its rows are counted: `row` or `line`.
-    files: Vec<(String, String)>,
-    prompts: HashMap<[u8; 16], At>,
+    /// Of rows with their files: `data/test.jsonl, line 4`.
+    places: Places,
+    prompts: HashMap<[u8; 16], u64>,
     /// By the number of words, the longer first.
     grams: Vec<(usize, HashMap<u64, Gram>)>,
 }
@@ -182,7 +196,7 @@ impl Splits {
             }
         }
         for path in eval {
-            let rows = out.each(path, |out, (file, row), parts| {
+            let rows = out.each(path, |out, at, parts| {
                 let mut own = HashSet::new();
                 for text in &parts.texts {
                     let hashes: Vec<u64> = words(text).iter().map(|w| word_hash(w)).collect();
@@ -190,7 +204,7 @@ impl Splits {
                     let Some((n, set)) = fits else { continue };
                     for gram in hashes.windows(*n).map(run_hash) {
                         if own.insert(gram) {
-                            let first = Gram { row, file, rows: 0 };
+                            let first = Gram { at, rows: 0 };
                             set.entry(gram).or_insert(first).rows += 1;
                         }
                     }
@@ -210,17 +224,10 @@ impl Splits {
     fn each(
         &mut self,
         path: &Path,
-        mut add: impl FnMut(&mut Self, At, Parts),
+        mut add: impl FnMut(&mut Self, u64, Parts),
     ) -> Result<(), Error> {
-        let file = self.files.len() as u32;
-        let name = path.display().to_string();
-        self.files.push((name, "row".into()));
         for row in source::rows(path)? {
             let row = row?;
-            if let (Some(f), Some(kind)) = (self.files.last_mut(), row.place.split(' ').next()) {
-                f.1.clear();
-                f.1.push_str(kind);
-            }
             let Some(parts) = Parts::any(row.columns) else {
                 return Err(Error::Row {
                     path: path.to_owned(),
@@ -230,16 +237,12 @@ impl Splits {
                     mend: "correct or drop the row".into(),
                 });
             };
-            add(self, (file, number_of(&row.place)), parts);
+            let at = self
+                .places
+                .number(&format!("{}, {}", path.display(), row.place));
+            add(self, at, parts);
         }
         Ok(())
-    }
-
-    fn name(&self, (file, row): At) -> String {
-        self.files
-            .get(file as usize)
-            .map(|(name, kind)| format!("{kind} {row} of {name}"))
-            .unwrap_or_default()
     }
 
     /// Whether a prompt stands in another split, whether an n-gram of the texts stands in an evaluation
@@ -248,7 +251,7 @@ impl Splits {
         if !self.prompts.is_empty() {
             let prompt = normalised(&parts.prompt);
             if let Some(at) = self.prompts.get(&digest([prompt.as_str()])) {
-                let what = format!("the prompt also stands in {}", self.name(*at));
+                let what = format!("the prompt also stands in {}", self.places.name(*at));
                 report.add("leak", Level::Error, (place, "prompt"), what);
             }
         }
@@ -263,10 +266,10 @@ impl Splits {
                     .windows(*n)
                     .enumerate()
                     .find_map(|(i, gram)| Some((i, *set.get(&run_hash(gram))?)));
-                if let Some((i, Gram { row, file, .. })) = found {
+                if let Some((i, Gram { at, .. })) = found {
                     let gram = words.get(i..i + n).unwrap_or_default().join(" ");
                     let start: String = gram.chars().take(SHOWN).collect();
-                    let what = format!("{start}: {n} words as in {}", self.name((file, row)));
+                    let what = format!("{start}: {n} words as in {}", self.places.name(at));
                     report.add("contamination", Level::Warning, (place, ""), what);
                     return;
                 }

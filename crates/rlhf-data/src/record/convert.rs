@@ -16,54 +16,48 @@ pub enum Pairing {
     Adjacent,
 }
 
-/// The pairs of a ranking; the margin is the difference of the scores. A tie gives no pair. `seed` and
-/// `row` (the ranking's place in its file) decide what is drawn at random.
-#[must_use]
+/// The pairs of a ranking, one at a time: K completions give up to K(K−1)/2. The margin is the difference
+/// of the scores. A tie gives no pair. `seed` and `row` (the ranking's place in its file) decide what is
+/// drawn at random.
 pub fn ranked_to_pairs(
     r: &RankedRecord,
     pairing: Pairing,
     seed: u64,
     row: u64,
-) -> Vec<PreferenceRecord> {
+) -> impl Iterator<Item = PreferenceRecord> + '_ {
     let worth = r.worth();
     let mut order: Vec<usize> = (0..r.completions.len().min(worth.len())).collect();
     // Stable: completions of one score stay in their order.
     order.sort_by(|&a, &b| worth[b].total_cmp(&worth[a]));
-    let pair = |chosen: usize, rejected: usize| PreferenceRecord {
-        prompt: r.prompt.clone(),
-        chosen: r.completions[chosen].clone(),
-        rejected: r.completions[rejected].clone(),
-        margin: r
-            .scores
-            .as_ref()
-            .map(|scores| scores[chosen] - scores[rejected]),
+    let k = order.len();
+    // The first completion that is worse than the best.
+    let worse = order.partition_point(|&i| worth[i] >= worth[order[0]]);
+    let drawn = (worse < k).then(|| {
+        let stream = Stream::new(seed, Purpose::Pairing);
+        worse + stream.below((k - worse) as u64, row, 0, 0) as usize
+    });
+    let last = move |i: usize| match pairing {
+        Pairing::All => k,
+        Pairing::Adjacent => (i + 2).min(k),
+        Pairing::BestVsRandom => drawn.filter(|_| i == 0).map_or(0, |d| d + 1),
     };
-    let better = |a: usize, b: usize| worth[a] > worth[b];
-    match pairing {
-        Pairing::All => (0..order.len())
-            .flat_map(|i| (i + 1..order.len()).map(move |j| (i, j)))
-            .map(|(i, j)| (order[i], order[j]))
-            .filter(|&(a, b)| better(a, b))
-            .map(|(a, b)| pair(a, b))
-            .collect(),
-        Pairing::Adjacent => order
-            .windows(2)
-            .filter(|w| better(w[0], w[1]))
-            .map(|w| pair(w[0], w[1]))
-            .collect(),
-        Pairing::BestVsRandom => {
-            let Some(&best) = order.first() else {
-                return Vec::new();
-            };
-            let worse: Vec<usize> = order.iter().copied().filter(|&i| better(best, i)).collect();
-            if worse.is_empty() {
-                return Vec::new();
-            }
-            let stream = Stream::new(seed, Purpose::Pairing);
-            let drawn = stream.below(worse.len() as u64, row, 0, 0) as usize;
-            vec![pair(best, worse[drawn])]
-        }
-    }
+    let first = move |i: usize| match pairing {
+        Pairing::All | Pairing::Adjacent => i + 1,
+        Pairing::BestVsRandom => drawn.unwrap_or(k),
+    };
+    (0..k)
+        .flat_map(move |i| (first(i)..last(i)).map(move |j| (i, j)))
+        .map(move |(i, j)| (order[i], order[j]))
+        .filter(move |&(a, b)| worth[a] > worth[b])
+        .map(|(chosen, rejected)| PreferenceRecord {
+            prompt: r.prompt.clone(),
+            chosen: r.completions[chosen].clone(),
+            rejected: r.completions[rejected].clone(),
+            margin: r
+                .scores
+                .as_ref()
+                .map(|scores| scores[chosen] - scores[rejected]),
+        })
 }
 
 /// A pair as a thumb up and a thumb down.

@@ -2,8 +2,7 @@
 //!
 //! That crate skips what it does not know by the counts that a header states, past the end of the file
 //! if need be: a few bytes keep it busy for many seconds, or have it allocate any amount. So every header
-//! is walked here first, and one that states more than its chunk can hold is refused. Whatever else may
-//! be wrong is left to the crate.
+//! is walked here first, and one that states more than its chunk can hold is refused.
 //!
 //! Headers are structs in Thrift's compact protocol:
 //! <https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md>.
@@ -29,7 +28,7 @@ enum Fault {
 /// Walks the pages of a column chunk.
 ///
 /// # Errors
-/// Says where a header states a list, map or text longer than the chunk.
+/// Says where a header is none, or states a list, map or text longer than the chunk.
 pub(super) fn check(input: &impl ChunkReader, start: u64, end: u64) -> Result<(), String> {
     let mut at = start;
     while at < end {
@@ -41,8 +40,8 @@ pub(super) fn check(input: &impl ChunkReader, start: u64, end: u64) -> Result<()
                     "the page header at byte {at} states more than its column chunk can hold"
                 ));
             }
-            // Not ours to judge.
-            Err(Fault::Other) => return Ok(()),
+            // The crate might find a way to read it, and go on anywhere.
+            Err(Fault::Other) => return Err(format!("there is no page header at byte {at}")),
         }
     }
     Ok(())
@@ -234,6 +233,15 @@ mod tests {
         .concat();
         let e = check(&bytes::Bytes::from(two), 0, 37).unwrap_err();
         assert!(e.contains("byte 16"), "{e}");
+    }
+
+    #[test]
+    fn what_is_no_header_is_refused() {
+        // A field of type 13, which is none; no size of what follows.
+        assert!(refused(&[0x5d, 1]));
+        let none = bytes::Bytes::from(vec![0x15, 0, 0x15, 18, 0, 0]);
+        let e = check(&none, 0, 6).unwrap_err();
+        assert!(e.contains("no page header at byte 0"), "{e}");
     }
 
     #[test]

@@ -38,25 +38,32 @@ pub fn cohen_kappa(pairs: &[(usize, usize)], k: usize) -> Option<f64> {
 /// length, or where one label only is used.
 #[must_use]
 pub fn fleiss_kappa(counts: &[Vec<usize>]) -> Option<f64> {
-    let head = counts.first()?;
-    let m: usize = head.iter().sum();
-    if m < 2 {
+    let k = counts.first()?.len();
+    if counts.iter().any(|row| row.len() != k) {
         return None;
     }
-    let mut totals = vec![0.0; head.len()];
-    let mut agree = 0.0;
-    for row in counts {
-        if row.len() != head.len() || row.iter().sum::<usize>() != m {
+    fleiss(counts.iter().map(|row| row.iter().copied().enumerate()))
+}
+
+/// [`fleiss_kappa`] of items that are given as labels and how many annotators say so.
+fn fleiss<I: Iterator<Item = (usize, usize)>>(items: impl Iterator<Item = I>) -> Option<f64> {
+    let mut totals: BTreeMap<usize, f64> = BTreeMap::new();
+    let (mut n, mut agree, mut raters) = (0.0, 0.0, None);
+    for item in items {
+        let (mut m, mut squares) = (0, 0.0);
+        for (label, count) in item {
+            m += count;
+            squares += (count as f64).powi(2);
+            *totals.entry(label).or_default() += count as f64;
+        }
+        if m < 2 || *raters.get_or_insert(m) != m {
             return None;
         }
-        let squares: f64 = row.iter().map(|n| (*n as f64).powi(2)).sum();
         agree += (squares - m as f64) / (m as f64 * (m as f64 - 1.0));
-        for (total, n) in totals.iter_mut().zip(row) {
-            *total += *n as f64;
-        }
+        n += 1.0;
     }
-    let n = counts.len() as f64;
-    let chance = totals.iter().map(|t| (t / (n * m as f64)).powi(2)).sum();
+    let m = raters? as f64;
+    let chance = totals.values().map(|t| (t / (n * m)).powi(2)).sum();
     kappa(agree / n, chance)
 }
 
@@ -70,9 +77,11 @@ fn kappa(observed: f64, chance: f64) -> Option<f64> {
 pub struct Agreement {
     /// Annotators.
     pub annotators: usize,
-    /// Items with at least two annotators.
+    /// Items with at least two annotators, among those looked at.
     pub items: usize,
-    /// Labels in use.
+    /// The share of items that were looked at: 1 up to about a million, then ½, ¼, … drawn by digest.
+    pub share: f64,
+    /// Labels in use, up to a hundred; further ones count as one, `…`.
     pub labels: Vec<String>,
     /// Cohen's kappa, where there are exactly two annotators.
     pub cohen: Option<f64>,
@@ -86,21 +95,46 @@ pub struct Agreement {
     pub fleiss_raters: usize,
 }
 
-/// Judgements: about 100 bytes each. An annotator's last judgement of an item counts.
+/// Items kept; beyond that every second one by its digest goes.
+const MAX_ITEMS: usize = 1 << 20;
+/// Labels told apart.
+const MAX_LABELS: usize = 100;
+/// What the labels beyond those count as.
+const OTHER: &str = "…";
+
+/// Judgements: about 100 bytes each, of about a million items. An annotator's last judgement of an item
+/// counts.
 #[derive(Debug, Default)]
 pub(super) struct Judgements {
-    annotators: HashMap<String, usize>,
+    /// Annotators by digest.
+    annotators: HashMap<[u8; 16], usize>,
     labels: BTreeMap<String, usize>,
     items: BTreeMap<[u8; 16], BTreeMap<usize, usize>>,
+    /// Leading bits that are 0 in the digests of the items looked at.
+    zeros: u32,
+}
+
+/// Whether so many leading bits of a digest are 0.
+fn has_zeros(item: &[u8; 16], zeros: u32) -> bool {
+    u128::from_be_bytes(*item).leading_zeros() >= zeros
 }
 
 impl Judgements {
-    pub(super) fn add(&mut self, item: [u8; 16], annotator: String, label: String) {
+    pub(super) fn add(&mut self, item: [u8; 16], annotator: [u8; 16], label: String) {
+        if !has_zeros(&item, self.zeros) {
+            return;
+        }
         let who = self.annotators.len();
         let who = *self.annotators.entry(annotator).or_insert(who);
         let what = self.labels.len();
+        let known = what < MAX_LABELS || self.labels.contains_key(&label);
+        let label = if known { label } else { OTHER.to_owned() };
         let what = *self.labels.entry(label).or_insert(what);
         self.items.entry(item).or_default().insert(who, what);
+        while self.items.len() > MAX_ITEMS {
+            self.zeros += 1;
+            self.items.retain(|item, _| has_zeros(item, self.zeros));
+        }
     }
 
     /// The agreement, or `None` where no row names an annotator.
@@ -112,6 +146,7 @@ impl Judgements {
         let mut out = Agreement {
             annotators: self.annotators.len(),
             items: shared().count(),
+            share: 0.5f64.powi(self.zeros as i32),
             labels: self.labels.keys().cloned().collect(),
             ..Agreement::default()
         };
@@ -127,19 +162,16 @@ impl Judgements {
         for item in shared() {
             *sizes.entry(item.len()).or_default() += 1;
         }
-        if let Some((raters, items)) = sizes.into_iter().max_by_key(|(m, n)| (*n, *m)) {
-            let counts: Vec<Vec<usize>> = shared()
-                .filter(|i| i.len() == raters)
-                .map(|i| {
-                    let mut row = vec![0; k];
-                    for label in i.values() {
-                        row[*label] += 1;
-                    }
-                    row
-                })
-                .collect();
-            out.fleiss = fleiss_kappa(&counts);
-            (out.fleiss_items, out.fleiss_raters) = (items, raters);
+        if let Some((raters, count)) = sizes.into_iter().max_by_key(|(m, n)| (*n, *m)) {
+            let items = shared().filter(|i| i.len() == raters);
+            out.fleiss = fleiss(items.map(|i| {
+                let mut row = vec![0; k];
+                for label in i.values() {
+                    row[*label] += 1;
+                }
+                row.into_iter().enumerate()
+            }));
+            (out.fleiss_items, out.fleiss_raters) = (count, raters);
         }
         Some(out)
     }
@@ -241,7 +273,7 @@ mod tests {
     fn two_annotators_and_many() {
         let mut j = Judgements::default();
         let mut say = |item: u8, who: &str, label: &str| {
-            j.add([item; 16], who.into(), label.into());
+            j.add([item; 16], [who.as_bytes()[0]; 16], label.into());
         };
         // Of 4 items they agree on 3: p_o = 0.75, p_e = 0.5·0.75 + 0.5·0.25 = 0.5, κ = 0.5.
         for (item, a, b) in [(1, "y", "y"), (2, "y", "y"), (3, "n", "n"), (4, "n", "y")] {
@@ -254,10 +286,49 @@ mod tests {
         assert!((a.cohen.unwrap() - 0.5).abs() < 1e-12);
         // Fleiss: P̄ = 0.75, p = (5/8, 3/8), P̄_e = 34/64, κ = (48 − 34)/(64 − 34) = 7/15.
         assert!((a.fleiss.unwrap() - 7.0 / 15.0).abs() < 1e-12);
-        j.add([5; 16], "cleo".into(), "n".into());
+        j.add([5; 16], [b'c'; 16], "n".into());
         let a = j.agreement().unwrap();
         assert_eq!((a.annotators, a.items, a.cohen), (3, 5, None));
         assert_eq!((a.fleiss_items, a.fleiss_raters), (5, 2));
         assert!(Judgements::default().agreement().is_none());
+    }
+
+    #[test]
+    fn memory_is_bounded_and_the_sample_says_the_same() {
+        // Three in four items agree: p_o = 0.75, margins even, κ = 0.5.
+        let mut j = Judgements::default();
+        let n = 3 * MAX_ITEMS as u64;
+        for i in 0..n {
+            let digest = crate::check::near::mix(i);
+            let mut item = [0; 16];
+            item[..8].copy_from_slice(&digest.to_be_bytes());
+            let first = i % 2 == 0;
+            let second = if i % 8 < 2 { !first } else { first };
+            for (who, says) in [(1, first), (2, second)] {
+                j.add(item, [who; 16], if says { "y" } else { "n" }.into());
+            }
+        }
+        assert!(j.items.len() <= MAX_ITEMS, "{}", j.items.len());
+        let a = j.agreement().unwrap();
+        assert_eq!(a.share, 0.25);
+        assert!(
+            (a.items as f64 / n as f64 - 0.25).abs() < 0.01,
+            "{}",
+            a.items
+        );
+        assert!((a.cohen.unwrap() - 0.5).abs() < 0.01, "{a:?}");
+        assert!((a.fleiss.unwrap() - 0.5).abs() < 0.01, "{a:?}");
+    }
+
+    #[test]
+    fn labels_beyond_a_hundred_are_one() {
+        let mut j = Judgements::default();
+        for i in 0..200u8 {
+            j.add([i; 16], [0; 16], format!("{i}"));
+            j.add([i; 16], [1; 16], format!("{i}"));
+        }
+        let a = j.agreement().unwrap();
+        assert_eq!(a.labels.len(), MAX_LABELS + 1);
+        assert!((a.cohen.unwrap() - 1.0).abs() < 1e-12, "{a:?}");
     }
 }

@@ -132,9 +132,16 @@ impl Stats {
         if let Some(t) = &self.turns {
             lengths.push(("turns a row".into(), t));
         }
+        if let Some(n) = &self.items {
+            lengths.push((self.items_name().into(), n));
+        }
         if !lengths.is_empty() {
             out.push_str("<h3>Lengths</h3>");
             distributions(&mut out, &lengths);
+        }
+        if let Some(r) = &self.good {
+            out.push_str("<h3>Labels</h3>");
+            pairs(&mut out, &[(self.good_name().to_owned(), percent(r))]);
         }
         if let Some(p) = &self.preference {
             let unit = self.unit;

@@ -14,13 +14,15 @@ use std::path::Path;
 
 use serde::Serialize;
 use serde_json::{Map, Value};
-use sha2::{Digest as _, Sha256};
 
-use crate::check::{Purpose, values::SCORES};
+use crate::check::{Purpose, digest, values::SCORES};
 use crate::conversation::Text;
 use crate::error::{Error, Result};
 use crate::rate::Rate;
-use crate::record::{Fault, PreferenceRecord, PromptRecord, Record, SftRecord};
+use crate::record::{
+    Fault, PreferenceRecord, PromptRecord, RankedRecord, RatedRecord, Record, SftRecord,
+    StepwiseRecord, UnpairedRecord,
+};
 use crate::source;
 use crate::text_stats::word_count;
 use crate::tokenize::ChatTokenizer;
@@ -47,9 +49,13 @@ pub struct Stats {
     pub lengths: Vec<Lengths>,
     /// Messages a row, prompt and completion together, where there are conversations.
     pub turns: Option<Summary>,
-    /// What the preference follows, for pairs.
+    /// Completions or steps a row, of rankings and solutions in steps.
+    pub items: Option<Summary>,
+    /// Share of good completions, of thumbs; of right steps, of solutions in steps.
+    pub good: Option<Rate>,
+    /// What the preference follows, for pairs; for rankings between the best and each worse completion.
     pub preference: Option<PreferenceStats>,
-    /// Columns of scores.
+    /// Columns of scores, and ratings by attribute: `ratings.helpfulness`.
     pub scores: Vec<Scores>,
     /// Agreement, where rows have a column `annotator`.
     pub agreement: Option<Agreement>,
@@ -110,29 +116,32 @@ pub struct PreferenceStats {
 /// When the file cannot be read, or a row is no such record.
 pub fn stats(path: &Path, purpose: Purpose, tokenizer: Option<&ChatTokenizer>) -> Result<Stats> {
     let mut all = Collector::new(tokenizer);
-    let at = |place: &str, f: Fault| Error::Row {
-        path: path.to_owned(),
-        place: place.to_owned(),
-        column: f.column,
-        what: f.what,
-        mend: f.mend,
-    };
     for row in source::rows(path)? {
         let row = row?;
         all.rows += 1;
         all.scores(&row.columns);
         let extra = Extra::of(&row.columns);
+        let (place, columns) = (row.place.as_str(), row.columns);
+        let at = |f: Fault| Error::Row {
+            path: path.to_owned(),
+            place: place.to_owned(),
+            column: f.column,
+            what: f.what,
+            mend: f.mend,
+        };
         match purpose {
-            Purpose::Sft => {
-                let r = SftRecord::from_row(row.columns).map_err(|f| at(&row.place, f))?;
-                all.sft(&r, extra)?;
-            }
+            Purpose::Sft => all.sft(&SftRecord::from_row(columns).map_err(at)?, extra)?,
             Purpose::Preference => {
-                let r = PreferenceRecord::from_row(row.columns).map_err(|f| at(&row.place, f))?;
-                all.preference(&r, extra)?;
+                all.preference(&PreferenceRecord::from_row(columns).map_err(at)?, extra)?;
             }
+            Purpose::Ranked => all.ranked(&RankedRecord::from_row(columns).map_err(at)?)?,
+            Purpose::Unpaired => {
+                all.unpaired(&UnpairedRecord::from_row(columns).map_err(at)?, extra)?;
+            }
+            Purpose::Stepwise => all.stepwise(&StepwiseRecord::from_row(columns).map_err(at)?)?,
+            Purpose::Rated => all.rated(&RatedRecord::from_row(columns).map_err(at)?, extra)?,
             Purpose::Prompts => {
-                let r = PromptRecord::from_row(row.columns).map_err(|f| at(&row.place, f))?;
+                let r = PromptRecord::from_row(columns).map_err(at)?;
                 all.texts(&[("prompt", &r.prompt)])?;
                 all.judge(extra, &[&r.prompt.joined()], None);
             }
@@ -140,6 +149,9 @@ pub fn stats(path: &Path, purpose: Purpose, tokenizer: Option<&ChatTokenizer>) -
     }
     Ok(all.stats(purpose))
 }
+
+/// Columns of scores that are looked at, the first ones.
+const MAX_SCORES: usize = 64;
 
 /// Columns beside the record's own.
 struct Extra {
@@ -190,7 +202,10 @@ struct Collector<'a> {
     rows: u64,
     lengths: Vec<(&'static str, LengthSketches)>,
     turns: Sketch,
-    scores: Vec<(&'static str, Sketch)>,
+    scores: Vec<(String, Sketch)>,
+    items: Sketch,
+    labelled: u64,
+    good: u64,
     pairs: u64,
     longer: f64,
     ratios: Sketch,
@@ -208,6 +223,9 @@ impl<'a> Collector<'a> {
             lengths: Vec::new(),
             turns: Sketch::default(),
             scores: Vec::new(),
+            items: Sketch::default(),
+            labelled: 0,
+            good: 0,
             pairs: 0,
             longer: 0.0,
             ratios: Sketch::default(),
@@ -276,20 +294,36 @@ impl<'a> Collector<'a> {
                 continue;
             };
             let mut numbers = Vec::new();
-            flatten(value, &mut numbers);
-            if numbers.is_empty() {
-                continue;
-            }
-            let at = match self.scores.iter().position(|(c, _)| *c == column) {
-                Some(at) => at,
-                None => {
-                    self.scores.push((column, Sketch::default()));
-                    self.scores.len() - 1
+            // Parquet holds objects as JSON text.
+            let read = value.as_str().and_then(|s| serde_json::from_str(s).ok());
+            if let Value::Object(attributes) = read.as_ref().unwrap_or(value) {
+                for (name, value) in attributes {
+                    numbers.clear();
+                    flatten(value, &mut numbers);
+                    self.score(&format!("{column}.{name}"), &numbers);
                 }
-            };
-            if let Some((_, sketch)) = self.scores.get_mut(at) {
-                numbers.into_iter().for_each(|x| sketch.add(x));
+            } else {
+                flatten(value, &mut numbers);
+                self.score(column, &numbers);
             }
+        }
+    }
+
+    /// Counts values of a column, of at most [`MAX_SCORES`] columns.
+    fn score(&mut self, column: &str, numbers: &[f64]) {
+        if numbers.is_empty() {
+            return;
+        }
+        let at = match self.scores.iter().position(|(c, _)| c == column) {
+            Some(at) => at,
+            None if self.scores.len() == MAX_SCORES => return,
+            None => {
+                self.scores.push((column.to_owned(), Sketch::default()));
+                self.scores.len() - 1
+            }
+        };
+        if let Some((_, sketch)) = self.scores.get_mut(at) {
+            numbers.iter().for_each(|x| sketch.add(*x));
         }
     }
 
@@ -315,24 +349,80 @@ impl<'a> Collector<'a> {
         ])?;
         let [prompt, chosen, rejected] = [&r.prompt, &r.chosen, &r.rejected].map(Text::joined);
         if let [_, c, j] = lengths[..] {
-            self.pairs += 1;
-            self.longer += match c.cmp(&j) {
-                std::cmp::Ordering::Greater => 1.0,
-                std::cmp::Ordering::Equal => 0.5,
-                std::cmp::Ordering::Less => 0.0,
-            };
-            // A text may have no tokens, never no characters.
-            self.ratios
-                .add((c.max(1) as f64).ln() - (j.max(1) as f64).ln());
+            self.pair((c, &chosen), (j, &rejected));
         }
         if let Some(first) = extra.chosen_first {
             self.placed += 1;
             self.first += u64::from(first);
         }
-        self.format.add(&chosen, &rejected);
         let (a, b) = (chosen.as_str(), rejected.as_str());
         let preferred = if a < b { "first" } else { "second" };
         self.judge(extra, &[&prompt, a.min(b), a.max(b)], Some(preferred));
+        Ok(())
+    }
+
+    /// Counts a better and a worse completion, each with its length.
+    fn pair(&mut self, (longer, chosen): (usize, &str), (shorter, rejected): (usize, &str)) {
+        self.pairs += 1;
+        self.longer += match longer.cmp(&shorter) {
+            std::cmp::Ordering::Greater => 1.0,
+            std::cmp::Ordering::Equal => 0.5,
+            std::cmp::Ordering::Less => 0.0,
+        };
+        // A text may have no tokens, never no characters.
+        self.ratios
+            .add((longer.max(1) as f64).ln() - (shorter.max(1) as f64).ln());
+        self.format.add(chosen, rejected);
+    }
+
+    fn ranked(&mut self, r: &RankedRecord) -> Result<()> {
+        self.texts(&[("prompt", &r.prompt)])?;
+        self.items.add(r.completions.len() as f64);
+        let mut texts = Vec::with_capacity(r.completions.len());
+        for c in &r.completions {
+            let text = c.joined();
+            texts.push((self.text("completion", &text)?, text));
+        }
+        let worth = r.worth();
+        let Some(top) = worth.iter().copied().max_by(f64::total_cmp) else {
+            return Ok(());
+        };
+        let best = worth.iter().position(|w| *w >= top);
+        if let Some((length, text)) = best.and_then(|i| texts.get(i)) {
+            for (_, (n, other)) in worth.iter().zip(&texts).filter(|(w, _)| **w < top) {
+                self.pair((*length, text), (*n, other));
+            }
+        }
+        Ok(())
+    }
+
+    fn unpaired(&mut self, r: &UnpairedRecord, extra: Extra) -> Result<()> {
+        let column = if r.label {
+            "completion, good"
+        } else {
+            "completion, bad"
+        };
+        self.texts(&[("prompt", &r.prompt), (column, &r.completion)])?;
+        self.labelled += 1;
+        self.good += u64::from(r.label);
+        self.judge(extra, &[&r.prompt.joined(), &r.completion.joined()], None);
+        Ok(())
+    }
+
+    fn stepwise(&mut self, r: &StepwiseRecord) -> Result<()> {
+        self.texts(&[("prompt", &r.prompt)])?;
+        self.items.add(r.completions.len() as f64);
+        for (step, right) in r.completions.iter().zip(&r.labels) {
+            self.text(if *right { "step, right" } else { "step, wrong" }, step)?;
+            self.labelled += 1;
+            self.good += u64::from(*right);
+        }
+        Ok(())
+    }
+
+    fn rated(&mut self, r: &RatedRecord, extra: Extra) -> Result<()> {
+        self.texts(&[("prompt", &r.prompt), ("completion", &r.completion)])?;
+        self.judge(extra, &[&r.prompt.joined(), &r.completion.joined()], None);
         Ok(())
     }
 
@@ -345,18 +435,11 @@ impl<'a> Collector<'a> {
         let Some(label) = extra.label.or_else(|| preferred.map(str::to_owned)) else {
             return;
         };
-        let mut hash = Sha256::new();
-        match &extra.item {
-            Some(item) => hash.update(item),
-            None => {
-                for text in texts {
-                    hash.update(text.len().to_le_bytes());
-                    hash.update(text);
-                }
-            }
-        }
-        let mut item = [0; 16];
-        item.copy_from_slice(&hash.finalize()[..16]);
+        let item = match &extra.item {
+            Some(item) => digest([item.as_str()]),
+            None => digest(texts.iter().copied()),
+        };
+        let annotator = digest([annotator.as_str()]);
         self.judgements.add(item, annotator, label);
     }
 
@@ -371,7 +454,8 @@ impl<'a> Collector<'a> {
                 tokens: self.tokenizer.map(|_| l.tokens.summary()),
             })
             .collect();
-        let preference = (purpose == Purpose::Preference).then(|| {
+        let compared = matches!(purpose, Purpose::Preference | Purpose::Ranked);
+        let preference = compared.then(|| {
             let ratios: Vec<(f64, u64)> = self.ratios.cells().collect();
             PreferenceStats {
                 chosen_longer: Rate::wilson(self.longer, self.pairs),
@@ -382,7 +466,7 @@ impl<'a> Collector<'a> {
                 format: self.format.biases(),
             }
         });
-        let turns = self.turns.summary();
+        let some = |s: Summary| (s.n > 0).then_some(s);
         Stats {
             purpose,
             rows: self.rows,
@@ -392,13 +476,15 @@ impl<'a> Collector<'a> {
                 "characters"
             },
             lengths,
-            turns: (turns.n > 0).then_some(turns),
+            turns: some(self.turns.summary()),
+            items: some(self.items.summary()),
+            good: (self.labelled > 0).then(|| Rate::wilson(self.good as f64, self.labelled)),
             preference,
             scores: self
                 .scores
                 .iter()
                 .map(|(column, s)| Scores {
-                    column: (*column).to_owned(),
+                    column: column.clone(),
                     values: s.summary(),
                 })
                 .collect(),

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::{LengthModel, PreferenceStats, Stats, Summary};
+use crate::check::Purpose;
 use crate::rate::Rate;
 
 /// A number in at most seven characters or so.
@@ -119,6 +120,24 @@ impl fmt::Display for PreferenceStats {
     }
 }
 
+impl Stats {
+    /// What `items` counts.
+    pub(super) fn items_name(&self) -> &'static str {
+        match self.purpose {
+            Purpose::Stepwise => "steps a row",
+            _ => "completions a row",
+        }
+    }
+
+    /// What `good` is the share of.
+    pub(super) fn good_name(&self) -> &'static str {
+        match self.purpose {
+            Purpose::Stepwise => "right steps",
+            _ => "good completions",
+        }
+    }
+}
+
 impl fmt::Display for Stats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{} rows; lengths in {}:", self.rows, self.unit)?;
@@ -135,7 +154,13 @@ impl fmt::Display for Stats {
         if let Some(t) = &self.turns {
             rows.push(("turns a row".into(), t));
         }
+        if let Some(n) = &self.items {
+            rows.push((self.items_name().into(), n));
+        }
         table(f, &rows)?;
+        if let Some(r) = &self.good {
+            writeln!(f, "{}: {}", self.good_name(), percent(r))?;
+        }
         if let Some(p) = &self.preference {
             write!(f, "preference (95 % intervals):\n{p}")?;
         }

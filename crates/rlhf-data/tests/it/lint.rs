@@ -111,7 +111,7 @@ fn a_prompt_of_another_split_is_a_leak() {
     let r = check_with(&path, Purpose::Preference, &options);
     assert_eq!(found(&r), [("leak", "line 10", "prompt")]);
     assert!(
-        r.failed && r.findings[0].what.contains("line 2 of /"),
+        r.failed && r.findings[0].what.ends_with(".jsonl, line 2"),
         "{:?}",
         r.findings
     );
@@ -178,9 +178,9 @@ fn words_of_an_evaluation_set_are_contamination() {
     );
     assert!(!r.failed);
     let what = &r.findings[0].what;
-    assert!(what.contains("13 words as in line 1 of"), "{what}");
+    assert!(what.contains("13 words as in /"), "{what}");
     assert!(
-        r.findings[1].what.contains("8 words as in line 1 of"),
+        r.findings[1].what.contains("8 words as in /"),
         "{:?}",
         r.findings
     );
@@ -345,4 +345,203 @@ fn every_finding_reaches_the_sink_and_the_file_and_errors_are_never_hidden() {
     write_findings_parquet(&again, &all).unwrap();
     assert_eq!(std::fs::read(&out).unwrap(), std::fs::read(&again).unwrap());
     assert!(write_findings_parquet(&dir.path().join("no/such.parquet"), &all).is_err());
+}
+
+#[test]
+fn every_kind_of_row_has_its_rules() {
+    let dir = tempfile::tempdir().unwrap();
+    let of = |rows: &[Value], purpose| {
+        let path = write(dir.path(), "kind.jsonl", rows);
+        check(&path, purpose, None)
+    };
+    let turn = |role: &str, text: &str| json!([{"role": role, "content": text}]);
+    let r = of(
+        &[
+            json!({"prompt": "p", "completions": ["a", "b", "c"], "scores": [1, 3, 2]}),
+            json!({"prompt": "p", "completions": ["a", "b"], "scores": [2, 2]}),
+            json!({"prompt": "p", "completions": ["a", "b", "a"], "scores": [1, 2, 3]}),
+            json!({"prompt": "p", "completions": ["a", "b", "b"]}),
+            json!({"prompt": "p", "completions": ["a"]}),
+            json!({"prompt": "p", "completions": ["a", "b"], "scores": [1]}),
+        ],
+        Purpose::Ranked,
+    );
+    assert_eq!(
+        found(&r),
+        [
+            ("no_contrast", "line 2", "scores"),
+            ("identical", "line 3", "completions"),
+            ("identical", "line 4", "completions"),
+            ("too_few", "line 5", "completions"),
+            ("wrong_length", "line 6", "scores"),
+        ]
+    );
+    assert!(r.findings[1].what.contains("0 and 2") && r.findings[1].what.contains("better"));
+    let r = of(
+        &[
+            json!({"prompt": "p", "completion": "a", "label": true}),
+            json!({"prompt": "p", "completion": "a", "label": false}),
+            json!({"prompt": "p", "completion": "</s>", "label": false}),
+            json!({"prompt": turn("assistant", "p"), "completion": turn("assistant", "a"), "label": true}),
+            json!({"prompt": "p", "completion": "a", "label": 1}),
+        ],
+        Purpose::Unpaired,
+    );
+    assert_eq!(
+        found(&r),
+        [
+            ("contradiction", "line 2", "label"),
+            ("special_token", "line 3", "completion"),
+            ("role_order", "line 4", ""),
+            ("role_order", "line 4", ""),
+            ("wrong_type", "line 5", "label"),
+        ]
+    );
+    let r = of(
+        &[
+            json!({"prompt": "p", "completions": ["a", "b\u{7}"], "labels": [true, false]}),
+            json!({"prompt": turn("user", "p"), "completions": ["a"], "labels": [true]}),
+            json!({"prompt": "p", "completions": ["a", "b"], "labels": [true]}),
+        ],
+        Purpose::Stepwise,
+    );
+    assert_eq!(
+        found(&r),
+        [
+            ("control_character", "line 1", "completions"),
+            ("wrong_length", "line 3", "labels"),
+        ]
+    );
+    let r = of(
+        &[
+            json!({"prompt": "p", "completion": "a", "ratings": {"helpfulness": 3}}),
+            json!({"prompt": "p", "completion": " ", "ratings": {"helpfulness": 3}}),
+            json!({"prompt": "p", "completion": "a", "ratings": {}}),
+        ],
+        Purpose::Rated,
+    );
+    assert_eq!(
+        found(&r),
+        [
+            ("empty", "line 2", "completion"),
+            ("empty", "line 3", "ratings")
+        ]
+    );
+}
+
+#[test]
+fn tokens_of_answers_are_looked_at_for_every_kind() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokenizer");
+    let t = rlhf_data::tokenize::ChatTokenizer::load(&folder).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let options = CheckOptions {
+        tokens: Some((&t, rlhf_data::tokenize::Limits::new(200, 8))),
+        ..CheckOptions::default()
+    };
+    let long = "word ".repeat(50);
+    for (purpose, row) in [
+        (
+            Purpose::Unpaired,
+            json!({"prompt": "p", "completion": long, "label": true}),
+        ),
+        (
+            Purpose::Rated,
+            json!({"prompt": "p", "completion": long, "ratings": {"a": 1}}),
+        ),
+        (
+            Purpose::Ranked,
+            json!({"prompt": "p", "completions": ["a", long]}),
+        ),
+        (
+            Purpose::Stepwise,
+            json!({"prompt": "p", "completions": [long], "labels": [true]}),
+        ),
+    ] {
+        let path = write(dir.path(), "long.jsonl", &[row]);
+        let r = check_with(&path, purpose, &options);
+        assert_eq!(found(&r), [("truncated", "line 1", "")], "{purpose:?}");
+    }
+}
+
+#[test]
+fn rows_of_several_files_are_told_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = clean();
+    write(dir.path(), "a.jsonl", &rows[..3]);
+    write(dir.path(), "b.jsonl", &rows[1..5]);
+    let mut swapped = rows[4].clone();
+    swapped["chosen"] = rows[4]["rejected"].clone();
+    swapped["rejected"] = rows[4]["chosen"].clone();
+    write(dir.path(), "c.jsonl", &[swapped]);
+    let r = check(dir.path(), Purpose::Preference, None);
+    let said: Vec<_> = r
+        .findings
+        .iter()
+        .map(|f| (f.rule, f.place.as_str(), f.what.as_str()))
+        .collect();
+    assert_eq!(
+        said,
+        [
+            (
+                "duplicate",
+                "b.jsonl, line 1",
+                "the same as a.jsonl, line 2"
+            ),
+            (
+                "duplicate",
+                "b.jsonl, line 2",
+                "the same as a.jsonl, line 3"
+            ),
+            (
+                "contradiction",
+                "c.jsonl, line 1",
+                "b.jsonl, line 4 prefers the other completion"
+            ),
+        ]
+    );
+    // The same of a folder given as another split.
+    let path = write(
+        dir.path().parent().unwrap(),
+        "rlhf-lint-one.jsonl",
+        &rows[4..5],
+    );
+    let options = CheckOptions {
+        against: vec![dir.path().to_owned()],
+        ..CheckOptions::default()
+    };
+    let r = check_with(&path, Purpose::Preference, &options);
+    std::fs::remove_file(path).unwrap();
+    let what = &r.findings[0].what;
+    assert!(what.ends_with(", b.jsonl, line 4"), "{what}");
+}
+
+#[test]
+fn long_paths_are_shown_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let deep = dir.path().join("d".repeat(120)).join("e".repeat(120));
+    std::fs::create_dir_all(&deep).unwrap();
+    let broken = write(&deep, "broken.jsonl", &[json!(3)]);
+    let path = write(dir.path(), "a.jsonl", &clean());
+    let options = CheckOptions {
+        against: vec![broken],
+        ..CheckOptions::default()
+    };
+    let r = check_with(&path, Purpose::Preference, &options);
+    assert_eq!(r.findings[0].rule, "unreadable");
+    let what = &r.findings[0].what;
+    assert!(
+        what.contains("broken.jsonl, line 1") && what.contains("do: "),
+        "{what}"
+    );
+    // What the data say is still cut.
+    let path = write(
+        dir.path(),
+        "b.jsonl",
+        &[json!({"prompt": "p", "chosen": format!("\u{7}{}", "x".repeat(500)), "rejected": "b"})],
+    );
+    let r = check(&path, Purpose::Preference, None);
+    assert_eq!(
+        r.findings[0].what.chars().count(),
+        "\\u{7}".len() - 1 + 160 + 1
+    );
 }

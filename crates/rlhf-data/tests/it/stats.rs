@@ -29,6 +29,8 @@ fn sound(s: &Stats) {
                 [
                     "tokens",
                     "turns",
+                    "items",
+                    "good",
                     "preference",
                     "agreement",
                     "length_model",
@@ -253,4 +255,68 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn rankings_thumbs_steps_and_ratings() {
+    let s = of(
+        &[
+            json!({"prompt": "p", "completions": ["aaaa", "a", "aa"], "scores": [3, 1, 2]}),
+            json!({"prompt": "p", "completions": ["a", "aaa"], "scores": [2, 2]}),
+            json!({"prompt": "p", "completions": ["aa", "a"]}),
+        ],
+        Purpose::Ranked,
+    );
+    sound(&s);
+    let items = s.items.as_ref().unwrap();
+    assert_eq!((items.n, items.min, items.max), (3, 2.0, 3.0));
+    // The best against each worse one: 2 pairs, none, 1.
+    let p = s.preference.as_ref().unwrap();
+    assert_eq!((p.chosen_longer.n, p.chosen_longer.share), (3, 1.0));
+    assert!((p.mean_log_length_ratio - (4f64.ln() + 2f64.ln() + 2f64.ln()) / 3.0).abs() < 1e-12);
+    let thumb = |completion: &str, label: bool, who: &str| json!({"prompt": "p", "completion": completion, "label": label, "annotator": who});
+    let s = of(
+        &[
+            thumb("a", true, "anna"),
+            thumb("a", true, "ben"),
+            thumb("bb", false, "anna"),
+            thumb("bb", true, "ben"),
+        ],
+        Purpose::Unpaired,
+    );
+    sound(&s);
+    let good = s.good.as_ref().unwrap();
+    assert_eq!((good.share, good.n), (0.75, 4));
+    let columns: Vec<&str> = s.lengths.iter().map(|l| l.column.as_str()).collect();
+    assert_eq!(columns, ["prompt", "completion, good", "completion, bad"]);
+    // They agree on one of two: p_o = ½ = p_e.
+    assert_eq!(s.agreement.as_ref().unwrap().cohen, Some(0.0));
+    assert!(s.to_string().contains("good completions: 75.0 %"), "{s}");
+    let s = of(
+        &[
+            json!({"prompt": "p", "completions": ["one", "two", "three"], "labels": [true, true, false]}),
+        ],
+        Purpose::Stepwise,
+    );
+    sound(&s);
+    assert!(s.to_string().contains("right steps: 66.7 %"), "{s}");
+    assert!(s.html().contains("steps a row"));
+    let s = of(
+        &[
+            json!({"prompt": "p", "completion": "c", "ratings": {"help": 1, "style": 4}}),
+            // As Parquet holds it.
+            json!({"prompt": "p", "completion": "c", "ratings": "{\"help\": 3}"}),
+        ],
+        Purpose::Rated,
+    );
+    sound(&s);
+    let scores: Vec<_> = s
+        .scores
+        .iter()
+        .map(|s| (s.column.as_str(), s.values.n, s.values.mean))
+        .collect();
+    assert_eq!(
+        scores,
+        [("ratings.help", 2, 2.0), ("ratings.style", 1, 4.0)]
+    );
 }

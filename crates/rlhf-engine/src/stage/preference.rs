@@ -11,7 +11,7 @@ use crate::recipe::{Dpo, Reward, Sft};
 
 pub(super) fn sft(ctx: &Context<'_>, name: &str, s: &Sft) -> anyhow::Result<Ended> {
     let model = ctx.learner(&s.model, &s.memory)?;
-    let data = ctx.inputs.sft(&s.data)?;
+    let data = ctx.inputs.sft(&s.data, s.turns)?;
     let cfg = SftConfig {
         seed: ctx.recipe.run.seed,
         steps: s.steps,
