@@ -104,6 +104,7 @@ impl ChatTemplate {
         });
         environment.add_filter("tojson", tojson);
         environment.add_filter(guard::FILTER, guard::kept);
+        environment.set_formatter(guard::write);
         environment
             .add_template_owned("chat", source)
             .map_err(|e| template_error(place, &e))?;
@@ -746,10 +747,26 @@ mod tests {
             .render(&messages(), false)
             .unwrap_err();
         assert!(
-            e.to_string().contains("too long") || e.to_string().contains("64 MiB"),
+            e.to_string().contains("too long") || e.to_string().contains("16 MiB"),
             "{e}"
         );
         let e = ChatTemplate::new("\n{% for %}", "here", "", "", vec![], DATE).unwrap_err();
         assert!(e.to_string().contains("here, line 2"), "{e}");
+    }
+
+    #[test]
+    fn products_of_lists_stop() {
+        for source in [
+            "{{ 8 ** 7 * messages * 6 }}",
+            "{{ [messages * 1000] * 1000 * 1000 }}",
+            "{% set m = messages * 9000000 %}{{ m | length }}",
+        ] {
+            let started = std::time::Instant::now();
+            let e = template(source).render(&messages(), false).unwrap_err();
+            assert!(e.to_string().contains("too long"), "{source}: {e}");
+            assert!(started.elapsed().as_secs() < 20, "{source}");
+        }
+        let short = template("{{ [1, 'a'] * 2 }}").render(&messages(), false);
+        assert_eq!(short.unwrap().text, "[1, 'a', 1, 'a']");
     }
 }

@@ -5,7 +5,7 @@
 //! `set` keeps goes through a filter that measures it.
 
 use minijinja::value::{Value, ValueKind};
-use minijinja::{Error, ErrorKind, State};
+use minijinja::{Error, ErrorKind, Output, State};
 
 /// Bytes of a template.
 const MAX_SOURCE: usize = 1 << 20;
@@ -15,8 +15,8 @@ const MAX_WORDS: usize = 1000;
 const MAX_ELIF: usize = 200;
 /// Levels of lists and maps in a value.
 const MAX_DEPTH: usize = 32;
-/// Values that the filter may look at in one rendering.
-const MAX_VISITS: u64 = 4_000_000;
+/// Items that may be looked at in one rendering.
+const MAX_VISITS: u64 = 1_000_000;
 /// The filter's name, and that of its count.
 pub(super) const FILTER: &str = "__kept";
 
@@ -153,13 +153,32 @@ fn tag(source: &str, mut at: usize, close: &[u8]) -> Option<Tag> {
 /// What a `set` keeps: no deeper than [`MAX_DEPTH`], and a plain list where it was computed lazily. A
 /// namespace is kept by a name alone, not within a value: it could hold itself.
 pub(super) fn kept(state: &mut State, value: Value, within: bool) -> Result<Value, Error> {
+    let value = match value.kind() {
+        ValueKind::Seq | ValueKind::Iterable => {
+            // One item more than may be looked at is enough to be refused.
+            let items = value.try_iter()?.take(MAX_VISITS as usize + 1);
+            Value::from(items.collect::<Vec<_>>())
+        }
+        _ => value,
+    };
+    measure(state, &value, within)?;
+    Ok(value)
+}
+
+/// Writes what a tag gives. Writing goes over a whole list even where nothing more can be written, and a
+/// product of lists can be long, so that is looked at before.
+pub(super) fn write(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error> {
+    if value.as_object().is_some() {
+        measure(state, value, false)?;
+    }
+    minijinja::escape_formatter(out, state, value)
+}
+
+/// Visits a value's items, and theirs.
+fn measure(state: &mut State, value: &Value, within: bool) -> Result<(), Error> {
     let bad = |what: &str| Error::new(ErrorKind::InvalidOperation, what.to_owned());
     let count = state.get_temp(FILTER).and_then(|n| u64::try_from(n).ok());
     let mut count = count.unwrap_or_default();
-    let value = match value.kind() {
-        ValueKind::Seq | ValueKind::Iterable => Value::from(value.try_iter()?.collect::<Vec<_>>()),
-        _ => value,
-    };
     let mut left = vec![(value.clone(), usize::from(within))];
     while let Some((value, depth)) = left.pop() {
         if depth > MAX_DEPTH {
@@ -185,7 +204,7 @@ pub(super) fn kept(state: &mut State, value: Value, within: bool) -> Result<Valu
         }
     }
     state.set_temp(FILTER, Value::from(count));
-    Ok(value)
+    Ok(())
 }
 
 /// Whether a format of `str.format` asks for more width than any text has.
