@@ -8,20 +8,13 @@ pub(crate) fn run(interop: bool) -> Result<()> {
     eprintln!("fmt");
     cargo("fmt", &["--all", "--check"]).run()?;
     eprintln!("clippy");
-    cargo(
-        "clippy",
-        &[
-            "--workspace",
-            "--all-targets",
-            "--quiet",
-            "--",
-            "-D",
-            "warnings",
-        ],
-    )
-    .run()?;
+    cargo("clippy", &["--workspace", "--all-targets", "--quiet"])
+        .args(crate::FEATURES)
+        .args(["--", "-D", "warnings"])
+        .run()?;
     eprintln!("docs");
     cargo("doc", &["--workspace", "--no-deps", "--quiet"])
+        .args(crate::FEATURES)
         .env("RUSTDOCFLAGS", "-D warnings")
         .run()?;
     eprintln!("layers");

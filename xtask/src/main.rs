@@ -22,6 +22,9 @@ use clap::{Parser, Subcommand};
 
 use crate::shell::{cargo, has};
 
+/// What is off by default and must work as well.
+pub(crate) const FEATURES: [&str; 2] = ["--features", "rlhf-data/hub,rlhf-model/hub"];
+
 /// Developer tasks of the rlhf workspace.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", disable_help_subcommand = true)]
@@ -158,7 +161,8 @@ fn test(args: &[String]) -> anyhow::Result<()> {
     // The tests run side by side: one libtorch thread each, or they would crawl.
     let quiet = |run: shell::Run| run.env("OMP_NUM_THREADS", "1").args(args);
     if has("cargo-nextest") {
-        quiet(cargo("nextest", &["run", "--workspace", "--no-fail-fast"])).run()?;
+        let kinds = ["run", "--workspace", "--no-fail-fast"];
+        quiet(cargo("nextest", &kinds).args(FEATURES)).run()?;
     } else {
         let kinds = [
             "--workspace",
@@ -167,7 +171,7 @@ fn test(args: &[String]) -> anyhow::Result<()> {
             "--tests",
             "--no-fail-fast",
         ];
-        quiet(cargo("test", &kinds)).run()?;
+        quiet(cargo("test", &kinds).args(FEATURES)).run()?;
     }
     // nextest has no doc tests; with a filter only what was asked for runs.
     if args.is_empty() {

@@ -6,7 +6,7 @@ use rlhf_data::chat_template::ChatTemplate;
 use rlhf_data::conversation::{Message, Role};
 
 /// What the renderer allows.
-const MAX_TEXT: usize = 64 << 20;
+const MAX_TEXT: usize = 16 << 20;
 
 fuzz_target!(
     init: {

@@ -1,12 +1,13 @@
-//! Datasets of the Hugging Face Hub, downloaded into its cache.
+//! Repositories of the Hugging Face Hub, downloaded into its cache.
 //!
-//! Invariant: all files come from one commit, and a file whose digest the Hub tells is compared with it.
+//! Invariant: all files come from one commit; each has the size that the Hub states, and where it
+//! states a digest (of large files), that digest. What was cut goes on where it stopped.
 
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Component, Path, PathBuf};
 
-use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
+use hf_hub::api::sync::{Api, ApiBuilder, ApiError, Metadata};
 use hf_hub::{Cache, Repo, RepoType};
 use sha2::{Digest as _, Sha256};
 
@@ -22,12 +23,30 @@ pub struct Hub {
     pub cache: Option<PathBuf>,
 }
 
-/// The files of a dataset at a commit.
+/// What kind of repository.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RepoKind {
+    /// A dataset.
+    Dataset,
+    /// A model.
+    Model,
+}
+
+impl RepoKind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Dataset => "dataset",
+            Self::Model => "model",
+        }
+    }
+}
+
+/// Files of a repository at a commit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
     /// The commit.
     pub commit: String,
-    /// The data files in the cache, in the order of their names.
+    /// The files in the cache, in the order of their names.
     pub files: Vec<PathBuf>,
 }
 
@@ -43,58 +62,85 @@ impl Hub {
         revision: &str,
         pattern: Option<&str>,
     ) -> Result<Snapshot> {
-        // The client asserts in places that an odd answer reaches.
-        catch_unwind(AssertUnwindSafe(|| {
-            self.try_download(dataset, revision, pattern)
-        }))
-        .unwrap_or_else(|_| {
-            Err(Error::Invalid {
-                what: format!("{dataset}: the answer of the hub makes no sense"),
-                mend: "check the endpoint".into(),
-            })
-        })
-    }
-
-    fn try_download(
-        &self,
-        dataset: &str,
-        revision: &str,
-        pattern: Option<&str>,
-    ) -> Result<Snapshot> {
         let pattern = pattern.map(glob::Pattern::new).transpose();
         let pattern = pattern.map_err(|e| Error::Invalid {
             what: format!("no pattern: {e}"),
             mend: "correct the pattern".into(),
         })?;
-        let failed = |e: ApiError| failure(dataset, revision, e);
-        let (api, cache) = self.client().map_err(failed)?;
-        let at = |revision: &str| {
-            Repo::with_revision(dataset.into(), RepoType::Dataset, revision.into())
-        };
-        let info = api.repo(at(revision)).info().map_err(failed)?;
-        let mut names: Vec<String> = info
-            .siblings
-            .into_iter()
-            .map(|s| s.rfilename)
-            .filter(|n| is_data(n) && pattern.as_ref().is_none_or(|p| p.matches(n)))
-            .collect();
-        names.sort();
-        if names.is_empty() {
+        let wanted = |n: &str| is_data(n) && pattern.as_ref().is_none_or(|p| p.matches(n));
+        let found = self.snapshot(RepoKind::Dataset, dataset, revision, &wanted)?;
+        if found.files.is_empty() {
             return Err(Error::Invalid {
                 what: format!("{dataset}: no data file of a known kind at {revision}"),
                 mend: "check the pattern, or give a revision with Parquet, such as `refs/convert/parquet`".into(),
             });
         }
+        Ok(found)
+    }
+
+    /// Downloads those files of a repository whose name there is `wanted`, unless the cache has them.
+    ///
+    /// # Errors
+    /// When the Hub cannot be reached, has no such repository, revision or file, or what came is
+    /// damaged.
+    pub fn snapshot(
+        &self,
+        kind: RepoKind,
+        repo: &str,
+        revision: &str,
+        wanted: &dyn Fn(&str) -> bool,
+    ) -> Result<Snapshot> {
+        // The client asserts in places that an odd answer reaches.
+        catch_unwind(AssertUnwindSafe(|| {
+            self.try_snapshot(kind, repo, revision, wanted)
+        }))
+        .unwrap_or_else(|_| Err(nonsense(repo)))
+    }
+
+    fn try_snapshot(
+        &self,
+        kind: RepoKind,
+        repo: &str,
+        revision: &str,
+        wanted: &dyn Fn(&str) -> bool,
+    ) -> Result<Snapshot> {
+        let failed = |file: &str, e| failure(kind, repo, file, revision, e);
+        let (api, cache) = self.client().map_err(|e| failed("", e))?;
+        let at = |revision: &str| {
+            let kind = match kind {
+                RepoKind::Dataset => RepoType::Dataset,
+                RepoKind::Model => RepoType::Model,
+            };
+            Repo::with_revision(repo.into(), kind, revision.into())
+        };
+        let info = api.repo(at(revision)).info().map_err(|e| failed("", e))?;
+        // It becomes a folder's name.
+        if !plain(&info.sha) {
+            return Err(nonsense(repo));
+        }
+        let mut names: Vec<String> = info
+            .siblings
+            .into_iter()
+            .map(|s| s.rfilename)
+            .filter(|n| is_inside(n) && wanted(n))
+            .collect();
+        names.sort();
         let pinned = at(&info.sha);
-        let (repo, kept) = (api.repo(pinned.clone()), cache.repo(pinned));
+        let (remote, kept) = (api.repo(pinned.clone()), cache.repo(pinned));
         let mut files = Vec::new();
         for name in names {
             files.push(match kept.get(&name) {
                 Some(path) => path,
                 None => {
-                    let path = repo.download(&name).map_err(failed)?;
-                    compare(&path)?;
-                    path
+                    let shown = format!("{repo}/{name}");
+                    let told = api
+                        .metadata(&remote.url(&name))
+                        .map_err(|e| failed(&name, e))?;
+                    if !plain(told.etag()) || told.commit_hash() != info.sha {
+                        return Err(nonsense(&shown));
+                    }
+                    let get = || remote.download(&name).map_err(|e| failed(&name, e));
+                    fetch(&shown, &told, &kept.blob_path(told.etag()), get)?
                 }
             });
         }
@@ -122,63 +168,124 @@ impl Hub {
     }
 }
 
-/// Whether a file of a repository holds rows; one whose name leads out of the cache is left alone.
-fn is_data(name: &str) -> bool {
-    let inside = Path::new(name)
+/// Whether a name leads nowhere but into the folder that it is put in.
+fn is_inside(name: &str) -> bool {
+    Path::new(name)
         .components()
-        .all(|c| matches!(c, Component::Normal(_)));
+        .all(|c| matches!(c, Component::Normal(_)))
+}
+
+/// Whether a text of the Hub can be the name of a file or folder.
+fn plain(name: &str) -> bool {
+    !name.is_empty()
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b))
+}
+
+/// Whether a file of a repository holds rows.
+fn is_data(name: &str) -> bool {
     let last = name.rsplit('/').next().unwrap_or(name);
     // What datasets say about themselves.
     let about = ["dataset_infos.json", "dataset_info.json", "state.json"].contains(&last);
-    inside && !about && !name.starts_with('.') && source::is_known(last)
+    !about && !name.starts_with('.') && source::is_known(last)
 }
 
-/// Compares a large file with its digest, by which the cache names it; what is damaged is removed.
-fn compare(path: &Path) -> Result<()> {
-    let blob = path.canonicalize().map_err(Error::io(path))?;
-    let name = blob
-        .file_name()
-        .map(|n| n.to_string_lossy().into_owned())
-        .unwrap_or_default();
-    if name.len() != 64 || !name.bytes().all(|b| b.is_ascii_hexdigit()) {
-        return Ok(());
+/// Brings a file, and once more from its beginning where what came is not what the Hub told: the
+/// first part may have come from an older try, or from a server that sends all when asked for the rest.
+fn fetch(
+    shown: &str,
+    told: &Metadata,
+    blob: &Path,
+    get: impl Fn() -> Result<PathBuf>,
+) -> Result<PathBuf> {
+    // A part as long as the whole would be asked for its rest, which the server has not.
+    let part = blob.with_extension("part");
+    if part.metadata().is_ok_and(|m| m.len() >= told.size() as u64) {
+        std::fs::remove_file(&part).map_err(Error::io(&part))?;
+    }
+    let path = get()?;
+    if difference(&path, told)?.is_none() {
+        return Ok(path);
+    }
+    remove(&path)?;
+    let path = get()?;
+    let Some(what) = difference(&path, told)? else {
+        return Ok(path);
+    };
+    remove(&path)?;
+    Err(Error::File {
+        path: shown.into(),
+        what: format!("what was downloaded {what}"),
+        mend: "download it again; if that does not help, the hub or a proxy before it is at fault"
+            .into(),
+    })
+}
+
+/// Where a file is not what the Hub told, by its size or, for large ones, its digest.
+fn difference(path: &Path, told: &Metadata) -> Result<Option<String>> {
+    let mut file = File::open(path).map_err(Error::io(path))?;
+    let size = file.metadata().map_err(Error::io(path))?.len();
+    if size != told.size() as u64 {
+        let wanted = told.size();
+        return Ok(Some(format!("has {size} bytes, the hub tells {wanted}")));
+    }
+    let digest = told.etag();
+    if digest.len() != 64 || !digest.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return Ok(None);
     }
     let mut hash = Sha256::new();
-    let mut file = File::open(&blob).map_err(Error::io(path))?;
     std::io::copy(&mut file, &mut hash).map_err(Error::io(path))?;
     let got: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
-    if got == name.to_ascii_lowercase() {
-        return Ok(());
-    }
+    let same = got == digest.to_ascii_lowercase();
+    Ok((!same).then(|| format!("has the SHA-256 digest {got}, the hub tells {digest}")))
+}
+
+/// Removes a file of the cache and what it points to.
+fn remove(path: &Path) -> Result<()> {
+    let blob = path.canonicalize().map_err(Error::io(path))?;
     for damaged in [path, &blob] {
         if damaged.symlink_metadata().is_ok() {
             std::fs::remove_file(damaged).map_err(Error::io(damaged))?;
         }
     }
-    Err(Error::file(
-        path,
-        "what was downloaded has another digest than the hub tells",
-        "download it again",
-    ))
+    Ok(())
 }
 
-fn failure(dataset: &str, revision: &str, e: ApiError) -> Error {
+fn nonsense(what: &str) -> Error {
+    Error::Invalid {
+        what: format!("{what}: the answer of the hub makes no sense"),
+        mend: "check the endpoint".into(),
+    }
+}
+
+fn failure(kind: RepoKind, repo: &str, file: &str, revision: &str, e: ApiError) -> Error {
     let said = e.to_string();
-    // The hub answers 401 for what does not exist too.
-    if ["401", "403", "404"]
-        .iter()
-        .any(|s| said.contains(&format!("status: {s}")))
-    {
+    let kind = kind.name();
+    let shown = match file {
+        "" => repo.to_owned(),
+        file => format!("{repo}/{file}"),
+    };
+    let status = |codes: [&str; 2]| codes.iter().any(|s| said.contains(&format!("status: {s}")));
+    if status(["404", "410"]) {
+        return Error::Invalid {
+            what: format!("{shown}: no such {kind}, revision or file at {revision}: {said}"),
+            mend: "check the name and the revision".into(),
+        };
+    }
+    // The hub answers so for what does not exist too.
+    if status(["401", "403"]) {
         return Error::Invalid {
             what: format!(
-                "{dataset}: no such dataset, revision or file at {revision}, or it is not public: {said}"
+                "{shown}: no such {kind} at {revision}, or one that not everybody may read: {said}"
             ),
-            mend: "check the name and the revision; for one that needs consent, log in to the hub"
+            mend: "check the name; for one that needs consent, give it on the hub's page and log in with `hf auth login`"
                 .into(),
         };
     }
+    let again = "run it again: what has come is kept";
     Error::Io {
-        path: dataset.into(),
-        source: std::io::Error::other(e),
+        path: shown.into(),
+        source: std::io::Error::other(format!("{said}; {again}")),
     }
 }

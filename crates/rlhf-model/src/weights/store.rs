@@ -10,8 +10,8 @@ use super::safetensors::{Entry, TensorInfo, WeightFile, write_safetensors};
 use super::staging::{Staging, sync_write};
 use crate::error::{Error, Result, TensorProblem};
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(super) const SINGLE: &str = "model.safetensors";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
 /// Beyond this many, missing tensors are counted instead of named.
 const MAX_NAMED: usize = 4096;
 
@@ -102,7 +102,7 @@ impl WeightStore {
     }
 }
 
-fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
+pub(super) fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
     let text = std::fs::read_to_string(index).map_err(Error::io(index))?;
     let value: Value =
         serde_json::from_str(&text).map_err(|e| Error::format(index, format!("not JSON: {e}")))?;

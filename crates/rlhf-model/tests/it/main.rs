@@ -14,6 +14,8 @@ mod files;
 mod generation;
 mod gguf;
 mod golden;
+#[cfg(feature = "hub")]
+mod hub;
 mod props;
 mod sampling;
 mod scalar;
