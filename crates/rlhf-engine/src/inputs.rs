@@ -11,7 +11,8 @@ use std::rc::Rc;
 use anyhow::Context as _;
 use rlhf_data::conversation::Text;
 use rlhf_data::group::PromptGroup;
-use rlhf_data::record::PromptRecord;
+use rlhf_data::import::{self, Format, Manifest};
+use rlhf_data::record::{PreferenceRecord, PromptRecord, Record};
 use rlhf_data::source;
 use rlhf_data::tokenize::{ChatTokenizer, Limits, Outcome, TokenizeReport, Turns};
 use rlhf_policy::rollout::Prompt;
@@ -73,7 +74,7 @@ impl Inputs {
             &self.sft,
             (data, turns),
             |path, limits| {
-                let records = source::read_sft(path)?.take(data.limit.unwrap_or(usize::MAX));
+                let records = records(path, data)?.take(data.limit.unwrap_or(usize::MAX));
                 let mut stream = tokenizer.sft_stream(records, limits);
                 let rows = stream.by_ref().collect::<Result<Vec<_>, _>>()?;
                 Ok((rows, stream.report().clone(), stream.rows() as usize))
@@ -88,7 +89,11 @@ impl Inputs {
             &self.preference,
             (data, Turns::default()),
             |path, limits| {
-                let records = source::read_preference(path)?.take(data.limit.unwrap_or(usize::MAX));
+                let records: Records<PreferenceRecord> = match format(data)? {
+                    Some(format) => Box::new(import::preferences(path, format)?),
+                    None => records(path, data)?,
+                };
+                let records = records.take(data.limit.unwrap_or(usize::MAX));
                 let mut stream = self.tokenizer.preference_stream(records, limits);
                 let rows = stream.by_ref().collect::<Result<Vec<_>, _>>()?;
                 Ok((rows, stream.report().clone(), stream.rows() as usize))
@@ -103,7 +108,7 @@ impl Inputs {
             &self.prompts,
             (data, Turns::default()),
             |path, limits| {
-                let records = collect::<PromptRecord>(source::read_prompts(path)?, data.limit)?;
+                let records = collect::<PromptRecord>(records(path, data)?, data.limit)?;
                 let mut report = TokenizeReport::default();
                 let mut rows = Vec::new();
                 for (row, record) in records.iter().enumerate() {
@@ -146,9 +151,15 @@ impl Inputs {
         let place = path.display().to_string();
         if !path.is_file() {
             let mend = if data.path.starts_with("shared:") {
-                "set RLHF_SHARED to the folder that holds it"
+                "set RLHF_SHARED to the folder that holds it".to_owned()
+            } else if let Some(name) = &data.dataset {
+                let m = Manifest::named(name)?;
+                format!(
+                    "get it from {} ({}), or correct the path",
+                    m.source, m.licence
+                )
             } else {
-                "run from the project's root, or correct the path"
+                "run from the project's root, or correct the path".to_owned()
             };
             return Err(usage("no such file", place, mend).into());
         }
@@ -218,6 +229,22 @@ impl Inputs {
         }
         seen
     }
+}
+
+type Records<R> = Box<dyn Iterator<Item = rlhf_data::Result<R>> + Send>;
+
+/// The format of a file that is of a well-known dataset.
+fn format(data: &Data) -> rlhf_data::Result<Option<Format>> {
+    let manifest = data.dataset.as_deref().map(Manifest::named).transpose()?;
+    manifest.map(|m| m.format()).transpose()
+}
+
+/// The rows of a file as records.
+fn records<R: Record + Send + 'static>(path: &Path, data: &Data) -> rlhf_data::Result<Records<R>> {
+    Ok(match format(data)? {
+        Some(format) => Box::new(import::records(path, format)?),
+        None => Box::new(source::read(path)?),
+    })
 }
 
 fn collect<T>(

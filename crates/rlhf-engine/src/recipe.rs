@@ -172,8 +172,12 @@ impl Optim {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Data {
-    /// A Parquet or JSON Lines file.
+    /// A file: Parquet, Arrow, JSON Lines, JSON, CSV.
     pub path: String,
+    /// The well-known dataset that the file is of, in its own columns: a name of `datasets/manifests`, or
+    /// a manifest's file. Without it the file has the columns of its kind (docs/data.md).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dataset: Option<String>,
     /// The longest prompt; rows with longer ones are dropped unless `truncation` says otherwise.
     pub max_prompt: usize,
     /// The longest completion; longer ones lose their end unless `truncation` says otherwise.

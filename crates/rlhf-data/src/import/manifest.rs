@@ -64,6 +64,28 @@ impl Manifest {
         Ok(manifest)
     }
 
+    /// The manifest of a name among [`shipped`], or in a file `….toml`.
+    ///
+    /// # Errors
+    /// When there is none, or the file cannot be read or is no manifest.
+    pub fn named(name: &str) -> Result<Self> {
+        if name.ends_with(".toml") {
+            let path = std::path::Path::new(name);
+            let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+            return Self::parse(&text).map_err(|e| Error::file(path, e.to_string(), "correct it"));
+        }
+        match shipped().iter().find(|(n, _)| *n == name) {
+            Some((_, text)) => Self::parse(text),
+            None => {
+                let names: Vec<&str> = shipped().iter().map(|(n, _)| *n).collect();
+                Err(Error::Invalid {
+                    what: format!("there is no dataset `{name}`"),
+                    mend: format!("name one of {}, or a manifest's file", names.join(", ")),
+                })
+            }
+        }
+    }
+
     /// The importer.
     ///
     /// # Errors

@@ -25,7 +25,7 @@ use serde_json::{Map, Value};
 use crate::record::Fault;
 
 pub use manifest::{Manifest, Split, shipped};
-pub use read::{Import, OnBad, Skipped, read};
+pub use read::{Import, OnBad, Skipped, preferences, read, records};
 
 /// The formats that are understood.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

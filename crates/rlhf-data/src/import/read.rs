@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use super::oasst::{Tree, Trees};
 use super::{Format, convert, sniff};
 use crate::error::{Error, Result};
-use crate::record::Fault;
+use crate::record::{Fault, Pairing, PreferenceRecord, RankedRecord, Record, ranked_to_pairs};
 use crate::source::{self, Row};
 
 /// How many places of skipped rows are remembered.
@@ -76,6 +76,59 @@ pub fn read(path: &Path, format: Option<Format>, bad: OnBad) -> Result<Import> {
         trees: Trees::default(),
         done: false,
     })
+}
+
+/// The rows of a source as records of one kind; the first that is none ends it.
+///
+/// # Errors
+/// As [`read()`].
+pub fn records<R: Record + Send + 'static>(
+    path: &Path,
+    format: Format,
+) -> Result<impl Iterator<Item = Result<R>> + Send + use<R>> {
+    made(path, format, |row| R::from_row(row).map(|r| vec![r]))
+}
+
+/// The pairs of a source; a ranking gives all that it holds.
+///
+/// # Errors
+/// As [`read()`].
+pub fn preferences(
+    path: &Path,
+    format: Format,
+) -> Result<impl Iterator<Item = Result<PreferenceRecord>> + Send + use<>> {
+    made(path, format, |row| {
+        if row.contains_key("completions") {
+            let ranked = RankedRecord::from_row(row)?;
+            return Ok(ranked_to_pairs(&ranked, Pairing::All, 0, 0).collect());
+        }
+        PreferenceRecord::from_row(row).map(|r| vec![r])
+    })
+}
+
+fn made<R: Send + 'static>(
+    path: &Path,
+    format: Format,
+    of: fn(Map<String, Value>) -> std::result::Result<Vec<R>, Fault>,
+) -> Result<impl Iterator<Item = Result<R>> + Send + use<R>> {
+    let owned = path.to_owned();
+    let rows = read(path, Some(format), OnBad::Refuse)?;
+    Ok(rows.flat_map(move |row| {
+        let made = row.and_then(|(_, row)| {
+            of(row.columns).map_err(|f| Error::Row {
+                path: owned.clone(),
+                place: row.place,
+                column: f.column,
+                what: f.what,
+                mend: f.mend,
+            })
+        });
+        let (records, error) = match made {
+            Ok(records) => (records, None),
+            Err(e) => (Vec::new(), Some(Err(e))),
+        };
+        records.into_iter().map(Ok).chain(error)
+    }))
 }
 
 impl Import {

@@ -140,7 +140,9 @@ fn one_file(path: &Path) -> Result<Rows> {
 ///
 /// # Errors
 /// As [`rows`]; a row that is no such record is an error of the iterator that names its place.
-pub fn read<R: Record + 'static>(path: &Path) -> Result<impl Iterator<Item = Result<R>> + use<R>> {
+pub fn read<R: Record + 'static>(
+    path: &Path,
+) -> Result<impl Iterator<Item = Result<R>> + Send + use<R>> {
     let owned = path.to_owned();
     Ok(rows(path)?.map(move |row| {
         let row = row?;
@@ -158,7 +160,7 @@ pub fn read<R: Record + 'static>(path: &Path) -> Result<impl Iterator<Item = Res
 ///
 /// # Errors
 /// As [`read`].
-pub fn read_sft(path: &Path) -> Result<impl Iterator<Item = Result<SftRecord>> + use<>> {
+pub fn read_sft(path: &Path) -> Result<impl Iterator<Item = Result<SftRecord>> + Send + use<>> {
     read(path)
 }
 
@@ -168,7 +170,7 @@ pub fn read_sft(path: &Path) -> Result<impl Iterator<Item = Result<SftRecord>> +
 /// As [`read`].
 pub fn read_preference(
     path: &Path,
-) -> Result<impl Iterator<Item = Result<PreferenceRecord>> + use<>> {
+) -> Result<impl Iterator<Item = Result<PreferenceRecord>> + Send + use<>> {
     read(path)
 }
 
@@ -176,6 +178,8 @@ pub fn read_preference(
 ///
 /// # Errors
 /// As [`read`].
-pub fn read_prompts(path: &Path) -> Result<impl Iterator<Item = Result<PromptRecord>> + use<>> {
+pub fn read_prompts(
+    path: &Path,
+) -> Result<impl Iterator<Item = Result<PromptRecord>> + Send + use<>> {
     read(path)
 }

@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
-use rlhf_data::import::{Format, Manifest, OnBad, convert, read, shipped, sniff};
+use rlhf_data::import::{
+    Format, Manifest, OnBad, convert, preferences, read, records, shipped, sniff,
+};
 use rlhf_data::record::{PreferenceRecord, PromptRecord, Record, SftRecord};
 use rlhf_data::source;
 use serde_json::{Map, Value, json};
@@ -976,4 +978,40 @@ fn raw_files_become_what_others_made_of_them() {
         // The rows are not shown: some are offensive.
         assert!(ours == theirs, "{raw}: {differ} differ");
     }
+}
+
+#[test]
+fn manifests_are_found_and_their_rows_are_records() {
+    for (name, _) in shipped() {
+        assert_eq!(Manifest::named(name).unwrap().name, *name);
+    }
+    let e = Manifest::named("gms8k").unwrap_err().to_string();
+    assert!(
+        e.contains("no dataset `gms8k`") && e.contains("gsm8k"),
+        "{e}"
+    );
+    let dir = Dir::new();
+    let own = dir.write("mine.toml", b"name = \"mine\"\nsource = \"me/mine\"\nlicence = \"MIT\"\nimporter = \"nectar\"\ncolumns = []\n");
+    let own = own.to_str().unwrap();
+    let format = Manifest::named(own).unwrap().format().unwrap();
+    assert_eq!(format, Format::Nectar);
+    let e = Manifest::named("nowhere.toml").unwrap_err().to_string();
+    assert!(e.contains("nowhere.toml"), "{e}");
+    // Three ranked answers are three pairs; a bad row is named and ends it.
+    let answers = |ranks: &[u32]| -> Vec<Value> {
+        let answer = |r: &u32| json!({"answer": format!("a{r}"), "model": "m", "rank": r});
+        ranks.iter().map(answer).collect()
+    };
+    let row = |ranks: &[u32]| json!({"prompt": "\n\nHuman: q\n\nAssistant: ", "answers": answers(ranks), "turns": 1, "num_responses": 3});
+    let lines = format!("{}\n{}\n{{\"prompt\":3}}\n", row(&[2, 1, 3]), row(&[1, 1]));
+    let path = dir.write("nectar.jsonl", lines.as_bytes());
+    let pairs: Vec<_> = preferences(&path, format).unwrap().collect();
+    assert_eq!(pairs.len(), 4);
+    let chosen = |i: usize| pairs[i].as_ref().unwrap().chosen.joined();
+    assert_eq!([chosen(0), chosen(1), chosen(2)], ["a1", "a1", "a2"]);
+    let e = pairs[3].as_ref().unwrap_err().to_string();
+    assert!(e.contains("nectar.jsonl, line 3"), "{e}");
+    // A kind that the format does not give.
+    let none: Vec<_> = records::<SftRecord>(&path, format).unwrap().collect();
+    assert!(none[0].is_err());
 }

@@ -40,8 +40,12 @@ fn wrong_usage_exits_with_2_and_three_lines() {
     assert_eq!(run(&["frobnicate"]).0, 2);
 }
 
-/// Runs a recipe of one stage; gives its message, which must be a clear one.
-fn refused(init: &str, sft: &str) -> String {
+/// A model of a few thousand weights with the shipped tokenizer.
+const SCRATCH: &str = r#"tokenizer = "datasets/help/tokenizer"
+scratch = { hidden_size = 16, layers = 1, heads = 2, kv_heads = 2, intermediate_size = 32, max_positions = 256, initializer_range = 0.05 }"#;
+
+/// Runs a recipe of one stage on `data` (and further keys of the stage): exit code, stderr, the folder.
+fn one_stage(init: &str, data: &str, more: &str) -> (i32, String, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let recipe = dir.path().join("mine.toml");
     let text = format!(
@@ -56,7 +60,8 @@ checkpoint_every = 50
 name = "sft"
 kind = "sft"
 model = "init"
-data = {{ path = "{sft}", max_prompt = 64, max_completion = 64 }}
+data = {{ {data}, max_prompt = 64, max_completion = 64 }}
+{more}
 steps = 1
 batch_size = 1
 micro_tokens = 512
@@ -67,12 +72,18 @@ optim = {{ lr = 1e-3, schedule = {{ kind = "constant" }}, warmup_steps = 0, weig
     let out = dir.path().join("run");
     let args = [recipe.to_str().unwrap(), "--out", out.to_str().unwrap()];
     let (code, _, err) = run(&["run", args[0], args[1], args[2]]);
+    (code, err, dir)
+}
+
+/// The message of a recipe that must be refused, which must be a clear one.
+fn refused(init: &str, data: &str) -> String {
+    let (code, err, dir) = one_stage(init, data, "");
     assert_eq!(code, 2, "{err}");
     assert!(
         err.starts_with("error: ") && err.lines().count() <= 6,
         "{err}"
     );
-    assert!(!out.join("sft").exists(), "nothing was begun");
+    assert!(!dir.path().join("run/sft").exists(), "nothing was begun");
     err
 }
 
@@ -83,7 +94,7 @@ fn a_tokenizer_of_another_model_is_refused() {
         "from = \"{}\"\ntokenizer = \"datasets/help/tokenizer\"",
         llama.display()
     );
-    let err = refused(&init, "datasets/help/sft/test.parquet");
+    let err = refused(&init, r#"path = "datasets/help/sft/test.parquet""#);
     assert!(
         err.contains("vocabulary of 384") && err.contains("1023") && err.contains("do: "),
         "{err}"
@@ -92,14 +103,13 @@ fn a_tokenizer_of_another_model_is_refused() {
 
 #[test]
 fn unreadable_and_empty_tables_are_refused() {
-    let init = r#"tokenizer = "datasets/help/tokenizer"
-scratch = { hidden_size = 16, layers = 1, heads = 2, kv_heads = 2, intermediate_size = 32, max_positions = 256, initializer_range = 0.05 }"#;
+    let init = SCRATCH;
     let dir = tempfile::tempdir().unwrap();
     let whole = std::fs::read(root().join("datasets/help/sft/test.parquet")).unwrap();
     let table = |name: &str, bytes: &[u8]| {
         let path = dir.path().join(name);
         std::fs::write(&path, bytes).unwrap();
-        path.display().to_string()
+        format!("path = \"{}\"", path.display())
     };
     let torn = table("torn.parquet", &whole[..whole.len() / 2]);
     let err = refused(init, &torn);
@@ -118,4 +128,30 @@ scratch = { hidden_size = 16, layers = 1, heads = 2, kv_heads = 2, intermediate_
     );
     let err = refused(init, &table("long.jsonl", line.as_bytes()));
     assert!(err.contains("long.jsonl"), "{err}");
+}
+
+#[test]
+fn public_datasets_are_read_in_their_own_columns() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("gsm8k.jsonl");
+    let row = r#"{"question": "How many?", "answer": "One and one.\n#### 2"}"#;
+    std::fs::write(&path, format!("{row}\n{row}\n{row}\n")).unwrap();
+    let path = path.display();
+    let of = |data: &str| one_stage(SCRATCH, data, "turns = \"everything\"");
+    let (code, err, out) = of(&format!("path = \"{path}\", dataset = \"gsm8k\""));
+    assert_eq!(code, 0, "{err}");
+    assert!(out.path().join("run/sft/metrics.jsonl").is_file());
+    // Without the dataset's name these are no columns of a demonstration.
+    let err = refused(SCRATCH, &format!("path = \"{path}\""));
+    assert!(
+        err.contains("question, answer") || err.contains("answer, question"),
+        "{err}"
+    );
+    let err = refused(SCRATCH, &format!("path = \"{path}\", dataset = \"gms8k\""));
+    assert!(
+        err.contains("no dataset `gms8k`") && err.contains("gsm8k, helpsteer2"),
+        "{err}"
+    );
+    let err = refused(SCRATCH, "path = \"nowhere.jsonl\", dataset = \"gsm8k\"");
+    assert!(err.contains("openai/gsm8k (MIT)"), "{err}");
 }
