@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use rlhf_data::tokenize::{Truncation, Turns};
+use rlhf_dpo::loss::{Divergence, PreferenceLoss, PreferenceMix, WeightedLoss};
 use rlhf_kernels::optim::AdamWConfig;
 use rlhf_policy::advantage::AdvantageEstimator;
 use rlhf_policy::kl::{KlController, KlPenalty};
@@ -252,24 +253,49 @@ pub struct Dpo {
     pub model: String,
     /// Preference pairs.
     pub data: Data,
-    /// Held-out pairs, evaluated before and after.
+    /// Held-out pairs, evaluated after training, and after every `test_every` steps.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub test: Option<Data>,
+    /// Look at the held-out pairs after every so many steps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub test_every: Option<u64>,
+    /// Stop when the held-out loss was not lower than its lowest for so many looks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub patience: Option<u64>,
     /// Optimiser steps.
     pub steps: u64,
     /// Pairs a step.
     pub batch_size: usize,
     /// Packed tokens a micro-batch.
     pub micro_tokens: usize,
-    /// Strength of the reference.
-    pub beta: f64,
-    /// Assumed rate of wrong labels (cDPO).
-    pub label_smoothing: f64,
+    /// The loss, by its name in docs/losses.md: `{ kind = "sigmoid", beta = 0.1, label_smoothing = 0.0 }`.
+    pub loss: PreferenceLoss,
+    /// Losses added to it: `[{ weight = 1.0, loss = { kind = "sft" } }]`.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub plus: Vec<WeightedLoss>,
+    /// What ties the policy to the reference: `{ kind = "reverse_kl" }` and kin.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub divergence: Divergence,
+    /// Leave the reference out.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub reference_free: bool,
     /// The optimiser.
     pub optim: Optim,
     /// How memory is saved.
     #[serde(default, skip_serializing_if = "crate::memory::is_default")]
     pub memory: Memory,
+}
+
+impl Dpo {
+    /// The loss with all that belongs to it.
+    #[must_use]
+    pub fn mix(&self) -> PreferenceMix {
+        let mut mix = PreferenceMix::from(self.loss);
+        mix.terms.extend(&self.plus);
+        mix.divergence = self.divergence;
+        mix.reference_free = self.reference_free;
+        mix
+    }
 }
 
 /// How completions are drawn.
@@ -784,10 +810,21 @@ impl Source {
                     s.batch_size > 0 && s.steps > 0,
                     "steps and batch_size must be above 0",
                 );
-                need(s.beta > 0.0, "beta must be above 0");
+                let mix = s.mix();
+                if let Err(e) = mix.check() {
+                    need(false, &format!("loss: {e}"));
+                }
                 need(
-                    (0.0..0.5).contains(&s.label_smoothing),
-                    "label_smoothing must be in 0 to 0.5",
+                    !mix.terms.iter().any(|t| t.loss.asks_scores()),
+                    "loss: it asks for scores of the completions, which data here do not have; use the library (rlhf_dpo::loss)",
+                );
+                need(
+                    s.test.is_some() || (s.test_every.is_none() && s.patience.is_none()),
+                    "test_every and patience need test",
+                );
+                need(
+                    s.patience.is_none() || s.test_every.is_some(),
+                    "patience needs test_every",
                 );
             }
             StageKind::Grpo(s) => {

@@ -60,7 +60,7 @@ pub struct RunArgs {
     /// The run's folder [default: runs/RECIPE, or runs/RECIPE-2 … if that exists]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Set a key of the recipe, as in stages.dpo.beta=0.2
+    /// Set a key of the recipe, as in stages.dpo.loss.beta=0.2
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
     /// Go on with a run that was interrupted

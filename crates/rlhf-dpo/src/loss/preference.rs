@@ -20,6 +20,7 @@ pub enum PreferenceLoss {
         /// Strength of the reference.
         beta: f64,
         /// Assumed rate of wrong labels, 0 to ½.
+        #[cfg_attr(feature = "serde", serde(default))]
         label_smoothing: f64,
     },
     /// Length-normalised DPO (Tülu 3), TRL's `sigmoid_norm`: [`dpo::sigmoid`] of log-ratios per token.
@@ -27,6 +28,7 @@ pub enum PreferenceLoss {
         /// Strength of the reference.
         beta: f64,
         /// Assumed rate of wrong labels, 0 to ½.
+        #[cfg_attr(feature = "serde", serde(default))]
         label_smoothing: f64,
     },
     /// [`dpo::robust`].
@@ -34,6 +36,7 @@ pub enum PreferenceLoss {
         /// Strength of the reference.
         beta: f64,
         /// Known rate of wrong labels, 0 to ½.
+        #[cfg_attr(feature = "serde", serde(default))]
         label_smoothing: f64,
     },
     /// [`dpo::odpo`] with the paper's offset of scores.
@@ -126,6 +129,7 @@ pub enum PreferenceLoss {
         /// Strength of the reference.
         beta: f64,
         /// Assumed rate of wrong labels, 0 to ½.
+        #[cfg_attr(feature = "serde", serde(default))]
         label_smoothing: f64,
     },
     /// [`aot::aot_unpaired`].
@@ -133,6 +137,7 @@ pub enum PreferenceLoss {
         /// Strength of the reference.
         beta: f64,
         /// Assumed rate of wrong labels, 0 to ½.
+        #[cfg_attr(feature = "serde", serde(default))]
         label_smoothing: f64,
     },
     /// [`likelihood::orpo`].
@@ -145,6 +150,7 @@ pub enum PreferenceLoss {
         /// Scale of the margin.
         beta: f64,
         /// Assumed rate of wrong labels, 0 to ½.
+        #[cfg_attr(feature = "serde", serde(default))]
         label_smoothing: f64,
         /// Weight of the chosen's NLL; the paper's is 1.
         nll_coef: f64,
@@ -156,6 +162,7 @@ pub enum PreferenceLoss {
         /// Margin to win by.
         gamma: f64,
         /// Assumed rate of wrong labels, 0 to ½.
+        #[cfg_attr(feature = "serde", serde(default))]
         label_smoothing: f64,
     },
     /// [`likelihood::alphapo`].
@@ -200,6 +207,15 @@ impl PreferenceLoss {
                 | Self::Alphapo { .. }
                 | Self::Sft
                 | Self::SftBatchMean
+        )
+    }
+
+    /// Whether the loss asks for scores of the completions.
+    #[must_use]
+    pub fn asks_scores(&self) -> bool {
+        matches!(
+            self,
+            Self::Odpo { .. } | Self::Rebel { .. } | Self::RewardAware { .. }
         )
     }
 
@@ -347,6 +363,21 @@ impl From<PreferenceLoss> for PreferenceMix {
 }
 
 impl PreferenceMix {
+    /// Checks the settings, on a pair made up for it.
+    ///
+    /// # Errors
+    /// As [`PreferenceMix::compute`] where settings are at fault.
+    pub fn check(&self) -> Result<()> {
+        let column = |x: f64| Tensor::from_slice(&[x]);
+        let pair = |c: f64, r: f64| PairValues::new(&column(c), &column(r));
+        let pairs = Pairs {
+            lengths: Some(pair(1.0, 1.0)?),
+            scores: Some(pair(1.0, 0.0)?),
+            ..PairLogprobs::new(&pair(-1.0, -1.0)?, &pair(-1.0, -1.0)?).into()
+        };
+        self.compute(&pairs).map(drop)
+    }
+
     /// Computes the sum. Terms without log-ratios (`orpo`, `cpo`, `simpo`, `alphapo`, the NLL) are outside the divergence.
     ///
     /// # Errors

@@ -19,3 +19,4 @@ mod golden_pref;
 mod gradcheck;
 mod props;
 mod sums;
+mod train;

@@ -11,7 +11,8 @@ fn config(steps: u64) -> DpoConfig {
         loss: PreferenceLoss::Sigmoid {
             beta: 0.1,
             label_smoothing: 0.0,
-        },
+        }
+        .into(),
         seed: 3,
         steps,
         batch_size: 4,

@@ -1,7 +1,6 @@
 //! The stages that learn from fixed data: SFT, reward model, DPO.
 
-use rlhf_dpo::loss::PreferenceLoss;
-use rlhf_dpo::train::{self as dpo_train, DpoConfig};
+use rlhf_dpo::train::{self as dpo_train, DpoConfig, HeldOut};
 use rlhf_model::CausalLm as _;
 use rlhf_policy::sft::{self as sft_train, SftConfig};
 use rlhf_reward::train::{self as reward_train, RewardConfig};
@@ -68,17 +67,18 @@ pub(super) fn dpo(ctx: &Context<'_>, name: &str, s: &Dpo) -> anyhow::Result<Ende
     let model = ctx.learner(&s.model, &s.memory)?;
     let data = ctx.inputs.preference(&s.data)?;
     let cfg = DpoConfig {
-        loss: PreferenceLoss::Sigmoid {
-            beta: s.beta,
-            label_smoothing: s.label_smoothing,
-        },
+        loss: s.mix(),
         seed: ctx.recipe.run.seed,
         steps: s.steps,
         batch_size: s.batch_size,
         micro_tokens: s.micro_tokens,
     };
     // Before the first step the model is the reference; on resume the checkpoint is loaded later.
-    let reference = dpo_train::reference_sums(&model, &data.rows, &cfg)?;
+    let reference = if asks_reference(s) {
+        dpo_train::reference_sums(&model, &data.rows, &cfg)?
+    } else {
+        vec![(0.0, 0.0); data.rows.len()]
+    };
     let test = s
         .test
         .as_ref()
@@ -88,6 +88,13 @@ pub(super) fn dpo(ctx: &Context<'_>, name: &str, s: &Dpo) -> anyhow::Result<Ende
         .as_ref()
         .map(|t| dpo_train::pair_sums(&model, &t.rows, s.micro_tokens))
         .transpose()?;
+    let held_out = test.as_ref().zip(test_reference.as_ref()).zip(s.test_every);
+    let held_out = held_out.map(|((test, reference), every)| HeldOut {
+        data: &test.rows,
+        reference,
+        every,
+        patience: s.patience,
+    });
     let mut stepper = ctx.stepper(model.parameters(), &s.optim, s.steps);
     let mut session = ctx.session(name, s.steps)?;
     let flow = dpo_train::train(
@@ -95,16 +102,23 @@ pub(super) fn dpo(ctx: &Context<'_>, name: &str, s: &Dpo) -> anyhow::Result<Ende
         &data.rows,
         &reference,
         &cfg,
+        held_out.as_ref(),
         &mut stepper,
         &mut session,
     )?;
     let mut ended = ctx.finish(flow, session)?;
-    if let (Some(test), Some(before)) = (test, test_reference) {
+    if let (Some(test), Some(before)) = (&test, &test_reference) {
         let after = dpo_train::pair_sums(&model, &test.rows, s.micro_tokens)?;
-        let e = dpo_train::evaluate(&after, &before, s.beta);
+        // Implicit rewards in nats, whatever the loss makes of them.
+        let e = dpo_train::evaluate(&after, before, 1.0);
         ended.last.insert("test_accuracy".into(), e.accuracy);
         ended.last.insert("test_margin".into(), e.margin);
     }
     ctx.save_policy(name, &model)?;
     Ok(ended)
+}
+
+/// Whether training needs the reference's sums.
+fn asks_reference(s: &Dpo) -> bool {
+    !s.reference_free && s.mix().terms.iter().any(|t| t.loss.has_reference())
 }

@@ -4,7 +4,7 @@ use super::{root, run};
 fn wrong_usage_exits_with_2_and_three_lines() {
     for args in [
         &["run", "nope"][..],
-        &["run", "quickstart", "--set", "stages.dpo.betta=1"],
+        &["run", "quickstart", "--set", "stages.dpo.loss.betta=1"],
         &["run", "quickstart", "--set", "beta"],
         &[
             "run",

@@ -1,4 +1,5 @@
 use rlhf::shipped::SHIPPED;
+use rlhf_dpo::loss::PreferenceLoss;
 use rlhf_engine::recipe::{Source, StageKind};
 
 fn parse(text: &str, sets: &[&str]) -> Result<rlhf_engine::recipe::Recipe, rlhf::Usage> {
@@ -42,7 +43,7 @@ fn keys_can_be_set_by_stage_name() {
     let r = parse(
         &text,
         &[
-            "stages.dpo.beta=0.25",
+            "stages.dpo.loss.beta=0.25",
             "run.seed=99",
             "stages.sft.data.limit=7",
             "run.title=plain words",
@@ -52,7 +53,13 @@ fn keys_can_be_set_by_stage_name() {
     assert_eq!((r.run.seed, r.run.title.as_str()), (99, "plain words"));
     for s in &r.stages {
         match &s.kind {
-            StageKind::Dpo(d) => assert_eq!(d.beta, 0.25),
+            StageKind::Dpo(d) => assert_eq!(
+                d.loss,
+                PreferenceLoss::Sigmoid {
+                    beta: 0.25,
+                    label_smoothing: 0.1
+                }
+            ),
             StageKind::Sft(s) => assert_eq!(s.data.limit, Some(7)),
             _ => {}
         }
@@ -62,7 +69,7 @@ fn keys_can_be_set_by_stage_name() {
 #[test]
 fn a_wrong_key_is_named_with_the_valid_ones() {
     let text = Source::find("quickstart").unwrap().text;
-    let e = parse(&text, &["stages.dpo.betta=0.2"]).unwrap_err();
+    let e = parse(&text, &["stages.dpo.loss.betta=0.2"]).unwrap_err();
     assert!(
         e.cause.contains("betta") && e.cause.contains("`beta`"),
         "{e}"
@@ -81,7 +88,14 @@ fn a_wrong_key_is_named_with_the_valid_ones() {
 fn wrong_values_are_refused_before_anything_runs() {
     let text = Source::find("quickstart").unwrap().text;
     for (set, word) in [
-        ("stages.dpo.beta=-1", "beta"),
+        ("stages.dpo.loss.beta=-1", "beta"),
+        ("stages.dpo.loss={ kind = \"rebel\", eta = 1.0 }", "scores"),
+        ("stages.dpo.loss={ kind = \"magic\" }", "magic"),
+        (
+            "stages.dpo.plus=[{ weight = nan, loss = { kind = \"sft\" } }]",
+            "weight",
+        ),
+        ("stages.dpo.patience=2", "test_every"),
         ("stages.sft.steps=0", "steps"),
         ("stages.sft.optim.lr=0.0", "lr"),
         ("stages.grpo.rollouts.group_size=1", "group_size"),

@@ -126,7 +126,7 @@ fn killed_at_any_step_a_run_ends_with_the_same_metrics() {
     let (code, _, err) = text(tiny(&whole, &[]).output().unwrap());
     assert!(code == 2 && err.contains("--resume"), "{err}");
     let (code, _, err) = text(
-        tiny(&whole, &["--resume", "--set", "stages.dpo.beta=0.3"])
+        tiny(&whole, &["--resume", "--set", "stages.dpo.loss.beta=0.3"])
             .output()
             .unwrap(),
     );
