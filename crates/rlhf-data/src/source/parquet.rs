@@ -101,6 +101,7 @@ fn open_unguarded<R: ChunkReader + 'static>(
         }
     }
     let schema = metadata.schema().clone();
+    let input = super::parquet_pages::Ending(input);
     let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(input, metadata)
         .with_batch_size(batch_rows)
         .build()

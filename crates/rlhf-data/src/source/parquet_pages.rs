@@ -2,17 +2,59 @@
 //!
 //! That crate skips what it does not know by the counts that a header states, past the end of the file
 //! if need be: a few bytes keep it busy for many seconds, or have it allocate any amount. So every header
-//! is walked here first, and one that states more than its chunk can hold is refused.
+//! is walked here first, and one that states more than its chunk can hold is refused; and where the crate
+//! finds its pages elsewhere, [`Ending`] stops it at the end of the file.
 //!
 //! Headers are structs in Thrift's compact protocol:
 //! <https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md>.
 
-use parquet::file::reader::ChunkReader;
+use std::io::{Error, ErrorKind, Read};
+
+use bytes::Bytes;
+use parquet::errors::Result as ParquetResult;
+use parquet::file::reader::{ChunkReader, Length};
 
 /// Headers are small; only long statistics reach beyond this.
 const FIRST_LOOK: usize = 1 << 12;
 /// Structs, lists and maps inside one another.
 const MAX_DEPTH: u32 = 64;
+
+/// A file whose end is an error to whoever reads there. That crate takes it for nothing to skip, and goes on
+/// to the next of the thousand millions that a list states.
+pub(super) struct Ending<R>(pub(super) R);
+
+/// What is read from such a file.
+pub(super) struct EndingRead<T>(T);
+
+impl<R: Length> Length for Ending<R> {
+    fn len(&self) -> u64 {
+        self.0.len()
+    }
+}
+
+impl<R: ChunkReader> ChunkReader for Ending<R> {
+    type T = EndingRead<R::T>;
+
+    fn get_read(&self, start: u64) -> ParquetResult<Self::T> {
+        self.0.get_read(start).map(EndingRead)
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> ParquetResult<Bytes> {
+        self.0.get_bytes(start, length)
+    }
+}
+
+impl<T: Read> Read for EndingRead<T> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        match self.0.read(buffer) {
+            Ok(0) if !buffer.is_empty() => Err(Error::new(
+                ErrorKind::UnexpectedEof,
+                "the file ends within a page",
+            )),
+            other => other,
+        }
+    }
+}
 
 /// Why a header was not read to its end.
 #[derive(Debug, PartialEq, Eq)]
@@ -242,6 +284,20 @@ mod tests {
         let none = bytes::Bytes::from(vec![0x15, 0, 0x15, 18, 0, 0]);
         let e = check(&none, 0, 6).unwrap_err();
         assert!(e.contains("no page header at byte 0"), "{e}");
+    }
+
+    #[test]
+    fn the_end_is_an_error() {
+        let file = Ending(bytes::Bytes::from_static(b"abc"));
+        let mut read = file.get_read(1).unwrap();
+        let mut two = [0; 2];
+        read.read_exact(&mut two).unwrap();
+        assert_eq!(&two, b"bc");
+        assert_eq!(read.read(&mut []).unwrap(), 0);
+        assert_eq!(
+            read.read(&mut two).unwrap_err().kind(),
+            ErrorKind::UnexpectedEof
+        );
     }
 
     #[test]
