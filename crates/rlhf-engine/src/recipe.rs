@@ -11,8 +11,8 @@ use rlhf_dpo::loss::{Divergence, PreferenceLoss, PreferenceMix, WeightedLoss};
 use rlhf_kernels::optim::AdamWConfig;
 use rlhf_policy::advantage::AdvantageEstimator;
 use rlhf_policy::kl::{KlController, KlPenalty};
+use rlhf_policy::loss::PolicyLoss;
 use rlhf_policy::loss::clipped::Clip;
-use rlhf_policy::loss::{RatioLevel, Reduction};
 use rlhf_reward::source::Rule;
 use rlhf_train::lr_schedule::LrSchedule;
 use serde::{Deserialize, Serialize};
@@ -358,12 +358,9 @@ pub struct Grpo {
     pub micro_tokens: usize,
     /// How rewards become advantages.
     pub advantage: AdvantageEstimator,
-    /// Bounds of the ratio π/π_old.
-    pub clip: Clip,
-    /// Of what the ratio is taken.
-    pub ratio: RatioLevel,
-    /// How the losses of tokens are put together.
-    pub reduction: Reduction,
+    /// The surrogate, by its name in docs/losses.md: `{ kind = "clipped", clip = { … }, ratio = "token",
+    /// reduction = { kind = "token" } }`.
+    pub loss: PolicyLoss,
     /// The penalty on the distance from the reference.
     pub kl: KlPenalty,
     /// The optimiser.
@@ -835,6 +832,9 @@ impl Source {
                     s.rollouts.group_size > 1,
                     "group_size must be at least 2: one completion has no group to compare with",
                 );
+                if let Err(e) = s.loss.check() {
+                    need(false, &format!("loss: {e}"));
+                }
                 need(
                     s.steps > 0 && s.epochs > 0,
                     "steps and epochs must be above 0",

@@ -6,9 +6,11 @@
 //!
 //! Invariant: completions of one prompt with equal rewards get advantages of exactly 0.
 
-use rlhf_kernels::{Ragged, gae};
+use rlhf_kernels::{Ragged, discounted_returns, gae};
+use tch::Tensor;
 
 use crate::error::{Result, at_least_f32, ensure};
+use crate::loss::ppo::{ScorePlace, token_rewards};
 
 /// Over which rewards a standard deviation is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -246,6 +248,58 @@ pub fn generalized(
         advantages: whiten(&advantages, whitening)?,
         returns,
     })
+}
+
+/// REINFORCE++ (Hu 2025, arXiv 2501.03262): the return of each token, r at its completion's last token less
+/// β·kl of each, no discount, and then (A − mean)/√max(var, 1e-8) over all tokens of the batch.
+///
+/// With `group_sizes` r is first centred in its group: the REINFORCE++-baseline, for several completions of a
+/// prompt. The variance is the batch's own (divisor M), as in the published code. A reward of NaN means that
+/// there is none: its completion has advantages of 0 and is left out of means and variance.
+///
+/// # Shapes
+/// `rewards` are those of S completions, in groups end to end; `kl` `[M]` (k1 against the reference), as the
+/// result; no gradients.
+///
+/// # Errors
+/// When there are not S rewards, a reward is infinite, or the sizes do not sum to S.
+pub fn reinforce_plus_plus(
+    rewards: &[f64],
+    group_sizes: Option<&[usize]>,
+    kl: &Ragged,
+    kl_coef: f64,
+) -> Result<Ragged> {
+    let groups = AdvantageEstimator::GroupCentered {};
+    let scores = match group_sizes {
+        Some(sizes) => groups.advantages(rewards, sizes)?,
+        None => {
+            // Checked likewise.
+            groups.advantages(rewards, &[rewards.len()])?;
+            let known = |r: &f64| if r.is_nan() { 0.0 } else { *r };
+            rewards.iter().map(known).collect()
+        }
+    };
+    let tokens = token_rewards(
+        kl,
+        &Tensor::from_slice(&scores),
+        kl_coef,
+        ScorePlace::LastToken {},
+    )?;
+    let returns = discounted_returns(&tokens, 1.0)?;
+    let known: Vec<f64> = rewards
+        .iter()
+        .map(|r| f64::from(u8::from(!r.is_nan())))
+        .collect();
+    let x = returns.values();
+    let known = Tensor::from_slice(&known)
+        .to_kind(x.kind())
+        .to_device(x.device());
+    let known = returns.broadcast(&known);
+    let n = known.sum(x.kind()).clamp_min(1.0);
+    let mean = (x * &known).sum(x.kind()) / &n;
+    let centred = (x - mean) * known;
+    let variance = centred.square().sum(x.kind()) / n;
+    Ok(returns.with_values(centred * variance.clamp_min(1e-8).rsqrt())?)
 }
 
 /// The mean over groups of whether all rewards are equal: such groups carry no gradient.

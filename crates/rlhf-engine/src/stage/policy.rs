@@ -2,7 +2,6 @@
 
 use rlhf_model::CausalLm as _;
 use rlhf_policy::grpo::{self, GrpoConfig, Players};
-use rlhf_policy::loss::PolicyLoss;
 use rlhf_policy::loss::ppo::PpoLoss;
 use rlhf_policy::ppo::{self, Learners, PpoConfig};
 use rlhf_policy::rollout::RolloutConfig;
@@ -53,11 +52,7 @@ pub(super) fn grpo(ctx: &Context<'_>, name: &str, s: &Grpo) -> anyhow::Result<En
         epochs: s.epochs,
         micro_tokens: s.micro_tokens,
         advantage: s.advantage,
-        loss: PolicyLoss::Clipped {
-            clip: s.clip,
-            ratio: s.ratio,
-            reduction: s.reduction,
-        },
+        loss: s.loss,
         kl: s.kl,
     };
     let mut stepper = ctx.stepper(policy.parameters(), &s.optim, s.steps * s.epochs);

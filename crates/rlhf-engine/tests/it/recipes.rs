@@ -100,6 +100,10 @@ fn wrong_values_are_refused_before_anything_runs() {
         ("stages.sft.optim.lr=0.0", "lr"),
         ("stages.grpo.rollouts.group_size=1", "group_size"),
         (
+            "stages.grpo.loss={ kind = \"cispo\", max_ratio = 0.2, ratio = \"token\", reduction = { kind = \"token\" } }",
+            "bounds ρ itself",
+        ),
+        (
             "stages.grpo.rollouts.sampling.temperature=0.0",
             "temperature",
         ),

@@ -1,11 +1,8 @@
 //! The clipped surrogate of PPO and its descendants.
 
-use rlhf_kernels::Ragged;
-use tch::{Kind, Tensor};
-
-use crate::error::{Error, Result, at_least_f32, ensure, same_offsets};
-use crate::kl::KlPlacement;
-use crate::loss::{PolicyInputs, PolicyOutput, PolicyStats, RatioLevel, Reduction, to_host};
+use crate::error::{Result, ensure};
+use crate::loss::step::Step;
+use crate::loss::{PolicyInputs, PolicyOutput, RatioLevel, Reduction};
 
 /// Bounds of the ratio.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -89,155 +86,26 @@ pub fn surrogate(
 ) -> Result<PolicyOutput> {
     let op = "clipped surrogate";
     clip.check()?;
-    let optional = [
-        ("weights", inputs.weights),
-        ("entropies", inputs.entropy),
-        ("reference log-probs", inputs.kl.map(|k| k.ref_logprobs)),
-    ];
-    let mut others = vec![
-        ("old log-probs", inputs.old_logprobs),
-        ("advantages", inputs.advantages),
-    ];
-    others.extend(
-        optional
-            .iter()
-            .filter_map(|(name, x)| x.map(|x| (*name, x))),
-    );
-    same_offsets(op, inputs.logprobs, &others)?;
-
-    let logprobs = at_least_f32(inputs.logprobs);
-    let kind = logprobs.kind();
-    let constant = |x: &Ragged| x.values().detach().to_kind(kind);
-    let log_ratio = &logprobs - constant(inputs.old_logprobs);
-    let by_token = inputs.logprobs.with_values(log_ratio.shallow_clone())?;
-    let ratio = match level {
-        RatioLevel::Token => log_ratio.exp(),
-        RatioLevel::SequenceMean => by_token.broadcast(&by_token.mean().exp()),
-        RatioLevel::SequenceSum => by_token.broadcast(&by_token.sum().exp()),
-    };
-
-    let advantages = constant(inputs.advantages);
+    let step = Step::new(op, inputs, level)?;
+    let (ratio, advantages) = (&step.ratio, &step.advantages);
     let bounded = match clip.dual {
         // For A > 0 the upper bound of the clip is nearer, so this acts on A < 0 alone.
         Some(most) => ratio.clamp_max(most),
         None => ratio.shallow_clone(),
     };
     let held = ratio.clamp(1.0 - clip.epsilon_low, 1.0 + clip.epsilon_high);
-    let plain = -(bounded * &advantages).minimum(&(held * &advantages));
-    let weighted = match inputs.weights {
-        Some(w) => plain * constant(w),
-        None => plain,
-    };
-    let (losses, kl) = if let Some(term) = inputs.kl {
-        let estimate = term
-            .penalty
-            .estimator
-            .estimate(inputs.logprobs, term.ref_logprobs)?;
-        let values = match term.penalty.placement {
-            KlPlacement::InLoss => estimate.values().shallow_clone(),
-            KlPlacement::InLossWeighted => estimate.values() * &ratio,
-            KlPlacement::InReward => {
-                let what = "the KL term's placement is the reward, expected the loss".into();
-                return Err(Error::Argument { op, what });
-            }
-        };
-        (
-            weighted + values * term.penalty.coef,
-            Some(estimate.values().detach()),
-        )
-    } else {
-        (weighted, None)
-    };
-    let stats = statistics(
-        inputs,
-        clip,
-        level,
-        &ratio,
-        &advantages,
-        &log_ratio,
-        kl.as_ref(),
-    )?;
-    Ok(PolicyOutput {
-        loss: reduction.reduce(&inputs.logprobs.with_values(losses)?),
-        stats,
-    })
-}
-
-fn statistics(
-    inputs: &PolicyInputs<'_>,
-    clip: Clip,
-    level: RatioLevel,
-    ratio: &Tensor,
-    advantages: &Tensor,
-    log_ratio: &Tensor,
-    kl: Option<&Tensor>,
-) -> Result<PolicyStats> {
-    let offsets = inputs.logprobs.offsets();
-    let tokens = offsets.num_values() as f64;
-    if tokens == 0.0 {
-        return Ok(PolicyStats::default());
-    }
-    // A completion's ratio is counted once: at its first token.
-    let (ratio, advantages, ratios) = match level {
-        RatioLevel::Token => (ratio.detach(), advantages.shallow_clone(), tokens),
-        RatioLevel::SequenceMean | RatioLevel::SequenceSum => {
-            let firsts: Vec<i64> = offsets
-                .host()
-                .windows(2)
-                .filter(|w| w[0] < w[1])
-                .map(|w| w[0])
-                .collect();
-            let index = Tensor::from_slice(&firsts).to_device(ratio.device());
-            (
-                ratio.detach().index_select(0, &index),
-                advantages.index_select(0, &index),
-                firsts.len() as f64,
-            )
-        }
-    };
-    let count = |mask: Tensor| mask.sum(Kind::Double);
-    let total = |x: &Tensor| x.detach().sum(Kind::Double);
-    let host = to_host(
-        &[
-            count(
-                ratio
-                    .lt(1.0 - clip.epsilon_low)
-                    .logical_and(&advantages.lt(0.0)),
-            ),
-            count(
-                ratio
-                    .gt(1.0 + clip.epsilon_high)
-                    .logical_and(&advantages.gt(0.0)),
-            ),
-            total(&ratio),
-            ratio.max(),
-            total(&log_ratio.detach().square()) * 0.5,
-            kl.map_or_else(|| Tensor::from(0.0), total),
-            inputs
-                .entropy
-                .map_or_else(|| Tensor::from(0.0), |e| total(e.values())),
-        ]
-        .map(|t| t.to_device(ratio.device())),
-    )?;
-    Ok(PolicyStats {
-        tokens,
-        ratios,
-        clipped_low: host[0],
-        clipped_high: host[1],
-        ratio_sum: host[2],
-        ratio_max: host[3],
-        approx_kl_sum: host[4],
-        kl_sum: host[5],
-        entropy_sum: host[6],
-    })
+    let losses = -(bounded * advantages).minimum(&(held * advantages));
+    let bounds = (1.0 - clip.epsilon_low, 1.0 + clip.epsilon_high);
+    step.finish(inputs.weights, &losses, reduction, bounds)
 }
 
 #[cfg(test)]
 mod tests {
-    use rlhf_kernels::Offsets;
+    use rlhf_kernels::{Offsets, Ragged};
+    use tch::Tensor;
 
     use super::*;
-    use crate::kl::{KlEstimator, KlPenalty};
+    use crate::kl::{KlEstimator, KlPenalty, KlPlacement};
     use crate::loss::KlTerm;
 
     fn ragged(values: &[f64], lengths: &[i64]) -> Ragged {

@@ -8,11 +8,15 @@
 pub mod clipped;
 pub mod mismatch;
 pub mod ppo;
+pub mod select;
+pub mod smooth;
+mod step;
 
-use rlhf_kernels::{LossSum, Ragged};
+use rlhf_kernels::{LossSum, Offsets, Ragged};
 use tch::{Kind, Tensor};
 
 pub use clipped::Clip;
+pub use smooth::{GammaWeight, Gate};
 
 use crate::error::Result;
 use crate::kl::KlPenalty;
@@ -37,6 +41,9 @@ pub enum Reduction {
         /// The longest completion allowed, in tokens.
         length: u32,
     },
+    /// The mean over completions of the sum over their tokens: LUSPO (2026), which takes GSPO's ratio and so
+    /// mends its preference for short answers; also REINFORCE of whole completions.
+    SequenceSum {},
 }
 
 impl Reduction {
@@ -57,6 +64,10 @@ impl Reduction {
             Self::FixedLength { length } => LossSum {
                 sum: total(per_token.values()),
                 weight: sequences * f64::from(length),
+            },
+            Self::SequenceSum {} => LossSum {
+                sum: total(per_token.values()),
+                weight: sequences,
             },
         }
     }
@@ -213,7 +224,7 @@ pub struct PolicyOutput {
 )]
 #[non_exhaustive]
 pub enum PolicyLoss {
-    /// [`clipped::surrogate`]: PPO, GRPO, DAPO, Dr.GRPO and GSPO by its settings.
+    /// [`clipped::surrogate`]: PPO, GRPO, DAPO, Dr.GRPO, GSPO and LUSPO by its settings.
     Clipped {
         /// The bounds of the ratio.
         clip: Clip,
@@ -222,9 +233,54 @@ pub enum PolicyLoss {
         /// How tokens' losses are put together.
         reduction: Reduction,
     },
+    /// [`smooth::cispo`].
+    Cispo {
+        /// The largest weight: about 5.
+        max_ratio: f64,
+        /// The smallest weight.
+        #[cfg_attr(feature = "train", serde(default))]
+        min_ratio: f64,
+        /// Of what the ratio is taken.
+        ratio: RatioLevel,
+        /// How tokens' losses are put together.
+        reduction: Reduction,
+    },
+    /// [`smooth::sapo`].
+    Sapo {
+        /// How sharply the gate falls.
+        temperature: Gate,
+        /// Of what the ratio is taken.
+        ratio: RatioLevel,
+        /// How tokens' losses are put together.
+        reduction: Reduction,
+    },
+    /// [`smooth::vespo`].
+    Vespo {
+        /// The shape of the weight.
+        #[cfg_attr(feature = "train", serde(default))]
+        weight: GammaWeight,
+        /// How tokens' losses are put together.
+        reduction: Reduction,
+    },
+    /// [`smooth::gmpo`].
+    Gmpo {
+        /// The lower bound of log ρ, negated.
+        epsilon_low: f64,
+        /// The upper bound of log ρ.
+        epsilon_high: f64,
+    },
 }
 
 impl PolicyLoss {
+    /// Checks the settings, on a token made up for it.
+    ///
+    /// # Errors
+    /// As [`PolicyLoss::compute`] where settings are at fault.
+    pub fn check(&self) -> Result<()> {
+        let one = Ragged::new(Tensor::from_slice(&[-1.0]), Offsets::from_lengths(&[1])?)?;
+        self.compute(&PolicyInputs::new(&one, &one, &one)).map(drop)
+    }
+
     /// Computes the loss.
     ///
     /// # Shapes
@@ -239,6 +295,22 @@ impl PolicyLoss {
                 ratio,
                 reduction,
             } => clipped::surrogate(inputs, clip, ratio, reduction),
+            Self::Cispo {
+                max_ratio,
+                min_ratio,
+                ratio,
+                reduction,
+            } => smooth::cispo(inputs, (min_ratio, max_ratio), ratio, reduction),
+            Self::Sapo {
+                temperature,
+                ratio,
+                reduction,
+            } => smooth::sapo(inputs, temperature, ratio, reduction),
+            Self::Vespo { weight, reduction } => smooth::vespo(inputs, weight, reduction),
+            Self::Gmpo {
+                epsilon_low,
+                epsilon_high,
+            } => smooth::gmpo(inputs, epsilon_low, epsilon_high),
         }
     }
 }

@@ -8,7 +8,9 @@ use rlhf_kernels::{LossSum, Offsets, Ragged};
 use rlhf_policy::advantage::{self, AdvantageEstimator, StdScope, Whitening};
 use rlhf_policy::kl::{KlEstimator, KlPenalty, KlPlacement};
 use rlhf_policy::loss::ppo::{self, ScorePlace};
-use rlhf_policy::loss::{Clip, KlTerm, PolicyInputs, RatioLevel, Reduction, clipped};
+use rlhf_policy::loss::{
+    Clip, GammaWeight, Gate, KlTerm, PolicyInputs, PolicyLoss, RatioLevel, Reduction, clipped,
+};
 use tch::{Kind, Tensor};
 
 const BETA: f64 = 0.37;
@@ -285,6 +287,69 @@ fn leave_one_out_is_unbiased() {
             &problem.truth(1.0, 0.0),
         );
     }
+}
+
+/// At ρ = 1 every surrogate is the policy gradient, however it treats other ratios.
+#[test]
+fn every_surrogate_is_the_truth_at_the_sampler() {
+    let (token, sum) = (RatioLevel::Token, Reduction::SequenceSum {});
+    let gate = Gate {
+        positive: 1.0,
+        negative: 1.05,
+    };
+    let named = |loss: PolicyLoss, problem: &Problem| {
+        problem.expected(2, |group| {
+            let rewards: Vec<f64> = group.iter().map(|&s| problem.rewards[s]).collect();
+            let estimator = AdvantageEstimator::LeaveOneOut {};
+            let advantages = estimator.advantages(&rewards, &[group.len()]).unwrap();
+            let logprobs = problem.policy.select(&problem.policy.logprobs, group);
+            let old = logprobs.with_values(logprobs.values().detach()).unwrap();
+            let advantages = logprobs.broadcast(&Tensor::from_slice(&advantages));
+            let advantages = logprobs.with_values(advantages).unwrap();
+            let inputs = PolicyInputs::new(&logprobs, &old, &advantages);
+            loss.compute(&inputs).unwrap().loss
+        })
+    };
+    let problem = Problem::two_tokens();
+    for loss in [
+        PolicyLoss::Clipped {
+            clip: Clip::symmetric(0.2),
+            ratio: token,
+            reduction: sum,
+        },
+        PolicyLoss::Cispo {
+            max_ratio: 5.0,
+            min_ratio: 0.0,
+            ratio: token,
+            reduction: sum,
+        },
+        PolicyLoss::Sapo {
+            temperature: gate,
+            ratio: token,
+            reduction: sum,
+        },
+        PolicyLoss::Vespo {
+            weight: GammaWeight::default(),
+            reduction: sum,
+        },
+        // LUSPO: a completion's mean ratio, times its length.
+        PolicyLoss::Clipped {
+            clip: Clip::symmetric(0.2),
+            ratio: RatioLevel::SequenceMean,
+            reduction: sum,
+        },
+    ] {
+        assert_equal(&named(loss, &problem), &problem.truth(1.0, 0.0));
+    }
+    // The geometric mean divides by the length: the truth where all are of one length, biased elsewhere.
+    let gmpo = PolicyLoss::Gmpo {
+        epsilon_low: 0.4,
+        epsilon_high: 0.4,
+    };
+    let cosine = cosine(&named(gmpo, &problem), &problem.truth(1.0, 0.0));
+    assert!(cosine > 0.5 && cosine < 1.0 - 1e-4, "{cosine}");
+    let even = Problem::one_token();
+    assert_equal(&named(gmpo, &even), &even.truth(1.0, 0.0));
 }
 
 #[test]

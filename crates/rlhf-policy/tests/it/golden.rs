@@ -5,7 +5,8 @@ use rlhf_policy::advantage::{self, AdvantageEstimator, StdScope, Whitening};
 use rlhf_policy::kl::{self, KlEstimator, KlPenalty, KlPlacement};
 use rlhf_policy::loss::ppo::{self, ScorePlace, ValueInputs};
 use rlhf_policy::loss::{
-    Clip, KlTerm, PolicyInputs, PolicyLoss, RatioLevel, Reduction, clipped, mismatch,
+    Clip, GammaWeight, Gate, KlTerm, PolicyInputs, PolicyLoss, RatioLevel, Reduction, clipped,
+    mismatch, select,
 };
 use tch::{Kind, Tensor};
 
@@ -13,7 +14,7 @@ use crate::golden_io::{Case, gradient, run};
 
 #[test]
 fn f_rl() {
-    run(&["f/"], |case| {
+    let unknown = run(&["f/"], |case| {
         let mut parts = case.name().split('/').skip(1);
         match (parts.next().unwrap(), parts.next().unwrap()) {
             ("gae", _) => gae(case),
@@ -24,10 +25,13 @@ fn f_rl() {
             ("grpo_loss", name) => return grpo_loss(case, name),
             ("rloo_loss", _) => rloo_loss(case),
             ("tis", _) => mismatch_weights(case),
+            ("entropy_mask", _) => entropy_mask(case),
+            ("reinforcepp_baseline", _) => reinforce_plus_plus(case),
             _ => return false,
         }
         true
     });
+    assert!(unknown.is_empty());
 }
 
 #[test]
@@ -274,22 +278,16 @@ fn rloo_advantages(case: &Case<'_>) {
 }
 
 fn grpo_loss(case: &Case<'_>, name: &str) -> bool {
-    let unknown = [
-        "top_entropy_quantile",
-        "off_policy_mask_threshold",
-        "entropy_coef",
-    ];
-    let reduction = match case.text("loss_type").unwrap() {
-        "grpo" => Reduction::Sequence {},
-        "dapo" | "bnpo" => Reduction::Token {},
+    let kind = case.text("loss_type").unwrap();
+    let reduction = match kind {
+        "grpo" | "sapo" | "gmpo" => Reduction::Sequence {},
+        "dapo" | "bnpo" | "cispo" | "vespo" => Reduction::Token {},
+        "luspo" => Reduction::SequenceSum {},
         "dr_grpo" => Reduction::FixedLength {
             length: case.setting("max_completion_length").as_u64().unwrap_or(16) as u32,
         },
         _ => return false,
     };
-    if unknown.iter().any(|k| !case.setting(k).is_null()) {
-        return false;
-    }
     let mask = case.mask("mask");
     let leaf = case.input("logps").set_requires_grad(true);
     let logprobs = pad(&leaf, &mask);
@@ -300,11 +298,28 @@ fn grpo_loss(case: &Case<'_>, name: &str) -> bool {
         pad(&case.input("old_logps"), &mask)
     };
     let reference = pad(&case.input("ref_logps"), &mask);
-    let entropy = pad(&case.input("entropies"), &mask);
+    let entropy_leaf = case.input("entropies").set_requires_grad(true);
+    let entropy = pad(&entropy_leaf, &mask);
     let advantages = logprobs
         .with_values(logprobs.broadcast(&case.input("advantages")))
         .unwrap();
-    let weights = pad(&case.input("is_ratio"), &mask);
+    // Corrections and masks are factors of the surrogate.
+    let mut weights: Vec<Ragged> = Vec::new();
+    if case.setting("tis").as_bool() == Some(true) {
+        weights.push(pad(&case.input("is_ratio"), &mask));
+    }
+    if let Some(share) = case.number("top_entropy_quantile") {
+        weights.push(select::high_entropy(&entropy, share).unwrap());
+    }
+    if let Some(threshold) = case.number("off_policy_mask_threshold") {
+        // TRL takes the sampler's log-probs where it has them.
+        let sampler = pad(&case.input("sampling_logps"), &mask);
+        weights.push(select::on_policy(&logprobs, &sampler, &advantages, threshold).unwrap());
+    }
+    let weights = weights.into_iter().reduce(|a, b| {
+        let product = a.values() * b.values();
+        a.with_values(product).unwrap()
+    });
     let placement = match case.setting("use_bias_correction_kl").as_bool() {
         Some(true) => KlPlacement::InLossWeighted,
         _ => KlPlacement::InLoss,
@@ -316,7 +331,7 @@ fn grpo_loss(case: &Case<'_>, name: &str) -> bool {
         coef: beta,
     };
     let inputs = PolicyInputs {
-        weights: (case.setting("tis").as_bool() == Some(true)).then_some(&weights),
+        weights: weights.as_ref(),
         kl: (beta != 0.0).then_some(KlTerm {
             ref_logprobs: &reference,
             penalty,
@@ -333,13 +348,36 @@ fn grpo_loss(case: &Case<'_>, name: &str) -> bool {
         epsilon_high: case.number("epsilon_high").unwrap_or(0.2),
         dual: case.number("delta"),
     };
-    let out = PolicyLoss::Clipped {
-        clip,
-        ratio,
-        reduction,
-    }
-    .compute(&inputs)
-    .unwrap();
+    let loss = match kind {
+        "cispo" => PolicyLoss::Cispo {
+            max_ratio: clip.epsilon_high,
+            min_ratio: 0.0,
+            ratio,
+            reduction,
+        },
+        "sapo" => PolicyLoss::Sapo {
+            temperature: Gate {
+                positive: case.number("sapo_temperature_pos").unwrap(),
+                negative: case.number("sapo_temperature_neg").unwrap(),
+            },
+            ratio,
+            reduction,
+        },
+        "vespo" => PolicyLoss::Vespo {
+            weight: GammaWeight::default(),
+            reduction,
+        },
+        "gmpo" => PolicyLoss::Gmpo {
+            epsilon_low: clip.epsilon_low,
+            epsilon_high: clip.epsilon_high,
+        },
+        _ => PolicyLoss::Clipped {
+            clip,
+            ratio,
+            reduction,
+        },
+    };
+    let out = loss.compute(&inputs).unwrap();
     // What TRL's trainer divides by besides: our step divides once, by the weight of all it saw.
     let scale = match name {
         n if n.starts_with("x_accum4") => 1.0 / 4.0,
@@ -351,8 +389,21 @@ fn grpo_loss(case: &Case<'_>, name: &str) -> bool {
         }
         _ => 1.0,
     };
-    let loss = mean(&out.loss) * scale;
-    case.check("loss", &loss);
+    let mut loss = mean(&out.loss) * scale;
+    if let Some(coef) = case.number("entropy_coef") {
+        case.check("metric_policy_loss", &loss);
+        let bonus = select::entropy_bonus(&entropy, coef, Reduction::Token {}).unwrap();
+        loss += mean(&bonus);
+        case.check("grad_entropies", &gradient(&loss, &entropy_leaf));
+    }
+    if kind == "gmpo" {
+        // As with RLOO, TRL adds -A for a completion without tokens.
+        let empty = mask.any_dim(1, false).logical_not().to_kind(case.kind);
+        let constant = -(empty * case.input("advantages")).mean(case.kind);
+        case.check("loss", &(&loss + constant));
+    } else {
+        case.check("loss", &loss);
+    }
     case.check("grad_logps", &gradient(&loss, &leaf));
     case.check("metric_entropy", &scalar(out.stats.entropy()));
     // TRL counts completions without tokens among those that could be clipped.
@@ -364,14 +415,49 @@ fn grpo_loss(case: &Case<'_>, name: &str) -> bool {
         out.stats.clip_fraction_low() * counted,
         out.stats.clip_fraction_high() * counted,
     );
-    case.check("metric_clip_ratio_low_mean", &scalar(low));
-    case.check("metric_clip_ratio_high_mean", &scalar(high));
-    case.check("metric_clip_ratio_region_mean", &scalar(low + high));
+    if case.has("metric_cispo_clip_ratio") {
+        case.check("metric_cispo_clip_ratio", &scalar(high));
+    }
+    if case.has("metric_clip_ratio_low_mean") {
+        case.check("metric_clip_ratio_low_mean", &scalar(low));
+        case.check("metric_clip_ratio_high_mean", &scalar(high));
+        case.check("metric_clip_ratio_region_mean", &scalar(low + high));
+    }
     // TRL's metric is of the term as weighted, ours of the estimate.
     if case.has("metric_kl") && placement == KlPlacement::InLoss {
         case.check("metric_kl", &scalar(out.stats.kl()));
     }
     true
+}
+
+fn entropy_mask(case: &Case<'_>) {
+    let mask = case.mask("mask");
+    let entropy = pad(&case.input("entropies"), &mask);
+    for output in case.outputs() {
+        let threshold: f64 = output.strip_prefix("mask_q").unwrap().parse().unwrap();
+        let kept = select::high_entropy(&entropy, 1.0 - threshold).unwrap();
+        let theirs = case.output(output).masked_select(&mask);
+        assert_eq!(kept.values().to_kind(Kind::Bool), theirs, "{output}");
+    }
+}
+
+fn reinforce_plus_plus(case: &Case<'_>) {
+    // Of the first reward function alone.
+    let table = case.input("rewards_per_func").to_kind(Kind::Double);
+    let total = Vec::<f64>::try_from(&table.select(1, 0)).unwrap();
+    let size = case.setting("num_generations").as_u64().unwrap() as usize;
+    let mask = case.mask("mask");
+    let kl = KlEstimator::K1
+        .estimate(
+            &pad(&case.input("old"), &mask),
+            &pad(&case.input("ref"), &mask),
+        )
+        .unwrap();
+    let groups = vec![size; total.len() / size];
+    let advantages =
+        advantage::reinforce_plus_plus(&total, Some(&groups), &kl, case.number("kl_coef").unwrap())
+            .unwrap();
+    case.check_at("advantages", advantages.values(), &mask);
 }
 
 fn rloo_loss(case: &Case<'_>) {
