@@ -36,8 +36,8 @@ pub(super) struct RowCheck<'a, 'b> {
     pub(super) here: u64,
     /// How many rows stand before it.
     pub(super) row: u64,
-    /// Whether an earlier row is the same.
-    pub(super) duplicate: bool,
+    /// Whether to look for earlier rows that are much like it.
+    pub(super) look_alike: bool,
 }
 
 impl RowCheck<'_, '_> {
@@ -88,7 +88,7 @@ impl RowCheck<'_, '_> {
     /// The rules that compare with earlier rows and other files.
     fn compare(&mut self, parts: &Parts, near: &str) {
         self.memory.splits.judge(parts, self.place, self.report);
-        let Some(threshold) = self.options.near_duplicate.filter(|_| !self.duplicate) else {
+        let Some(threshold) = self.options.near_duplicate.filter(|_| self.look_alike) else {
             return;
         };
         let here = self.here;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Fault, Record, Row, fault, kind_of, not_blank, same_form, take, text};
+use super::{Fault, Record, Row, fault, kind_of, missing, not_blank, same_form, take, text};
 use crate::conversation::Text;
 
 /// K completions of one prompt, of which some are better.
@@ -192,6 +192,7 @@ impl Record for RankedRecord {
     const KIND: &'static str = "ranked";
 
     fn from_row(mut row: Row) -> Result<Self, Fault> {
+        has(&row, &["prompt", "completions"])?;
         let prompt = not_blank(text(&take(&mut row, "prompt")?, "prompt")?, "prompt")?;
         let completions = list(take(&mut row, "completions")?, "completions")?
             .iter()
@@ -245,6 +246,7 @@ impl Record for UnpairedRecord {
     const KIND: &'static str = "unpaired";
 
     fn from_row(mut row: Row) -> Result<Self, Fault> {
+        has(&row, &["prompt", "completion", "label"])?;
         let label = match take(&mut row, "label")? {
             Value::Bool(b) => b,
             other => {
@@ -273,6 +275,7 @@ impl Record for StepwiseRecord {
     const KIND: &'static str = "stepwise";
 
     fn from_row(mut row: Row) -> Result<Self, Fault> {
+        has(&row, &["prompt", "completions", "labels"])?;
         let prompt = not_blank(text(&take(&mut row, "prompt")?, "prompt")?, "prompt")?;
         let completions = list(take(&mut row, "completions")?, "completions")?
             .into_iter()
@@ -325,6 +328,7 @@ impl Record for RatedRecord {
     const KIND: &'static str = "rated";
 
     fn from_row(mut row: Row) -> Result<Self, Fault> {
+        has(&row, &["prompt", "completion", "ratings"])?;
         let ratings = match take(&mut row, "ratings")? {
             Value::Object(o) => o,
             // Parquet holds it as JSON text.
@@ -374,6 +378,14 @@ pub(super) fn as_row(record: &impl Serialize) -> Row {
     match serde_json::to_value(record) {
         Ok(Value::Object(row)) => row,
         _ => Row::new(),
+    }
+}
+
+/// Names the first column that is not there, while all others still are.
+fn has(row: &Row, columns: &[&str]) -> Result<(), Fault> {
+    match columns.iter().find(|c| !row.contains_key(**c)) {
+        Some(c) => Err(missing(&format!("`{c}`"), row)),
+        None => Ok(()),
     }
 }
 

@@ -430,6 +430,33 @@ fn every_kind_of_row_has_its_rules() {
 }
 
 #[test]
+fn judgements_by_several_people_are_no_near_duplicates() {
+    let dir = tempfile::tempdir().unwrap();
+    let row = |who: Option<&str>, label: bool| json!({"prompt": "p", "completion": prose(3, 30), "label": label, "annotator": who});
+    let of = |rows: &[Value]| {
+        let path = write(dir.path(), "a.jsonl", rows);
+        check(&path, Purpose::Unpaired, None)
+    };
+    let r = of(&[row(Some("anna"), true), row(Some("ben"), true)]);
+    assert_eq!(found(&r), []);
+    let r = of(&[row(None, true), row(None, false)]);
+    assert_eq!(
+        found(&r),
+        [
+            ("contradiction", "line 2", "label"),
+            ("near_duplicate", "line 2", "")
+        ]
+    );
+    // Every column that is there is named, whichever is missing.
+    let path = write(dir.path(), "a.jsonl", &[row(None, true)]);
+    let what = check(&path, Purpose::Ranked, None).findings[0].what.clone();
+    assert!(
+        what.contains("annotator, completion, label, prompt"),
+        "{what}"
+    );
+}
+
+#[test]
 fn tokens_of_answers_are_looked_at_for_every_kind() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokenizer");
     let t = rlhf_data::tokenize::ChatTokenizer::load(&folder).unwrap();
