@@ -51,6 +51,12 @@ pub enum AdvantageEstimator {
     /// RLOO (Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740, equation 8): r less the mean
     /// of the *other* rewards. Unbiased.
     LeaveOneOut {},
+    /// MaxRL (Tajwar, Zeng et al. 2026, arXiv 2602.02710): (r − mean r) / mean r, 0 where no reward is above
+    /// 0. Rewards must not be negative.
+    ///
+    /// For rewards of 0 and 1 and a chance p of success its expected gradient is Σ_{k<G} ∇pass@k / k, which goes
+    /// to ∇ log p as G grows: prompts that are rarely solved weigh most.
+    MeanNormalized {},
 }
 
 impl AdvantageEstimator {
@@ -88,6 +94,11 @@ impl AdvantageEstimator {
                 format!("std_epsilon is {std_epsilon}, expected 0 or more")
             })?;
         }
+        if let (Self::MeanNormalized {}, Some(i)) = (self, rewards.iter().position(|r| *r < 0.0)) {
+            ensure(false, op, || {
+                format!("reward {i} is {}, expected 0 or more", rewards[i])
+            })?;
+        }
         let batch_std = deviations(rewards).std;
         let mut advantages = Vec::with_capacity(rewards.len());
         let mut start = 0;
@@ -106,6 +117,8 @@ impl AdvantageEstimator {
                 Self::GroupCentered {} => 1.0,
                 // r − mean of others = G/(G − 1) (r − mean of all).
                 Self::LeaveOneOut {} => group.count / (group.count - 1.0),
+                // Without a success all are 0, and so are their deviations.
+                Self::MeanNormalized {} => 1.0 / group.mean,
             };
             advantages.extend(
                 group
@@ -116,6 +129,35 @@ impl AdvantageEstimator {
         }
         Ok(advantages)
     }
+}
+
+/// ReMax (Li et al. 2023, arXiv 2310.10505): r less the reward of the prompt's greedy completion, `greedy`, one
+/// for each prompt. Unbiased, since the greedy completion does not depend on the draw. NaN on either side
+/// gives 0.
+///
+/// # Errors
+/// When there is not one greedy reward for each group, or the sizes do not sum to the number of rewards.
+pub fn against_greedy(rewards: &[f64], group_sizes: &[usize], greedy: &[f64]) -> Result<Vec<f64>> {
+    let op = "advantages against greedy";
+    let total: usize = group_sizes.iter().sum();
+    ensure(
+        total == rewards.len() && group_sizes.len() == greedy.len(),
+        op,
+        || {
+            format!(
+                "{} rewards and {} greedy ones, expected {total} and {}",
+                rewards.len(),
+                greedy.len(),
+                group_sizes.len()
+            )
+        },
+    )?;
+    let baselines = group_sizes
+        .iter()
+        .zip(greedy)
+        .flat_map(|(size, g)| std::iter::repeat_n(g, *size));
+    let less = |(r, g): (&f64, &f64)| if (r - g).is_nan() { 0.0 } else { r - g };
+    Ok(rewards.iter().zip(baselines).map(less).collect())
 }
 
 /// (x − mean)/(std + ε) over all of `values` with a sample's standard deviation; NaN gives 0 and is
@@ -138,6 +180,7 @@ pub fn standardize(values: &[f64], epsilon: f64) -> Vec<f64> {
 
 struct Deviations {
     centred: Vec<f64>,
+    mean: f64,
     std: f64,
     count: f64,
 }
@@ -162,6 +205,7 @@ fn deviations(values: &[f64]) -> Deviations {
     let squares: f64 = centred.iter().map(|d| d * d).sum();
     Deviations {
         centred,
+        mean: origin + shift,
         std: (squares / (count - 1.0).max(1.0)).sqrt(),
         count,
     }

@@ -312,7 +312,13 @@ impl Config {
         let max_position_embeddings = r
             .optional_size("max_position_embeddings")?
             .unwrap_or(shape.context);
-        let (rope_theta, rope_scaling) = r.rope(shape.rope_theta, max_position_embeddings)?;
+        // Positions that are learnt are not turned, whatever the file says of it.
+        let learnt = family == Family::Gpt2;
+        let (rope_theta, rope_scaling) = if learnt {
+            (shape.rope_theta, RopeScaling::Default)
+        } else {
+            r.rope(shape.rope_theta, max_position_embeddings)?
+        };
         let mut config = Self {
             family,
             vocab_size: r.size("vocab_size")?,
@@ -327,7 +333,7 @@ impl Config {
             activation: r.activation("hidden_act", shape.activation)?,
             rope_theta,
             rope_scaling,
-            partial_rotary_factor: r.rotary_factor()?,
+            partial_rotary_factor: if learnt { 1.0 } else { r.rotary_factor()? },
             tie_word_embeddings: r.flag("tie_word_embeddings")?.unwrap_or(shape.tied),
             initializer_range: r.number("initializer_range")?.unwrap_or(0.02),
             bos_token_id: r.token_ids("bos_token_id")?.first().copied(),
@@ -752,6 +758,16 @@ mod tests {
             c.pad_token_id = Some(3);
             assert_eq!(parse(&c.to_json()).unwrap(), c, "{family:?}");
         }
+    }
+
+    /// GPT-2 learns its positions: what a file says of rope means nothing, and is not kept.
+    #[test]
+    fn learnt_positions_are_not_turned() {
+        let json = json!({"model_type": "gpt2", "vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2,
+            "rope_theta": 5e4, "partial_rotary_factor": 0.5});
+        let c = parse(&json).unwrap();
+        assert_eq!((c.rope_theta, c.partial_rotary_factor), (1e4, 1.0));
+        assert_eq!(parse(&c.to_json()).unwrap(), c);
     }
 
     /// Keys that a published file leaves out mean what the family's authors meant.

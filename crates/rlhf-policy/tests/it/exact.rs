@@ -289,6 +289,57 @@ fn leave_one_out_is_unbiased() {
     }
 }
 
+#[test]
+fn a_greedy_baseline_is_unbiased() {
+    let problem = Problem::two_tokens();
+    let p = problem.probabilities();
+    let best = (0..p.len()).max_by(|&a, &b| p[a].total_cmp(&p[b])).unwrap();
+    let got = problem.expected(2, |group| {
+        let rewards: Vec<f64> = group.iter().map(|&s| problem.rewards[s]).collect();
+        let greedy = [problem.rewards[best]];
+        let advantages = advantage::against_greedy(&rewards, &[2], &greedy).unwrap();
+        problem.surrogate(group, &advantages, COMPLETION, None)
+    });
+    assert_equal(&got, &problem.truth(1.0, 0.0));
+    assert_eq!(
+        advantage::against_greedy(&[1.0, f64::NAN], &[1, 1], &[f64::NAN, 0.0]).unwrap(),
+        [0.0, 0.0]
+    );
+    assert!(advantage::against_greedy(&[1.0], &[1], &[]).is_err());
+}
+
+/// ∇ Σ_{k<G} pass@k / k = Σ_{k<G} (1 − p)^{k−1} ∇p, p the chance of success.
+#[test]
+fn maxrl_descends_the_truncated_likelihood() {
+    let mut problem = Problem::two_tokens();
+    problem.rewards = vec![0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0];
+    let p: f64 = problem
+        .probabilities()
+        .iter()
+        .zip(&problem.rewards)
+        .map(|(p, r)| p * r)
+        .sum();
+    for size in [2u32, 3, 4] {
+        let weight: f64 = (1..size).map(|k| (1.0 - p).powi(k as i32 - 1)).sum();
+        assert_equal(
+            &problem.by_group(size, AdvantageEstimator::MeanNormalized {}, COMPLETION),
+            &problem.truth(weight, 0.0),
+        );
+    }
+    let estimator = AdvantageEstimator::MeanNormalized {};
+    assert_eq!(
+        estimator
+            .advantages(&[0.0, 0.0, 1.0, 1.0], &[2, 2])
+            .unwrap(),
+        [0.0; 4]
+    );
+    let e = estimator
+        .advantages(&[1.0, -1.0], &[2])
+        .unwrap_err()
+        .to_string();
+    assert!(e.contains("reward 1 is -1"), "{e}");
+}
+
 /// At ρ = 1 every surrogate is the policy gradient, however it treats other ratios.
 #[test]
 fn every_surrogate_is_the_truth_at_the_sampler() {
