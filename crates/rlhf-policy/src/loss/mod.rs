@@ -41,8 +41,8 @@ pub enum Reduction {
         /// The longest completion allowed, in tokens.
         length: u32,
     },
-    /// The mean over completions of the sum over their tokens: LUSPO (2026), which takes GSPO's ratio and so
-    /// mends its preference for short answers; also REINFORCE of whole completions.
+    /// The mean over completions of the sum over their tokens: LUSPO (Liu et al. 2026, arXiv 2602.05261), which
+    /// takes GSPO's ratio and so mends its preference for short answers; also REINFORCE of whole completions.
     SequenceSum {},
 }
 

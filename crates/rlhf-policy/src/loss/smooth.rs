@@ -128,9 +128,9 @@ impl Default for GammaWeight {
 
 /// Per token: L = −sg(φ(W)) · A · log π, W = Π ρ_t · Π w_t over the completion, then reduced.
 ///
-/// VESPO, Shen et al. 2026: a smooth weight of whole completions, which falls on both sides of W = 1. The
-/// weights of the sampler's mismatch are part of W. log W is held within log 1e-8 and 20 and its terms within
-/// ±20, as in the published code, so that φ is finite.
+/// VESPO, Shen et al. 2026 (arXiv 2602.10693): a smooth weight of whole completions, which falls on both sides
+/// of W = 1. The weights of the sampler's mismatch are part of W. log W is held within log 1e-8 and 20 and its
+/// terms within ±20, as in the published code, so that φ is finite.
 ///
 /// # Shapes
 /// All of `inputs` `[M]` with the same offsets. Differentiable in `inputs.logprobs` only.
