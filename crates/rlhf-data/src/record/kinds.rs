@@ -246,7 +246,7 @@ impl Record for UnpairedRecord {
     const KIND: &'static str = "unpaired";
 
     fn from_row(mut row: Row) -> Result<Self, Fault> {
-        has(&row, &["prompt", "completion", "label"])?;
+        has(&row, &["label", "prompt", "completion"])?;
         let label = match take(&mut row, "label")? {
             Value::Bool(b) => b,
             other => {
@@ -328,7 +328,7 @@ impl Record for RatedRecord {
     const KIND: &'static str = "rated";
 
     fn from_row(mut row: Row) -> Result<Self, Fault> {
-        has(&row, &["prompt", "completion", "ratings"])?;
+        has(&row, &["ratings", "prompt", "completion"])?;
         let ratings = match take(&mut row, "ratings")? {
             Value::Object(o) => o,
             // Parquet holds it as JSON text.
