@@ -81,11 +81,11 @@ pub fn reference_sums(
 /// What [`evaluate`] finds on held-out pairs.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PairEval {
-    /// Share of pairs whose implicit reward prefers the chosen; a tie counts half.
+    /// Share of pairs whose log-ratio prefers the chosen; a tie counts half.
     pub accuracy: f64,
     /// Share of pairs whose log-prob alone (no reference) prefers the chosen.
     pub logprob_accuracy: f64,
-    /// Mean of β(Δ_chosen − Δ_rejected).
+    /// Mean of Δ_chosen − Δ_rejected, in nats.
     pub margin: f64,
     /// Pairs.
     pub pairs: usize,
@@ -102,9 +102,9 @@ fn prefers(a: f64, b: f64) -> f64 {
     }
 }
 
-/// Accuracy of the implicit reward β log π/π₀ on pairs, from their sums under policy and reference.
+/// Accuracy of the log-ratio log π/π₀ on pairs, from their sums under policy and reference.
 #[must_use]
-pub fn evaluate(policy: &[(f64, f64)], reference: &[(f64, f64)], beta: f64) -> PairEval {
+pub fn evaluate(policy: &[(f64, f64)], reference: &[(f64, f64)]) -> PairEval {
     let mut e = PairEval {
         pairs: policy.len(),
         ..PairEval::default()
@@ -112,7 +112,7 @@ pub fn evaluate(policy: &[(f64, f64)], reference: &[(f64, f64)], beta: f64) -> P
     for ((pc, pr), (rc, rr)) in policy.iter().zip(reference) {
         e.accuracy += prefers(pc - rc, pr - rr);
         e.logprob_accuracy += prefers(*pc, *pr);
-        e.margin += beta * ((pc - rc) - (pr - rr));
+        e.margin += (pc - rc) - (pr - rr);
     }
     let n = policy.len().max(1) as f64;
     PairEval {

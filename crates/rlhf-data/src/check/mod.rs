@@ -11,14 +11,14 @@ mod row;
 mod splits;
 pub(crate) mod values;
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use serde_json::Value;
-use sha2::{Digest as _, Sha256};
+use serde_json::{Map, Value};
 
 use crate::error::Error;
 use crate::record::{
@@ -363,18 +363,11 @@ struct Memory {
     splits: Splits,
 }
 
-fn digest_of(columns: &serde_json::Map<String, serde_json::Value>) -> [u8; 16] {
-    let mut hash = Sha256::new();
-    for (name, value) in columns {
-        hash.update(name.len().to_le_bytes());
-        hash.update(name);
-        let value = value.to_string();
-        hash.update(value.len().to_le_bytes());
-        hash.update(value);
-    }
-    let mut short = [0; 16];
-    short.copy_from_slice(&hash.finalize()[..16]);
-    short
+fn digest_of(row: &Map<String, Value>) -> [u8; 16] {
+    digest(
+        row.iter()
+            .flat_map(|(name, value)| [Cow::Borrowed(name.as_str()), value.to_string().into()]),
+    )
 }
 
 fn one_line(e: &Error) -> String {

@@ -11,9 +11,10 @@ use crate::rate::Rate;
 const BIAS: f64 = 0.65;
 
 /// The first 16 bytes of SHA-256 over texts and their lengths.
-pub(crate) fn digest<'a>(texts: impl IntoIterator<Item = &'a str>) -> [u8; 16] {
+pub(crate) fn digest<T: AsRef<str>>(texts: impl IntoIterator<Item = T>) -> [u8; 16] {
     let mut hash = Sha256::new();
     for text in texts {
+        let text = text.as_ref();
         hash.update(text.len().to_le_bytes());
         hash.update(text);
     }

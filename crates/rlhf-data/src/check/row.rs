@@ -54,11 +54,12 @@ impl RowCheck<'_, '_> {
         }
         if let (Some(label), Some(completion)) = (label, row.get("completion")) {
             let prompt = row.get("prompt").map(Value::to_string).unwrap_or_default();
-            let here = self.here;
-            let earlier =
-                self.memory
-                    .contradictions
-                    .label(here, &prompt, &completion.to_string(), label);
+            let earlier = self.memory.contradictions.label(
+                self.here,
+                &prompt,
+                &completion.to_string(),
+                label,
+            );
             if let Some(n) = earlier {
                 let what = format!(
                     "{} labels the same completion {}",
@@ -91,8 +92,7 @@ impl RowCheck<'_, '_> {
         let Some(threshold) = self.options.near_duplicate.filter(|_| self.look_alike) else {
             return;
         };
-        let here = self.here;
-        if let Some((n, s)) = self.memory.near.find(near, here, threshold) {
+        if let Some((n, s)) = self.memory.near.find(near, self.here, threshold) {
             let what = format!(
                 "much like {} (estimated Jaccard similarity {s:.2})",
                 self.places.name(n)
@@ -120,13 +120,7 @@ impl RowCheck<'_, '_> {
     }
 
     pub(super) fn sft(&mut self, r: &SftRecord) {
-        let conversation: Vec<Message> = r
-            .prompt
-            .iter()
-            .chain([&r.completion])
-            .flat_map(messages)
-            .collect();
-        self.order(&conversation);
+        self.order(r.prompt.iter().chain([&r.completion]));
         match (&r.prompt, &r.completion) {
             (Some(p), c) => self.text(&[("prompt", p), ("completion", c)]),
             (None, c @ Text::Messages(_)) => self.text(&[("messages", c)]),
@@ -145,11 +139,7 @@ impl RowCheck<'_, '_> {
     }
 
     pub(super) fn preference(&mut self, r: &PreferenceRecord) {
-        let conversation: Vec<Message> = [&r.prompt, &r.chosen]
-            .into_iter()
-            .flat_map(messages)
-            .collect();
-        self.order(&conversation);
+        self.order([&r.prompt, &r.chosen]);
         self.text(&[
             ("prompt", &r.prompt),
             ("chosen", &r.chosen),
@@ -165,11 +155,10 @@ impl RowCheck<'_, '_> {
         }
         let [prompt, chosen, rejected] = [&r.prompt, &r.chosen, &r.rejected].map(Text::joined);
         self.compare(&Parts::preference(r), &format!("{prompt}\n{chosen}"));
-        let here = self.here;
         let earlier = self
             .memory
             .contradictions
-            .pair(here, &prompt, &chosen, &rejected);
+            .pair(self.here, &prompt, &chosen, &rejected);
         if let Some(n) = earlier {
             let what = format!("{} prefers the other completion", self.places.name(n));
             self.add("contradiction", Level::Warning, what);
@@ -199,11 +188,7 @@ impl RowCheck<'_, '_> {
 
     /// A prompt and one answer to it.
     fn answer(&mut self, prompt: &Text, completion: &Text, column: &str) {
-        let conversation: Vec<Message> = [prompt, completion]
-            .into_iter()
-            .flat_map(messages)
-            .collect();
-        self.order(&conversation);
+        self.order([prompt, completion]);
         self.text(&[("prompt", prompt), (column, completion)]);
         let near = format!("{}\n{}", prompt.joined(), completion.joined());
         self.compare(&Parts::of(prompt, [completion]), &near);
@@ -217,9 +202,7 @@ impl RowCheck<'_, '_> {
         let worst = (0..worth.len()).min_by(|&a, &b| worth[a].total_cmp(&worth[b]));
         let worst = worst.unwrap_or_default();
         let (first, last) = (&r.completions[best], &r.completions[worst]);
-        let conversation: Vec<Message> =
-            [&r.prompt, first].into_iter().flat_map(messages).collect();
-        self.order(&conversation);
+        self.order([&r.prompt, first]);
         let mut texts = vec![("prompt", &r.prompt)];
         texts.extend(r.completions.iter().map(|c| ("completions", c)));
         self.text(&texts);
@@ -323,8 +306,12 @@ impl RowCheck<'_, '_> {
     }
 
     /// System first, then user and assistant in turn (tools may come anywhere after the system).
-    fn order(&mut self, conversation: &[Message]) {
-        let talk: Vec<Role> = conversation.iter().map(|m| m.role).collect();
+    fn order<'t>(&mut self, texts: impl IntoIterator<Item = &'t Text>) {
+        let messages = texts.into_iter().flat_map(|t| match t {
+            Text::Messages(m) => m.as_slice(),
+            Text::Plain(_) => &[],
+        });
+        let talk: Vec<Role> = messages.map(|m| m.role).collect();
         if talk.iter().skip(1).any(|r| *r == Role::System) {
             self.add(
                 "role_order",
@@ -380,12 +367,5 @@ impl RowCheck<'_, '_> {
                 );
             }
         }
-    }
-}
-
-fn messages(t: &Text) -> Vec<Message> {
-    match t {
-        Text::Messages(m) => m.clone(),
-        Text::Plain(_) => Vec::new(),
     }
 }

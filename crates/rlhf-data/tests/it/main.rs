@@ -16,6 +16,7 @@ mod hostile_templates;
 #[cfg(feature = "hub")]
 mod hub;
 mod import;
+mod import_files;
 mod limits;
 mod lint;
 mod oasst;

@@ -161,7 +161,7 @@ fn compare_pairs(
     baseline: Option<&PairSums>,
     into: &mut BTreeMap<String, Interval>,
 ) {
-    let e = evaluate(own, baseline.unwrap_or(own), 1.0);
+    let e = evaluate(own, baseline.unwrap_or(own));
     let of_all = |share_of: f64| share(share_of * own.len() as f64, own.len());
     into.insert("likelier".into(), of_all(e.logprob_accuracy));
     // Against itself a model has no implicit reward.

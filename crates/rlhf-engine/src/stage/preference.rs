@@ -110,7 +110,7 @@ pub(super) fn dpo(ctx: &Context<'_>, name: &str, s: &Dpo) -> anyhow::Result<Ende
     if let (Some(test), Some(before)) = (&test, &test_reference) {
         let after = dpo_train::pair_sums(&model, &test.rows, s.micro_tokens)?;
         // Implicit rewards in nats, whatever the loss makes of them.
-        let e = dpo_train::evaluate(&after, before, 1.0);
+        let e = dpo_train::evaluate(&after, before);
         ended.last.insert("test_accuracy".into(), e.accuracy);
         ended.last.insert("test_margin".into(), e.margin);
     }

@@ -1,0 +1,325 @@
+//! What a recipe says of each kind of stage.
+
+use rlhf_data::tokenize::{Truncation, Turns};
+use rlhf_dpo::loss::{Divergence, PreferenceLoss, PreferenceMix, WeightedLoss};
+use rlhf_kernels::optim::AdamWConfig;
+use rlhf_policy::advantage::AdvantageEstimator;
+use rlhf_policy::kl::{KlController, KlPenalty};
+use rlhf_policy::loss::PolicyLoss;
+use rlhf_policy::loss::clipped::Clip;
+use rlhf_reward::source::Rule;
+use rlhf_train::lr_schedule::LrSchedule;
+use serde::{Deserialize, Serialize};
+
+use crate::memory::Memory;
+
+/// The optimiser of a stage.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Optim {
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Its course, as in `{ kind = "cosine" }`.
+    pub schedule: LrSchedule,
+    /// Steps of linear warm-up.
+    pub warmup_steps: u64,
+    /// Decoupled weight decay (matrices only).
+    pub weight_decay: f64,
+    /// Gradients of a larger global norm are scaled down to it.
+    pub max_grad_norm: f64,
+    /// AdamW's β₂.
+    #[serde(default = "default_beta2")]
+    pub beta2: f64,
+}
+
+fn default_beta2() -> f64 {
+    0.999
+}
+
+impl Optim {
+    /// AdamW's settings.
+    #[must_use]
+    pub fn adamw(&self) -> AdamWConfig {
+        AdamWConfig {
+            beta2: self.beta2,
+            weight_decay: self.weight_decay,
+            ..AdamWConfig::default()
+        }
+    }
+}
+
+/// Which data a stage reads, and its limits in tokens.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Data {
+    /// A file: Parquet, Arrow, JSON Lines, JSON, CSV.
+    pub path: String,
+    /// The well-known dataset that the file is of, in its own columns: a name of `datasets/manifests`, or
+    /// a manifest's file. Without it the file has the columns of its kind (docs/data.md).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dataset: Option<String>,
+    /// The longest prompt; rows with longer ones are dropped unless `truncation` says otherwise.
+    pub max_prompt: usize,
+    /// The longest completion; longer ones lose their end unless `truncation` says otherwise.
+    pub max_completion: usize,
+    /// What becomes of longer ones: `{ prompt = "drop" | "keep_start" | "keep_end" | "drop_turns" |
+    /// "refuse", completion = "keep_start" | "drop" | "refuse" }`. Every such row is counted.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub truncation: Truncation,
+    /// Use only the first so many rows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<usize>,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+/// Supervised fine-tuning.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sft {
+    /// `init` or an earlier stage.
+    pub model: String,
+    /// Demonstrations.
+    pub data: Data,
+    /// What of them is trained: the assistant's `last` turn, `all` its turns, or `everything`.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub turns: Turns,
+    /// Optimiser steps.
+    pub steps: u64,
+    /// Rows a step.
+    pub batch_size: usize,
+    /// Packed tokens a micro-batch.
+    pub micro_tokens: usize,
+    /// The optimiser.
+    pub optim: Optim,
+    /// How memory is saved.
+    #[serde(default, skip_serializing_if = "crate::memory::is_default")]
+    pub memory: Memory,
+}
+
+/// A Bradley–Terry reward model.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Reward {
+    /// `init` or an earlier stage: the trunk.
+    pub model: String,
+    /// Preference pairs.
+    pub data: Data,
+    /// Held-out pairs for its accuracy.
+    pub test: Data,
+    /// Optimiser steps.
+    pub steps: u64,
+    /// Pairs a step.
+    pub batch_size: usize,
+    /// Packed tokens a micro-batch.
+    pub micro_tokens: usize,
+    /// Weight of (r_c + r_r)², which keeps rewards centred.
+    pub centering: f64,
+    /// The optimiser.
+    pub optim: Optim,
+    /// How memory is saved.
+    #[serde(default, skip_serializing_if = "crate::memory::is_default")]
+    pub memory: Memory,
+}
+
+/// Direct preference optimisation.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Dpo {
+    /// `init` or an earlier stage: policy and reference.
+    pub model: String,
+    /// Preference pairs.
+    pub data: Data,
+    /// Held-out pairs, evaluated after training, and after every `test_every` steps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub test: Option<Data>,
+    /// Look at the held-out pairs after every so many steps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub test_every: Option<u64>,
+    /// Stop when the held-out loss was not lower than its lowest for so many looks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub patience: Option<u64>,
+    /// Optimiser steps.
+    pub steps: u64,
+    /// Pairs a step.
+    pub batch_size: usize,
+    /// Packed tokens a micro-batch.
+    pub micro_tokens: usize,
+    /// The loss, by its name in docs/losses.md: `{ kind = "sigmoid", beta = 0.1, label_smoothing = 0.0 }`.
+    pub loss: PreferenceLoss,
+    /// Losses added to it: `[{ weight = 1.0, loss = { kind = "sft" } }]`.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub plus: Vec<WeightedLoss>,
+    /// What ties the policy to the reference: `{ kind = "reverse_kl" }` and kin.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub divergence: Divergence,
+    /// Leave the reference out.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub reference_free: bool,
+    /// The optimiser.
+    pub optim: Optim,
+    /// How memory is saved.
+    #[serde(default, skip_serializing_if = "crate::memory::is_default")]
+    pub memory: Memory,
+}
+
+impl Dpo {
+    /// The loss with all that belongs to it.
+    #[must_use]
+    pub fn mix(&self) -> PreferenceMix {
+        let mut mix = PreferenceMix::from(self.loss);
+        mix.terms.extend(&self.plus);
+        mix.divergence = self.divergence;
+        mix.reference_free = self.reference_free;
+        mix
+    }
+}
+
+/// How completions are drawn.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sampling {
+    /// 0 is greedy.
+    pub temperature: f64,
+    /// Longest completion in tokens.
+    pub max_new_tokens: usize,
+    /// Sequences decoded together.
+    pub max_sequences: usize,
+}
+
+/// A part of the reward.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RewardPart {
+    /// A reward-model stage.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// A rule.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rule: Option<Rule>,
+    /// Its weight in the sum.
+    pub weight: f64,
+}
+
+/// What GRPO and PPO share.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rollouts {
+    /// Prompts.
+    pub data: Data,
+    /// Prompts a step.
+    pub prompts_per_step: usize,
+    /// Completions of each prompt.
+    pub group_size: usize,
+    /// How they are drawn.
+    pub sampling: Sampling,
+    /// The reward: a weighted sum.
+    pub reward: Vec<RewardPart>,
+    /// Added to the score of a completion that was cut off before its end-of-sequence token.
+    pub missing_eos_penalty: f64,
+}
+
+/// Group-relative policy optimisation.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Grpo {
+    /// `init` or an earlier stage: policy and reference.
+    pub model: String,
+    /// Prompts, sampling and reward.
+    pub rollouts: Rollouts,
+    /// Optimiser steps of sampling (each with `epochs` passes).
+    pub steps: u64,
+    /// Passes over each batch of rollouts.
+    pub epochs: u64,
+    /// Packed tokens a micro-batch.
+    pub micro_tokens: usize,
+    /// How rewards become advantages.
+    pub advantage: AdvantageEstimator,
+    /// The surrogate, by its name in docs/losses.md: `{ kind = "clipped", clip = { … }, ratio = "token",
+    /// reduction = { kind = "token" } }`.
+    pub loss: PolicyLoss,
+    /// The penalty on the distance from the reference.
+    pub kl: KlPenalty,
+    /// The optimiser.
+    pub optim: Optim,
+    /// How memory is saved.
+    #[serde(default, skip_serializing_if = "crate::memory::is_default")]
+    pub memory: Memory,
+}
+
+/// Proximal policy optimisation.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ppo {
+    /// `init` or an earlier stage: policy and reference.
+    pub model: String,
+    /// The value model begins as this reward model or policy stage.
+    pub value_model: String,
+    /// Prompts, sampling and reward.
+    pub rollouts: Rollouts,
+    /// Batches of rollouts.
+    pub steps: u64,
+    /// Passes over each batch.
+    pub epochs: u64,
+    /// Optimiser steps a pass.
+    pub minibatches: usize,
+    /// Packed tokens a micro-batch.
+    pub micro_tokens: usize,
+    /// Bounds of the ratio π/π_old.
+    pub clip: Clip,
+    /// ε of the value's clip; not clipped when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value_clip: Option<f64>,
+    /// Discount.
+    pub gamma: f64,
+    /// GAE's λ.
+    pub gae_lambda: f64,
+    /// Weight of the KL penalty in the reward of each token, fixed or adaptive.
+    pub kl: KlController,
+    /// Learning rate of the value model.
+    pub value_lr: f64,
+    /// Steps at the start in which only the value model learns.
+    pub value_warmup_steps: u64,
+    /// The policy's optimiser.
+    pub optim: Optim,
+    /// How memory is saved.
+    #[serde(default, skip_serializing_if = "crate::memory::is_default")]
+    pub memory: Memory,
+}
+
+/// Evaluation on held-out data.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Eval {
+    /// Stages to compare.
+    pub models: Vec<String>,
+    /// The stage that the others are compared with; also the reference of the KL.
+    pub baseline: String,
+    /// Held-out prompts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompts: Option<Data>,
+    /// The gold judge.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub judge: Option<Rule>,
+    /// How completions are drawn.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sampling: Option<Sampling>,
+    /// A reward model whose scores are reported beside the gold judge's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reward_model: Option<String>,
+    /// Held-out pairs: accuracy of each model's implicit reward, and of the reward model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pairs: Option<Data>,
+    /// The largest KL that counts as near the reference, nats a completion.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_kl: Option<f64>,
+    /// The least distinct-2 as a share of the baseline's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_distinct2: Option<f64>,
+    /// Packed tokens a batch.
+    pub micro_tokens: usize,
+    /// Prompts shown in the report.
+    pub samples: usize,
+}
