@@ -4,7 +4,9 @@
 use std::time::Instant;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use rlhf_model::{Config, Decoder, GenerateLimits, GenerateRequest, SamplingConfig, Transformer};
+use rlhf_model::{
+    Config, Decoder, DecoderWeights, GenerateLimits, GenerateRequest, SamplingConfig, Transformer,
+};
 use tch::{Device, Kind, Tensor};
 
 struct Shape {
@@ -14,6 +16,7 @@ struct Shape {
     samples: usize,
     prompt_tokens: u32,
     new_tokens: usize,
+    weights: DecoderWeights,
 }
 
 fn shapes() -> Vec<Shape> {
@@ -31,6 +34,7 @@ fn shapes() -> Vec<Shape> {
             samples: 8,
             prompt_tokens: 40,
             new_tokens: 40,
+            weights: DecoderWeights::AsLoaded,
         },
         Shape {
             name: "stories15M, batch 8, prompt 32 + 128",
@@ -39,6 +43,7 @@ fn shapes() -> Vec<Shape> {
             samples: 1,
             prompt_tokens: 32,
             new_tokens: 128,
+            weights: DecoderWeights::AsLoaded,
         },
         Shape {
             name: "stories15M, batch 32, prompt 32 + 128",
@@ -47,6 +52,7 @@ fn shapes() -> Vec<Shape> {
             samples: 1,
             prompt_tokens: 32,
             new_tokens: 128,
+            weights: DecoderWeights::AsLoaded,
         },
         Shape {
             name: "SmolLM2-135M, batch 8, prompt 32 + 128",
@@ -55,14 +61,52 @@ fn shapes() -> Vec<Shape> {
             samples: 1,
             prompt_tokens: 32,
             new_tokens: 128,
+            weights: DecoderWeights::AsLoaded,
         },
         Shape {
             name: "SmolLM2-135M, batch 32, prompt 32 + 128",
-            config: smollm2,
+            config: smollm2.clone(),
             prompts: 32,
             samples: 1,
             prompt_tokens: 32,
             new_tokens: 128,
+            weights: DecoderWeights::AsLoaded,
+        },
+        Shape {
+            name: "SmolLM2-135M, batch 8, prompt 32 + 128, weights in bf16",
+            config: smollm2.clone(),
+            prompts: 8,
+            samples: 1,
+            prompt_tokens: 32,
+            new_tokens: 128,
+            weights: DecoderWeights::Bf16,
+        },
+        Shape {
+            name: "SmolLM2-135M, batch 32, prompt 32 + 128, weights in bf16",
+            config: smollm2.clone(),
+            prompts: 32,
+            samples: 1,
+            prompt_tokens: 32,
+            new_tokens: 128,
+            weights: DecoderWeights::Bf16,
+        },
+        Shape {
+            name: "SmolLM2-135M, prompt 512, 1 sample of 1",
+            config: smollm2.clone(),
+            prompts: 1,
+            samples: 1,
+            prompt_tokens: 512,
+            new_tokens: 1,
+            weights: DecoderWeights::AsLoaded,
+        },
+        Shape {
+            name: "SmolLM2-135M, prompt 512, 8 samples of 1",
+            config: smollm2,
+            prompts: 1,
+            samples: 8,
+            prompt_tokens: 512,
+            new_tokens: 1,
+            weights: DecoderWeights::AsLoaded,
         },
     ]
 }
@@ -108,13 +152,20 @@ fn generation(c: &mut Criterion) {
             rate / shape.config.num_parameters() as f64
         );
         group.throughput(Throughput::Elements(tokens));
+        let decoder = || Decoder::with_weights(&model, shape.weights).expect("memory");
+        let draw = |decoder: &Decoder<'_>| {
+            decoder
+                .generate(&requests, &config, &GenerateLimits::default(), &mut |_| {})
+                .expect("generation")
+        };
         group.bench_function(BenchmarkId::from_parameter(shape.name), |b| {
-            b.iter(|| {
-                Decoder::new(&model)
-                    .expect("memory")
-                    .generate(&requests, &config, &GenerateLimits::default(), &mut |_| {})
-                    .expect("generation")
-            });
+            if shape.new_tokens == 1 {
+                // The prompt alone is timed.
+                let decoder = decoder();
+                b.iter(|| draw(&decoder));
+            } else {
+                b.iter(|| draw(&decoder()));
+            }
         });
     }
     group.finish();

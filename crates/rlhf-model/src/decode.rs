@@ -6,11 +6,12 @@
 //! the keys already, so columns carry no meaning of their own and may be shifted together.
 
 use rlhf_kernels::{AttentionOptions, Panels};
+use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::causal_lm::CausalLm;
 use crate::config::{Activation, Config};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layers::{First, Layer, Norm, Qkv, activate, normed};
 use crate::linear::Linear;
 use crate::rope::Angles;
@@ -19,6 +20,29 @@ use crate::trunk::Trunk;
 
 /// Models up to this size are copied into fused matrices; a larger one is used as it stands.
 const MAX_FUSED_PARAMETERS: i64 = 1 << 29;
+
+/// How a [`Decoder`](crate::Decoder) keeps the weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DecoderWeights {
+    /// In the model's own type: what is sampled is the model's own distribution, to rounding.
+    #[default]
+    AsLoaded,
+    /// The matrices rounded to bf16, products and all else in f32 (f32 models on the CPU): half the bytes
+    /// to read for a token, and log-probabilities that differ from the model's by that rounding.
+    Bf16,
+}
+
+/// How a matrix is laid out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Layout {
+    /// The model's own memory.
+    Shared,
+    /// A fused copy in the model's type.
+    Fused,
+    /// A fused copy in bf16.
+    Bf16,
+}
 
 /// Projections that read the same input.
 #[derive(Debug)]
@@ -31,15 +55,15 @@ enum Projection {
 }
 
 impl Projection {
-    fn new(parts: &[&Linear], fuse: bool) -> Result<Self> {
-        if !fuse {
+    fn new(parts: &[&Linear], layout: Layout) -> Result<Self> {
+        if layout == Layout::Shared {
             let parts = parts.iter().map(|l| (l.matrix(), l.bias()));
             return Ok(Self::Parts(parts.collect()));
         }
         let weights: Vec<Tensor> = parts.iter().map(|l| l.matrix()).collect();
         let biases: Vec<Tensor> = parts.iter().filter_map(|l| l.bias()).collect();
         Ok(Self::Fused {
-            matrix: Matrix::new(&Tensor::cat(&weights, 0))?,
+            matrix: Matrix::new(&Tensor::cat(&weights, 0), layout)?,
             bias: (!biases.is_empty()).then(|| Tensor::cat(&biases, 0)),
         })
     }
@@ -63,7 +87,7 @@ impl Projection {
 /// A weight laid out for products with few rows.
 #[derive(Debug)]
 enum Matrix {
-    /// On the CPU.
+    /// On the CPU: f32 or bf16, products in f32.
     Panels(Panels),
     /// `[in, out]`; on other devices and in other types.
     Transposed(Tensor),
@@ -71,19 +95,20 @@ enum Matrix {
 
 impl Matrix {
     /// From a weight `[out, in]`.
-    fn new(weight: &Tensor) -> Result<Self> {
-        Ok(
-            if weight.device() == Device::Cpu && weight.kind() == Kind::Float {
-                Self::Panels(Panels::pack(weight)?)
-            } else {
-                Self::Transposed(weight.tr().contiguous())
-            },
-        )
+    fn new(weight: &Tensor, layout: Layout) -> Result<Self> {
+        let kind = weight.kind();
+        let packed = weight.device() == Device::Cpu && matches!(kind, Kind::Float | Kind::BFloat16);
+        Ok(match layout {
+            Layout::Shared => Self::Transposed(weight.tr()),
+            Layout::Bf16 => Self::Panels(Panels::pack(&weight.to_kind(Kind::BFloat16))?),
+            Layout::Fused if packed => Self::Panels(Panels::pack(weight)?),
+            Layout::Fused => Self::Transposed(weight.tr().contiguous()),
+        })
     }
 
     fn product(&self, x: &Tensor) -> Result<Tensor> {
         Ok(match self {
-            Self::Panels(panels) => panels.product(x)?,
+            Self::Panels(panels) => panels.product(&x.to_kind(Kind::Float))?.to_kind(x.kind()),
             Self::Transposed(t) => x.mm(t),
         })
     }
@@ -97,9 +122,9 @@ struct Residual {
 }
 
 impl Residual {
-    fn new(linear: &Linear, norm: Option<&Norm>, fuse: bool) -> Result<Self> {
+    fn new(linear: &Linear, norm: Option<&Norm>, layout: Layout) -> Result<Self> {
         Ok(Self {
-            product: Projection::new(&[linear], fuse)?,
+            product: Projection::new(&[linear], layout)?,
             norm: norm.map(Norm::frozen),
         })
     }
@@ -127,28 +152,28 @@ struct DecodeLayer {
 }
 
 impl DecodeLayer {
-    fn new(l: &Layer, fuse: bool) -> Result<Self> {
+    fn new(l: &Layer, layout: Layout) -> Result<Self> {
         let frozen = |norm: &Option<Norm>| norm.as_ref().map(Norm::frozen);
         let qkv = match &l.qkv {
-            Qkv::Apart(three) => Projection::new(&three.each_ref(), fuse)?,
-            Qkv::Together(all) => Projection::new(&[all], fuse)?,
+            Qkv::Apart(three) => Projection::new(&three.each_ref(), layout)?,
+            Qkv::Together(all) => Projection::new(&[all], layout)?,
         };
         let (up, gated) = match &l.mlp.first {
-            First::Gated { gate, up } => (Projection::new(&[gate, up], fuse)?, true),
-            First::GateUp(both) => (Projection::new(&[both], fuse)?, true),
-            First::Plain(up) => (Projection::new(&[up], fuse)?, false),
+            First::Gated { gate, up } => (Projection::new(&[gate, up], layout)?, true),
+            First::GateUp(both) => (Projection::new(&[both], layout)?, true),
+            First::Plain(up) => (Projection::new(&[up], layout)?, false),
         };
         Ok(Self {
             input_norm: frozen(&l.input_norm),
             qkv,
             q_norm: frozen(&l.q_norm),
             k_norm: frozen(&l.k_norm),
-            o: Residual::new(&l.o, l.attention_norm.as_ref(), fuse)?,
+            o: Residual::new(&l.o, l.attention_norm.as_ref(), layout)?,
             mlp_norm: frozen(&l.mlp_norm),
             up,
             gated,
             activation: l.mlp.activation,
-            down: Residual::new(&l.mlp.down, l.mlp_out_norm.as_ref(), fuse)?,
+            down: Residual::new(&l.mlp.down, l.mlp_out_norm.as_ref(), layout)?,
             options: l.options,
             rope: l.rope,
         })
@@ -192,23 +217,32 @@ pub(crate) struct DecodeWeights {
 }
 
 impl DecodeWeights {
-    pub(crate) fn new(model: &Transformer) -> Result<Self> {
+    pub(crate) fn new(model: &Transformer, weights: DecoderWeights) -> Result<Self> {
         let _no_grad = tch::no_grad_guard();
         let trunk: &Trunk = model.trunk();
-        let fuse = trunk.config.num_parameters() <= MAX_FUSED_PARAMETERS;
-        let head = model.lm_head().detach();
+        let layout = match weights {
+            DecoderWeights::Bf16 => {
+                let (kind, device) = (trunk.kind(), trunk.device());
+                if (kind, device) != (Kind::Float, Device::Cpu) {
+                    return Err(Error::Argument(format!(
+                        "decoding weights in bf16 are for f32 models on the CPU, this one is {kind:?} on {device:?}; load it in bf16"
+                    )));
+                }
+                Layout::Bf16
+            }
+            DecoderWeights::AsLoaded if trunk.config.num_parameters() <= MAX_FUSED_PARAMETERS => {
+                Layout::Fused
+            }
+            DecoderWeights::AsLoaded => Layout::Shared,
+        };
         Ok(Self {
             layers: trunk
                 .layers
                 .iter()
-                .map(|l| DecodeLayer::new(l, fuse))
+                .map(|l| DecodeLayer::new(l, layout))
                 .collect::<Result<_>>()?,
             norm: trunk.norm.frozen(),
-            head: if fuse {
-                Matrix::new(&head)?
-            } else {
-                Matrix::Transposed(head.tr())
-            },
+            head: Matrix::new(&model.lm_head().detach(), layout)?,
             softcap: model.logit_softcap(),
         })
     }

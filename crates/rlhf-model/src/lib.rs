@@ -51,6 +51,7 @@ pub use adapter::AdapterConfig;
 pub use batch::DeviceBatch;
 pub use causal_lm::{CausalLm, TargetLogprobs, target_logprobs};
 pub use config::{Activation, Config, RopeScaling};
+pub use decode::DecoderWeights;
 pub use error::{Error, Result, TensorProblem};
 pub use family::Family;
 pub use generate::{

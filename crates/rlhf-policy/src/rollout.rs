@@ -7,7 +7,9 @@
 use rlhf_data::group::{Finish, PromptGroup};
 use rlhf_data::order::endless;
 use rlhf_data::tokenize::ChatTokenizer;
-use rlhf_model::{GenerateLimits, GenerateRequest, SamplingConfig, Transformer, generate};
+use rlhf_model::{
+    Decoder, DecoderWeights, GenerateLimits, GenerateRequest, SamplingConfig, Transformer,
+};
 use rlhf_reward::source::{Judged, RewardMix};
 use serde_json::{Map, Value};
 
@@ -41,6 +43,8 @@ pub struct RolloutConfig {
     pub max_new_tokens: usize,
     /// Sequences decoded together.
     pub max_sequences: usize,
+    /// How the sampler keeps the policy's weights.
+    pub weights: DecoderWeights,
 }
 
 /// Completions of one prompt, as tokens and as text.
@@ -105,7 +109,8 @@ pub fn draw(
         max_batch_sequences: cfg.max_sequences,
         ..GenerateLimits::default()
     };
-    let groups = generate(model, &requests, &sampling, &limits, &mut |_| {})?;
+    let decoder = Decoder::with_weights(model, cfg.weights)?;
+    let groups = decoder.generate(&requests, &sampling, &limits, &mut |_| {})?;
     chosen
         .iter()
         .zip(groups)

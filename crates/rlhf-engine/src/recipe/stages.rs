@@ -3,6 +3,7 @@
 use rlhf_data::tokenize::{Truncation, Turns};
 use rlhf_dpo::loss::{Divergence, PreferenceLoss, PreferenceMix, WeightedLoss};
 use rlhf_kernels::optim::AdamWConfig;
+use rlhf_model::DecoderWeights;
 use rlhf_policy::advantage::AdvantageEstimator;
 use rlhf_policy::kl::{KlController, KlPenalty};
 use rlhf_policy::loss::PolicyLoss;
@@ -187,6 +188,10 @@ pub struct Sampling {
     pub max_new_tokens: usize,
     /// Sequences decoded together.
     pub max_sequences: usize,
+    /// `"bf16"` samples from weights rounded to bf16: faster, and off the policy by that rounding
+    /// (`sampler_gap` in the metrics).
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub weights: DecoderWeights,
 }
 
 /// A part of the reward.

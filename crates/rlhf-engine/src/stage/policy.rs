@@ -22,6 +22,7 @@ pub(super) fn rollout_config(
         temperature: s.temperature,
         max_new_tokens: s.max_new_tokens,
         max_sequences: s.max_sequences,
+        weights: s.weights,
     }
 }
 

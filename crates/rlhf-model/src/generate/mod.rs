@@ -13,7 +13,7 @@ pub use settings::{
     GenerateLimits, GenerateRequest, RecordedLogprobs, SamplingConfig, StopStrings,
 };
 
-use crate::decode::DecodeWeights;
+use crate::decode::{DecodeWeights, DecoderWeights};
 use crate::error::{Error, Result};
 use crate::transformer::Transformer;
 use wave::Wave;
@@ -80,9 +80,17 @@ impl<'m> Decoder<'m> {
     /// # Errors
     /// [`Error::Torch`] or [`Error::Kernel`] when memory does not suffice.
     pub fn new(model: &'m Transformer) -> Result<Self> {
+        Self::with_weights(model, DecoderWeights::AsLoaded)
+    }
+
+    /// As [`Decoder::new`], with the weights kept as named.
+    ///
+    /// # Errors
+    /// As [`Decoder::new`]; [`Error::Argument`] when the model cannot be kept so.
+    pub fn with_weights(model: &'m Transformer, weights: DecoderWeights) -> Result<Self> {
         Ok(Self {
             model,
-            weights: DecodeWeights::new(model)?,
+            weights: DecodeWeights::new(model, weights)?,
             stop: None,
         })
     }

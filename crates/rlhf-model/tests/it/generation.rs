@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use rlhf_data::group::{Finish, PromptGroup};
 use rlhf_model::{
-    Decoder, GenerateLimits, GenerateProgress, GenerateRequest, LoadOptions, RecordedLogprobs,
-    SamplingConfig, Transformer, generate, target_logprobs,
+    CausalLm, Decoder, DecoderWeights, GenerateLimits, GenerateProgress, GenerateRequest,
+    LoadOptions, RecordedLogprobs, SamplingConfig, Transformer, generate, target_logprobs,
 };
 use tch::{Kind, Tensor};
 
@@ -358,4 +358,53 @@ fn progress_tells_every_token_once() {
         .generate(&[none], config, &limits, &mut |_| {})
         .unwrap();
     assert!(out[0].completions.is_empty());
+}
+
+/// Decoding weights in bf16 are those weights rounded and nothing else: of a model whose matrices are
+/// numbers of bf16 already, they make no difference at all, of another one a small one.
+#[test]
+fn weights_kept_in_bf16_for_decoding() {
+    let config = SamplingConfig {
+        max_new_tokens: 24,
+        seed: 3,
+        ..SamplingConfig::default()
+    };
+    let requests = requests(40);
+    let draw = |model: &Transformer, weights: DecoderWeights| {
+        Decoder::with_weights(model, weights)
+            .unwrap()
+            .generate(&requests, &config, &GenerateLimits::default(), &mut |_| {})
+            .unwrap()
+    };
+    let model = small(Kind::Float);
+    for (weights, most) in [
+        (DecoderWeights::AsLoaded, 1e-4),
+        (DecoderWeights::Bf16, 0.3),
+    ] {
+        let groups = draw(&model, weights);
+        let own = target_logprobs(&model, &batch(&groups), 1.0, false).unwrap();
+        let own = Vec::<f64>::try_from(own.logprobs.values()).unwrap();
+        let drawn = groups.iter().flat_map(|g| &g.completions);
+        let drawn = drawn.flat_map(|c| &c.sampler.as_ref().unwrap().logprobs);
+        let gaps = own
+            .iter()
+            .zip(drawn)
+            .map(|(a, b)| (a - f64::from(*b)).abs());
+        let gap = gaps.fold(0.0, f64::max);
+        assert!(gap < most, "{weights:?}: {gap}");
+        assert_eq!(weights == DecoderWeights::Bf16, gap > 1e-3, "{gap}");
+    }
+    {
+        let _no_grad = tch::no_grad_guard();
+        for (_, mut p) in model.parameters() {
+            p.copy_(&p.to_kind(Kind::BFloat16).to_kind(Kind::Float));
+        }
+    }
+    assert_eq!(
+        draw(&model, DecoderWeights::AsLoaded),
+        draw(&model, DecoderWeights::Bf16)
+    );
+    let double = small(Kind::Double);
+    let e = Decoder::with_weights(&double, DecoderWeights::Bf16).unwrap_err();
+    assert!(e.to_string().contains("f32 models on the CPU"), "{e}");
 }
