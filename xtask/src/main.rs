@@ -23,7 +23,10 @@ use clap::{Parser, Subcommand};
 use crate::shell::{cargo, has};
 
 /// What is off by default and must work as well.
-pub(crate) const FEATURES: [&str; 2] = ["--features", "rlhf-data/hub,rlhf-model/hub"];
+pub(crate) const FEATURES: [&str; 2] = [
+    "--features",
+    "rlhf-data/hub,rlhf-model/hub,rlhf-model/endpoint",
+];
 
 /// Developer tasks of the rlhf workspace.
 #[derive(Debug, Parser)]

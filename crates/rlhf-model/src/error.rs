@@ -125,6 +125,10 @@ pub enum Error {
     /// The data crate refused.
     #[error(transparent)]
     Data(#[from] rlhf_data::Error),
+    /// A server could not be asked.
+    #[cfg(feature = "endpoint")]
+    #[error(transparent)]
+    Endpoint(#[from] rlhf_endpoint::Error),
     /// libtorch refused.
     #[error("libtorch: {}", first_line(.0))]
     Torch(#[from] tch::TchError),
@@ -147,6 +151,8 @@ impl Error {
             | Self::Tensors { .. }
             | Self::Argument(_)
             | Self::NonFinite { .. } => true,
+            #[cfg(feature = "endpoint")]
+            Self::Endpoint(e) => matches!(e, rlhf_endpoint::Error::Config(_)),
             Self::Shape { .. } | Self::Kernel(_) | Self::Torch(_) => false,
         }
     }

@@ -55,9 +55,11 @@ pub use decode::DecoderWeights;
 pub use error::{Error, Result, TensorProblem};
 pub use family::Family;
 pub use generate::{
-    Decoder, GenerateLimits, GenerateProgress, GenerateRequest, RecordedLogprobs, SamplingConfig,
-    StopStrings, generate,
+    Decoder, GenerateLimits, GenerateProgress, GenerateRequest, LocalSampler, Mismatch,
+    RecordedLogprobs, Sampler, SamplingConfig, StopStrings, generate,
 };
+#[cfg(feature = "endpoint")]
+pub use generate::{ServerLogprobs, ServerSampler};
 pub use reference::Reference;
 pub use scalar::{RewardNorm, ScalarModel};
 pub use transformer::{LoadOptions, SaveOptions, Transformer, copy_tokenizer};

@@ -4,11 +4,17 @@
 //! never on the other sequences of the batch (up to rounding of the matrix products, which differs
 //! with the batch's size in the last bits). A prompt is computed once for all of its samples.
 
+mod sampler;
+#[cfg(feature = "endpoint")]
+mod server;
 mod settings;
 mod wave;
 
 use rlhf_data::group::PromptGroup;
 
+pub use sampler::{LocalSampler, Mismatch, Sampler};
+#[cfg(feature = "endpoint")]
+pub use server::{ServerLogprobs, ServerSampler};
 pub use settings::{
     GenerateLimits, GenerateRequest, RecordedLogprobs, SamplingConfig, StopStrings,
 };

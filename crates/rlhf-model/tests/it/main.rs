@@ -19,6 +19,8 @@ mod hub;
 mod props;
 mod sampling;
 mod scalar;
+#[cfg(feature = "endpoint")]
+mod server;
 mod smollm2;
 mod steering;
 mod support;
