@@ -15,13 +15,13 @@ use rlhf_data::conversation::{Message, Role, Text};
 use rlhf_data::source;
 use rlhf_data::tokenize::{ChatTokenizer, Limits};
 use rlhf_model::{
-    GenerateLimits, GenerateProgress, GenerateRequest, LoadOptions, SamplingConfig, Transformer,
-    generate, weights,
+    Decoder, DecoderWeights, GenerateLimits, GenerateProgress, GenerateRequest, LoadOptions,
+    SamplingConfig, Transformer, weights,
 };
 use tch::{Device, Kind};
 
 use crate::inputs::plain_text;
-use crate::{ffi, logprobs, run};
+use crate::{ffi, logprobs, run, server};
 use rlhf::args::{
     ChatArgs, Cli, Command, DeviceArg, GenerateArgs, ImportGgufArgs, LogprobsArgs, SamplingArgs,
     WeightsArg,
@@ -180,13 +180,15 @@ fn generate_command(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
             })
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
-    let groups = generate(
-        &model,
-        &requests,
-        &cfg,
-        &GenerateLimits::default(),
-        &mut |_| {},
-    )?;
+    let groups = match &args.server.endpoint {
+        Some(url) => server::generate(url, &args.server, &model, &requests, &cfg)?,
+        None => decoder(&model, &args.sampling)?.generate(
+            &requests,
+            &cfg,
+            &GenerateLimits::default(),
+            &mut |_| {},
+        )?,
+    };
     let mut out = std::io::stdout().lock();
     for (prompt, group) in prompts.iter().zip(&groups) {
         for (i, c) in group.completions.iter().enumerate() {
@@ -238,6 +240,7 @@ fn chat(args: &ChatArgs) -> anyhow::Result<ExitCode> {
     let device = device(args.sampling.device)?;
     let (model, tokenizer) = load(&args.model, device)?;
     let mut cfg = sampling(&args.sampling, &tokenizer)?;
+    let decoder = decoder(&model, &args.sampling)?;
     if !tokenizer.has_template() {
         return Err(usage(
             "the model has no chat template",
@@ -279,15 +282,25 @@ fn chat(args: &ChatArgs) -> anyhow::Result<ExitCode> {
             .into());
         }
         cfg.max_new_tokens = args.sampling.max_new_tokens.min(room);
-        let reply = speak(&model, &tokenizer, &cfg, prompt, turn)?;
+        let reply = speak(&decoder, &tokenizer, &cfg, prompt, turn)?;
         messages.push(Message::new(Role::Assistant, reply));
         turn += 1;
     }
 }
 
+/// The model as a sampler.
+fn decoder<'m>(model: &'m Transformer, args: &SamplingArgs) -> rlhf_model::Result<Decoder<'m>> {
+    let weights = if args.bf16 {
+        DecoderWeights::Bf16
+    } else {
+        DecoderWeights::AsLoaded
+    };
+    Decoder::with_weights(model, weights)
+}
+
 /// Generates one reply, printing it as it grows.
 fn speak(
-    model: &Transformer,
+    decoder: &Decoder<'_>,
     tokenizer: &ChatTokenizer,
     cfg: &SamplingConfig,
     prompt: Vec<u32>,
@@ -302,30 +315,24 @@ fn speak(
         samples: 1,
         max_new_tokens: None,
     };
-    generate(
-        model,
-        &[request],
-        cfg,
-        &GenerateLimits::default(),
-        &mut |event| {
-            let GenerateProgress::Token { id, .. } = event else {
-                return;
-            };
-            ids.push(id);
-            match tokenizer.decode(&ids, true) {
-                // A token may end inside a character; it is shown when it is whole.
-                Ok(text) if text.len() > shown && !text.ends_with('\u{fffd}') => {
-                    print!("{}", rlhf::terminal::escape(&text[shown..]));
-                    shown = text.len();
-                    if let Err(e) = std::io::stdout().flush() {
-                        failed = Some(anyhow::Error::from(e));
-                    }
+    decoder.generate(&[request], cfg, &GenerateLimits::default(), &mut |event| {
+        let GenerateProgress::Token { id, .. } = event else {
+            return;
+        };
+        ids.push(id);
+        match tokenizer.decode(&ids, true) {
+            // A token may end inside a character; it is shown when it is whole.
+            Ok(text) if text.len() > shown && !text.ends_with('\u{fffd}') => {
+                print!("{}", rlhf::terminal::escape(&text[shown..]));
+                shown = text.len();
+                if let Err(e) = std::io::stdout().flush() {
+                    failed = Some(anyhow::Error::from(e));
                 }
-                Ok(_) => {}
-                Err(e) => failed = Some(e.into()),
             }
-        },
-    )?;
+            Ok(_) => {}
+            Err(e) => failed = Some(e.into()),
+        }
+    })?;
     println!();
     if let Some(e) = failed {
         return Err(e);

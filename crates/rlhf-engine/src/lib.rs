@@ -12,4 +12,5 @@ pub mod memory;
 mod plan;
 pub mod recipe;
 mod run;
+mod server;
 mod stage;

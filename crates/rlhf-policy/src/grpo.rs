@@ -7,7 +7,7 @@
 use rlhf_data::group::PromptGroup;
 use rlhf_data::tokenize::ChatTokenizer;
 use rlhf_kernels::Ragged;
-use rlhf_model::{Transformer, target_logprobs};
+use rlhf_model::{Mismatch, Sampler, Transformer, target_logprobs};
 use rlhf_reward::source::RewardMix;
 use rlhf_train::{Flow, Session, Stepper};
 use tch::Kind;
@@ -16,10 +16,11 @@ use crate::advantage::AdvantageEstimator;
 use crate::error::Result;
 use crate::kl::{KlPenalty, KlPlacement};
 use crate::learner::{
-    gather, logprobs_of, mean_kl, micro_batches, sampler_gap, sampler_logprobs, scatter,
+    gather, logprobs_of, mean_kl, micro_batches, mismatch, sampler_logprobs, scatter,
 };
+use crate::loss::mismatch::Correction;
 use crate::loss::{KlTerm, PolicyInputs, PolicyLoss, PolicyStats};
-use crate::rollout::{self, Prompt, RolloutConfig};
+use crate::rollout::{self, Prompt, Rollout, RolloutConfig};
 
 /// Settings of [`train`].
 #[derive(Clone, Debug)]
@@ -38,6 +39,8 @@ pub struct GrpoConfig {
     pub loss: PolicyLoss,
     /// The penalty on the distance from the reference.
     pub kl: KlPenalty,
+    /// How completions are weighed that a sampler with other probabilities drew; not at all when absent.
+    pub correction: Option<Correction>,
 }
 
 /// Who takes part: the policy, its frozen reference, tokenizer, prompts and rewards.
@@ -53,6 +56,22 @@ pub struct Players<'a> {
     pub prompts: &'a [Prompt],
     /// The rewards.
     pub rewards: &'a RewardMix,
+    /// Who draws completions, where that is not the policy itself.
+    pub server: Option<&'a dyn Sampler>,
+}
+
+impl Players<'_> {
+    /// Draws the completions of step `step`.
+    pub(crate) fn draw(&self, cfg: &RolloutConfig, step: u64) -> Result<Vec<Rollout>> {
+        let chosen = rollout::prompts_of_step(cfg, self.prompts.len(), step);
+        let draw = |sampler: &dyn Sampler| {
+            rollout::draw(sampler, self.tokenizer, self.prompts, &chosen, cfg, step)
+        };
+        match self.server {
+            Some(server) => draw(server),
+            None => draw(&cfg.local(self.policy)?),
+        }
+    }
 }
 
 /// Trains the policy.
@@ -69,17 +88,16 @@ pub fn train(
     let Players {
         policy,
         reference,
-        tokenizer,
         prompts,
         rewards,
+        ..
     } = players;
     let (device, temperature) = (policy.device(), cfg.rollouts.temperature);
     let start = session
         .resume(&mut [("model", stepper)])?
         .map_or(0, |r: rlhf_train::Restored<()>| r.step);
     for step in start..cfg.steps {
-        let chosen = rollout::prompts_of_step(&cfg.rollouts, prompts.len(), step);
-        let drawn = rollout::draw(policy, tokenizer, prompts, &chosen, &cfg.rollouts, step)?;
+        let drawn = players.draw(&cfg.rollouts, step)?;
         let (scored, parts) = rollout::score(drawn, prompts, rewards)?;
         let facts = rollout::stats(&scored);
         let groups: Vec<&PromptGroup> = scored.iter().map(|s| &s.rollout.group).collect();
@@ -102,7 +120,7 @@ pub fn train(
         // The first pass runs on the sampler's own weights: its log-probs are the old policy's.
         let mut old = Vec::new();
         let (mut stats, mut gap, mut loss, mut grad_norm, mut lr) =
-            (PolicyStats::default(), 0.0, 0.0, 0.0, 0.0);
+            (PolicyStats::default(), Mismatch::default(), 0.0, 0.0, 0.0);
         for epoch in 0..cfg.epochs {
             for micro in micro_batches(&groups, cfg.micro_tokens)? {
                 let batch = micro.pack(&groups, device)?;
@@ -134,6 +152,11 @@ pub fn train(
                 let spread: Ragged = gather(spread.iter(), &batch.offsets, Kind::Float, device)?;
                 let mut inputs = PolicyInputs::new(&now.logprobs, &before, &spread);
                 inputs.entropy = now.entropy.as_ref();
+                let weights = match &cfg.correction {
+                    Some(c) => Some(c.weights(&before, &list(&sampler)?)?),
+                    None => None,
+                };
+                inputs.weights = weights.as_ref();
                 if cfg.kl.placement != KlPlacement::InReward && cfg.kl.coef > 0.0 {
                     inputs.kl = Some(KlTerm {
                         ref_logprobs: &ref_logprobs,
@@ -145,7 +168,7 @@ pub fn train(
                 stepper.accumulate(out.loss)?;
             }
             if epoch == 0 {
-                gap = sampler_gap(&old, &sampler);
+                gap = mismatch(&old, &sampler);
             }
             let report = stepper.apply()?;
             (loss, grad_norm, lr) = (report.loss, report.grad_norm, report.lr);
@@ -164,7 +187,8 @@ pub fn train(
             ("clip_fraction_high", stats.clip_fraction_high()),
             ("ratio_mean", stats.ratio_mean()),
             ("approx_kl", stats.approx_kl()),
-            ("sampler_gap", gap),
+            ("sampler_gap", gap.largest),
+            ("sampler_kl", gap.kl),
             ("grad_norm", grad_norm),
             ("lr", lr),
         ];

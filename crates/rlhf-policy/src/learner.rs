@@ -6,7 +6,7 @@
 use rlhf_data::group::PromptGroup;
 use rlhf_data::pack::{PackedBatch, batches_by_tokens};
 use rlhf_kernels::{Offsets, Ragged};
-use rlhf_model::{CausalLm, DeviceBatch, target_logprobs};
+use rlhf_model::{CausalLm, DeviceBatch, Mismatch, target_logprobs};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
@@ -122,12 +122,10 @@ pub(crate) fn mean_kl(policy: &PerToken, reference: &PerToken) -> f64 {
     sum / policy.len().max(1) as f64
 }
 
-/// Largest |learner − sampler| over all tokens: what the two disagree by on the same weights.
-pub(crate) fn sampler_gap(learner: &PerToken, sampler: &PerToken) -> f64 {
-    learner
-        .iter()
-        .flatten()
-        .zip(sampler.iter().flatten())
-        .map(|(a, b)| (a - b).abs())
-        .fold(0.0, f64::max)
+/// What learner and sampler disagree by on the same tokens.
+pub(crate) fn mismatch(learner: &PerToken, sampler: &PerToken) -> Mismatch {
+    Mismatch::of(
+        learner.iter().flatten().copied(),
+        sampler.iter().flatten().copied(),
+    )
 }

@@ -85,9 +85,9 @@ pub fn train(
     let Players {
         policy,
         reference,
-        tokenizer,
         prompts,
         rewards,
+        ..
     } = players;
     let Learners {
         value,
@@ -99,8 +99,7 @@ pub fn train(
         session.resume::<State>(&mut [("model", policy_stepper), ("value", value_stepper)])?;
     let (start, mut state) = restored.map_or((0, State { kl: cfg.kl }), |r| (r.step, r.extra));
     for step in start..cfg.steps {
-        let chosen = rollout::prompts_of_step(&cfg.rollouts, prompts.len(), step);
-        let drawn = rollout::draw(policy, tokenizer, prompts, &chosen, &cfg.rollouts, step)?;
+        let drawn = players.draw(&cfg.rollouts, step)?;
         let (scored, parts) = rollout::score(drawn, prompts, rewards)?;
         let facts = rollout::stats(&scored);
         let groups: Vec<&PromptGroup> = scored.iter().map(|s| &s.rollout.group).collect();

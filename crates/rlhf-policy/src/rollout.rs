@@ -8,7 +8,8 @@ use rlhf_data::group::{Finish, PromptGroup};
 use rlhf_data::order::endless;
 use rlhf_data::tokenize::ChatTokenizer;
 use rlhf_model::{
-    Decoder, DecoderWeights, GenerateLimits, GenerateRequest, SamplingConfig, Transformer,
+    Decoder, DecoderWeights, GenerateLimits, GenerateRequest, LocalSampler, Sampler,
+    SamplingConfig, Transformer,
 };
 use rlhf_reward::source::{Judged, RewardMix};
 use serde_json::{Map, Value};
@@ -76,12 +77,28 @@ pub fn prompts_of_step(cfg: &RolloutConfig, num_prompts: usize, step: u64) -> Ve
         .collect()
 }
 
+impl RolloutConfig {
+    /// `model` as a sampler, its weights laid out as they are now.
+    ///
+    /// # Errors
+    /// When memory does not suffice, or the model cannot be kept as [`RolloutConfig::weights`] says.
+    pub fn local<'m>(&self, model: &'m Transformer) -> Result<LocalSampler<'m>> {
+        Ok(LocalSampler {
+            decoder: Decoder::with_weights(model, self.weights)?,
+            limits: GenerateLimits {
+                max_batch_sequences: self.max_sequences,
+                ..GenerateLimits::default()
+            },
+        })
+    }
+}
+
 /// Draws `cfg.group_size` completions of each chosen prompt.
 ///
 /// # Errors
-/// When the model fails or a prompt does not fit its context.
+/// When the sampler fails or a prompt does not fit its context.
 pub fn draw(
-    model: &Transformer,
+    sampler: &dyn Sampler,
     tokenizer: &ChatTokenizer,
     prompts: &[Prompt],
     chosen: &[usize],
@@ -105,12 +122,7 @@ pub fn draw(
         policy_version: step,
         ..SamplingConfig::default()
     };
-    let limits = GenerateLimits {
-        max_batch_sequences: cfg.max_sequences,
-        ..GenerateLimits::default()
-    };
-    let decoder = Decoder::with_weights(model, cfg.weights)?;
-    let groups = decoder.generate(&requests, &sampling, &limits, &mut |_| {})?;
+    let groups = sampler.sample(&requests, &sampling)?;
     chosen
         .iter()
         .zip(groups)

@@ -132,9 +132,29 @@ pub struct GenerateArgs {
     /// How to draw
     #[command(flatten)]
     pub sampling: SamplingArgs,
+    /// Who draws, where that is not the model here
+    #[command(flatten)]
+    pub server: ServerArgs,
     /// Print JSON Lines on stdout
     #[arg(long)]
     pub json: bool,
+}
+
+/// An OpenAI-compatible server that draws; the model's folder gives tokenizer and comparison.
+#[derive(Clone, Debug, Args)]
+pub struct ServerArgs {
+    /// Let this server draw (http://localhost:8000/v1) and compare its log-probabilities with the model's
+    #[arg(long, value_name = "URL", requires = "served_model")]
+    pub endpoint: Option<String>,
+    /// The model's name on the server
+    #[arg(long, value_name = "NAME", requires = "endpoint")]
+    pub served_model: Option<String>,
+    /// The environment variable that holds the server's key
+    #[arg(long, value_name = "NAME", requires = "endpoint")]
+    pub key_env: Option<String>,
+    /// The server's log-probabilities are those it draws by (vLLM: --logprobs-mode processed_logprobs)
+    #[arg(long, requires = "endpoint")]
+    pub processed_logprobs: bool,
 }
 
 /// How tokens are drawn.
@@ -158,6 +178,9 @@ pub struct SamplingArgs {
     /// The seed
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    /// Keep the decoding weights in bf16: half the memory to read for a token, rounded probabilities
+    #[arg(long)]
+    pub bf16: bool,
     /// Where to compute
     #[arg(long, value_enum, default_value_t = DeviceArg::Cpu)]
     pub device: DeviceArg,

@@ -14,7 +14,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::memory::Memory;
 
-pub use stages::{Data, Dpo, Eval, Grpo, Optim, Ppo, Reward, RewardPart, Rollouts, Sampling, Sft};
+pub use stages::{
+    Data, Dpo, Eval, Grpo, Optim, Ppo, Reward, RewardPart, Rollouts, Sampling, Server, Sft,
+};
 
 /// A whole recipe.
 #[derive(Clone, Debug, Serialize)]
@@ -519,6 +521,9 @@ impl Source {
                 );
                 if let Err(e) = s.loss.check() {
                     need(false, &format!("loss: {e}"));
+                }
+                if let Some(Err(e)) = s.correction.map(|c| c.bound.check()) {
+                    need(false, &format!("correction: {e}"));
                 }
                 need(
                     s.steps > 0 && s.epochs > 0,

@@ -8,6 +8,7 @@ use rlhf_policy::advantage::AdvantageEstimator;
 use rlhf_policy::kl::{KlController, KlPenalty};
 use rlhf_policy::loss::PolicyLoss;
 use rlhf_policy::loss::clipped::Clip;
+use rlhf_policy::loss::mismatch::Correction;
 use rlhf_reward::source::Rule;
 use rlhf_train::lr_schedule::LrSchedule;
 use serde::{Deserialize, Serialize};
@@ -194,6 +195,24 @@ pub struct Sampling {
     pub weights: DecoderWeights,
 }
 
+/// An OpenAI-compatible server that draws completions, such as vLLM. It keeps the weights that it has: the
+/// further the policy moves from them, the more `sampler_kl` in the metrics and `correction` matter.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Server {
+    /// Its address, as in `http://localhost:8000/v1`.
+    pub url: String,
+    /// The model's name there.
+    pub model: String,
+    /// The environment variable that holds the key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_env: Option<String>,
+    /// Whether its log-probabilities are those of the distribution that it draws from (vLLM with
+    /// `--logprobs-mode processed_logprobs`), not the model's. Matters at temperatures other than 1.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub processed_logprobs: bool,
+}
+
 /// A part of the reward.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -220,6 +239,9 @@ pub struct Rollouts {
     pub group_size: usize,
     /// How they are drawn.
     pub sampling: Sampling,
+    /// Who draws them, where it is not the policy itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<Server>,
     /// The reward: a weighted sum.
     pub reward: Vec<RewardPart>,
     /// Added to the score of a completion that was cut off before its end-of-sequence token.
@@ -247,6 +269,10 @@ pub struct Grpo {
     pub loss: PolicyLoss,
     /// The penalty on the distance from the reference.
     pub kl: KlPenalty,
+    /// Weights of the policy's probabilities over the sampler's, where the two differ (`weights = "bf16"`, a
+    /// server): `{ level = "token", bound = { kind = "truncate", max = 2.0 } }`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub correction: Option<Correction>,
     /// The optimiser.
     pub optim: Optim,
     /// How memory is saved.

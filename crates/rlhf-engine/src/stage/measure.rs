@@ -77,7 +77,7 @@ pub(crate) fn write(
     judges: Judges<'_>,
 ) -> anyhow::Result<Written> {
     let all: Vec<usize> = (0..prompts.len()).collect();
-    let rollouts = rollout::draw(model, judges.tokenizer, prompts, &all, cfg, 0)
+    let rollouts = rollout::draw(&cfg.local(model)?, judges.tokenizer, prompts, &all, cfg, 0)
         .context("drawing completions")?;
     let groups: Vec<PromptGroup> = rollouts.iter().map(|r| r.group.clone()).collect();
     let items: Vec<Judged<'_>> = rollouts

@@ -1,6 +1,6 @@
 //! The stages that learn from their own completions: GRPO and PPO.
 
-use rlhf_model::CausalLm as _;
+use rlhf_model::{CausalLm as _, Sampler, ServerSampler, Transformer};
 use rlhf_policy::grpo::{self, GrpoConfig, Players};
 use rlhf_policy::loss::ppo::PpoLoss;
 use rlhf_policy::ppo::{self, Learners, PpoConfig};
@@ -35,6 +35,11 @@ fn rollouts(ctx: &Context<'_>, r: &Rollouts) -> RolloutConfig {
     )
 }
 
+fn server(r: &Rollouts, policy: &Transformer) -> anyhow::Result<Option<ServerSampler>> {
+    let connect = |s| crate::server::sampler(s, policy.config());
+    r.server.as_ref().map(connect).transpose()
+}
+
 pub(super) fn grpo(ctx: &Context<'_>, name: &str, s: &Grpo) -> anyhow::Result<Ended> {
     let policy = ctx.learner(&s.model, &s.memory)?;
     let reference = policy.reference()?;
@@ -47,6 +52,7 @@ pub(super) fn grpo(ctx: &Context<'_>, name: &str, s: &Grpo) -> anyhow::Result<En
     if let Some(warning) = s.kl.warning() {
         ctx.say(&format!("      note: {warning}"));
     }
+    let server = server(&s.rollouts, &policy)?;
     let cfg = GrpoConfig {
         rollouts: rollouts(ctx, &s.rollouts),
         steps: s.steps,
@@ -55,6 +61,7 @@ pub(super) fn grpo(ctx: &Context<'_>, name: &str, s: &Grpo) -> anyhow::Result<En
         advantage: s.advantage,
         loss: s.loss,
         kl: s.kl,
+        correction: s.correction,
     };
     let mut stepper = ctx.stepper(policy.parameters(), &s.optim, s.steps * s.epochs);
     let mut session = ctx.session(name, s.steps)?;
@@ -64,6 +71,7 @@ pub(super) fn grpo(ctx: &Context<'_>, name: &str, s: &Grpo) -> anyhow::Result<En
         tokenizer: ctx.tokenizer(),
         prompts: &prompts.rows,
         rewards: &rewards,
+        server: server.as_ref().map(|s| s as &dyn Sampler),
     };
     let flow = grpo::train(players, &cfg, &mut stepper, &mut session)?;
     let ended = ctx.finish(flow, session)?;
@@ -81,6 +89,7 @@ pub(super) fn ppo(ctx: &Context<'_>, name: &str, s: &Ppo) -> anyhow::Result<Ende
         s.rollouts.missing_eos_penalty,
         s.micro_tokens,
     )?;
+    let server = server(&s.rollouts, &policy)?;
     let cfg = PpoConfig {
         rollouts: rollouts(ctx, &s.rollouts),
         steps: s.steps,
@@ -110,6 +119,7 @@ pub(super) fn ppo(ctx: &Context<'_>, name: &str, s: &Ppo) -> anyhow::Result<Ende
         tokenizer: ctx.tokenizer(),
         prompts: &prompts.rows,
         rewards: &rewards,
+        server: server.as_ref().map(|s| s as &dyn Sampler),
     };
     let learners = Learners {
         value: &value,

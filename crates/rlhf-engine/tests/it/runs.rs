@@ -334,3 +334,140 @@ fn the_stories_recipe_runs_where_its_material_is() {
     assert_eq!(code, 0, "{err}");
     assert!(out.contains("report.html"), "{out}");
 }
+
+/// A server that completes every prompt with the same three tokens.
+fn server() -> String {
+    use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/v1", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut reader = BufReader::new(stream.try_clone().unwrap());
+            let (mut head, mut length) = (String::new(), 0);
+            while !head.ends_with("\r\n\r\n") {
+                let from = head.len();
+                if reader.read_line(&mut head).unwrap() == 0 {
+                    break;
+                }
+                if let Some(n) = head[from..].to_lowercase().strip_prefix("content-length:") {
+                    length = n.trim().parse().unwrap();
+                }
+            }
+            let mut body = vec![0; length];
+            reader.read_exact(&mut body).unwrap();
+            let question: serde_json::Value = serde_json::from_slice(&body).unwrap();
+            assert!(head.to_lowercase().contains("bearer open sesame"), "{head}");
+            let choice = |i: u64| {
+                serde_json::json!({"index": i, "token_ids": [5, 6, 7 + i], "finish_reason": "length",
+                    "logprobs": {"token_logprobs": [-2.0, -3.0, -2.5]}})
+            };
+            let n = question["n"].as_u64().unwrap();
+            let answer = serde_json::json!({"choices": (0..n).map(choice).collect::<Vec<_>>()});
+            let text = answer.to_string();
+            let head = format!(
+                "HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+                text.len()
+            );
+            stream
+                .write_all(format!("{head}{text}").as_bytes())
+                .unwrap();
+        }
+    });
+    url
+}
+
+#[test]
+fn completions_come_from_rounded_weights_or_a_server() {
+    let dir = tempfile::tempdir().unwrap();
+    let url = server();
+    let at = format!(
+        "stages.ppo.rollouts.server={{ url = \"{url}\", model = \"m\", key_env = \"RLHF_TEST_KEY\" }}"
+    );
+    let sets = [
+        "stages.grpo.rollouts.sampling.weights=\"bf16\"",
+        "stages.grpo.correction={ level = \"token\", bound = { kind = \"truncate\", max = 2.0 } }",
+        "run.title=\"samplers\"",
+        &at,
+    ];
+    let more: Vec<&str> = sets.iter().flat_map(|s| ["--set", s]).collect();
+    // Without the key nothing is asked.
+    let (code, _, err) = text(
+        tiny(dir.path(), &more)
+            .env_remove("RLHF_TEST_KEY")
+            .output()
+            .unwrap(),
+    );
+    assert_eq!(code, 2, "{err}");
+    assert!(
+        err.contains("the environment has no `RLHF_TEST_KEY`"),
+        "{err}"
+    );
+    let again = [&more[..], &["--resume"]].concat();
+    let (code, _, err) = text(
+        tiny(dir.path(), &again)
+            .env("RLHF_TEST_KEY", "open sesame")
+            .output()
+            .unwrap(),
+    );
+    assert_eq!(code, 0, "{err}");
+    let logged = |stage: &str, key: &str| -> f64 {
+        let text = std::fs::read_to_string(dir.path().join(stage).join("metrics.jsonl")).unwrap();
+        let last: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+        last[format!("{stage}/{key}")].as_f64().unwrap()
+    };
+    let gap = logged("grpo", "sampler_gap");
+    assert!(gap > 1e-5 && gap < 0.5, "{gap}");
+    assert!(logged("grpo", "sampler_kl") < 0.01);
+    assert_eq!(logged("ppo", "length"), 3.0);
+
+    let model = dir.path().join("sft/model");
+    let mut generate = rlhf();
+    generate
+        .args([
+            "generate",
+            "--prompt",
+            "hello",
+            "--n",
+            "2",
+            "--json",
+            "--temperature",
+            "1",
+        ])
+        .args([
+            "--endpoint",
+            &url,
+            "--served-model",
+            "m",
+            "--key-env",
+            "RLHF_TEST_KEY",
+        ])
+        .arg("--model")
+        .arg(&model)
+        .env("RLHF_TEST_KEY", "open sesame");
+    let (code, out, err) = text(generate.output().unwrap());
+    assert_eq!((code, out.lines().count()), (0, 2), "{err}");
+    assert!(err.contains("sampler mismatch over 6 tokens"), "{err}");
+    let (code, _, err) = run(&[
+        "generate",
+        "--model",
+        model.to_str().unwrap(),
+        "--prompt",
+        "x",
+        "--endpoint",
+        "http://127.0.0.1:9/v1",
+    ]);
+    assert_eq!(code, 2);
+    assert!(err.contains("--served-model"), "{err}");
+    let local = |flag: &[&str]| {
+        let args = [
+            "generate",
+            "--model",
+            model.to_str().unwrap(),
+            "--prompt",
+            "hello",
+        ];
+        run(&[&args, flag].concat())
+    };
+    assert_eq!(local(&["--bf16"]).0, 0);
+}

@@ -6,7 +6,7 @@ use super::{Decoder, GenerateLimits, GenerateRequest, SamplingConfig};
 use crate::error::Result;
 
 /// Draws completions.
-pub trait Sampler {
+pub trait Sampler: std::fmt::Debug {
     /// One group a request, in order, each with its `samples` completions and their log-probabilities, as
     /// [`generate`](crate::generate()) gives them.
     ///

@@ -30,6 +30,46 @@ pub enum Bound {
     },
 }
 
+impl Bound {
+    /// What is wrong with it.
+    ///
+    /// # Errors
+    /// When the bounds are not 0 <= min <= max.
+    pub fn check(&self) -> Result<()> {
+        let (min, max) = match *self {
+            Self::Truncate { max } => (0.0, max),
+            Self::Mask { min, max } => (min, max),
+        };
+        ensure(0.0 <= min && min <= max, "mismatch weights", || {
+            format!("bounds are {min} and {max}, expected 0 <= min <= max")
+        })
+    }
+}
+
+/// How a sampler's mismatch is mended.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(
+    feature = "train",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
+pub struct Correction {
+    /// What has a weight of its own.
+    pub level: RatioLevel,
+    /// How the weights are held.
+    pub bound: Bound,
+}
+
+impl Correction {
+    /// As [`weights`].
+    ///
+    /// # Errors
+    /// As [`weights`].
+    pub fn weights(&self, old_logprobs: &Ragged, sampler_logprobs: &Ragged) -> Result<Ragged> {
+        weights(old_logprobs, sampler_logprobs, self.level, self.bound)
+    }
+}
+
 /// Importance weights π_old/μ, bounded, to be given as [`crate::loss::PolicyInputs::weights`].
 ///
 /// # Shapes
@@ -53,15 +93,7 @@ pub fn weights(
         RatioLevel::SequenceMean => by_token.broadcast(&by_token.mean().exp()),
         RatioLevel::SequenceSum => by_token.broadcast(&by_token.sum().exp()),
     };
-    let (Bound::Truncate { max } | Bound::Mask { max, .. }) = bound;
-    let min = if let Bound::Mask { min, .. } = bound {
-        min
-    } else {
-        0.0
-    };
-    ensure(0.0 <= min && min <= max, op, || {
-        format!("bounds are {min} and {max}, expected 0 <= min <= max")
-    })?;
+    bound.check()?;
     Ok(old_logprobs.with_values(match bound {
         Bound::Truncate { max } => ratio.clamp_max(max),
         Bound::Mask { min, max } => {

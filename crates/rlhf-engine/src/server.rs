@@ -1,0 +1,82 @@
+//! Samplers on a server, as recipes and the command line name them.
+
+use rlhf::args::ServerArgs;
+use rlhf::usage;
+use rlhf_data::group::PromptGroup;
+use rlhf_data::pack::PackedBatch;
+use rlhf_endpoint::{Endpoint, EndpointConfig};
+use rlhf_model::{
+    Config, DeviceBatch, GenerateRequest, Mismatch, RecordedLogprobs, Sampler as _, SamplingConfig,
+    ServerLogprobs, ServerSampler, Transformer, target_logprobs,
+};
+
+use crate::recipe::Server;
+
+/// A sampler that asks `server` for completions of the model with configuration `config`.
+pub(crate) fn sampler(server: &Server, config: &Config) -> anyhow::Result<ServerSampler> {
+    let mut endpoint = EndpointConfig::new(&server.url, &server.model);
+    if let Some(name) = &server.key_env {
+        let key = std::env::var(name).map_err(|_| {
+            usage(
+                format!("the environment has no `{name}`, which is to hold the server's key"),
+                &server.url,
+                format!("set {name}, or leave the key's name out"),
+            )
+        })?;
+        endpoint.key = Some(key);
+    }
+    let endpoint = Endpoint::new(endpoint).map_err(rlhf_model::Error::from)?;
+    let logprobs = if server.processed_logprobs {
+        ServerLogprobs::Sampled
+    } else {
+        ServerLogprobs::Model
+    };
+    Ok(ServerSampler::new(endpoint, config, logprobs))
+}
+
+#[allow(clippy::print_stderr, reason = "a command speaks to the terminal")]
+/// Lets a server draw, and says how far its log-probabilities are from those of the model here.
+pub(crate) fn generate(
+    url: &str,
+    args: &ServerArgs,
+    model: &Transformer,
+    requests: &[GenerateRequest],
+    cfg: &SamplingConfig,
+) -> anyhow::Result<Vec<PromptGroup>> {
+    let server = Server {
+        url: url.to_owned(),
+        model: args.served_model.clone().unwrap_or_default(),
+        key_env: args.key_env.clone(),
+        processed_logprobs: args.processed_logprobs,
+    };
+    let mut cfg = cfg.clone();
+    if !server.processed_logprobs {
+        cfg.record = RecordedLogprobs::Model;
+    }
+    let sampler = sampler(&server, model.config())?;
+    let groups = sampler.sample(requests, &cfg)?;
+    let filtered = (cfg.top_k, cfg.top_p, cfg.min_p) != (None, None, None);
+    if server.processed_logprobs && (filtered || cfg.temperature == 0.0) {
+        eprintln!("sampler mismatch: not computed, filters change the probabilities");
+        return Ok(groups);
+    }
+    let temperature = match cfg.record {
+        RecordedLogprobs::Model => 1.0,
+        RecordedLogprobs::Sampled => cfg.temperature,
+    };
+    let (mut own, mut drawn) = (Vec::new(), Vec::new());
+    for group in &groups {
+        let batch = PackedBatch::pack(std::slice::from_ref(group))?;
+        let batch = DeviceBatch::new(&batch, model.device())?;
+        let logprobs = target_logprobs(model, &batch, temperature, false)?.logprobs;
+        own.extend(Vec::<f64>::try_from(logprobs.values())?);
+        let records = group.completions.iter().filter_map(|c| c.sampler.as_ref());
+        drawn.extend(records.flat_map(|s| s.logprobs.iter().map(|&x| f64::from(x))));
+    }
+    let m = Mismatch::of(own, drawn);
+    eprintln!(
+        "sampler mismatch over {} tokens: |Δ log p| at most {:.2e}, mean {:.2e}; KL {:.2e} nats a token",
+        m.tokens, m.largest, m.mean, m.kl
+    );
+    Ok(groups)
+}
