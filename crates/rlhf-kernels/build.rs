@@ -48,6 +48,7 @@ fn main() {
             "panels",
             "ragged",
             "recompute",
+            "round",
             "surrogate",
         ]
         .map(|f| format!("csrc/{f}.cpp")),

@@ -1,12 +1,18 @@
-//! How a stage saves memory: adapters on frozen weights, eight-bit weights, recomputed layers.
+//! How a stage saves memory: weights of 16 bits, adapters on frozen weights, eight-bit weights, recomputed
+//! layers.
 
+use rlhf_kernels::optim::NarrowStep;
 use rlhf_model::{AdapterConfig, ScalarModel, Transformer};
 use serde::{Deserialize, Serialize};
+use tch::Kind;
 
 /// What of a model is trained, and what is kept for backward. By default all of it, and everything.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Memory {
+    /// How the weights are kept and stepped.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub weights: WeightsKind,
     /// Train a low-rank adapter; the reference is then the model without it, at no cost.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lora: Option<Lora>,
@@ -16,6 +22,36 @@ pub struct Memory {
     /// Keep for backward only the input of every so many layers and run them again; 0 keeps all.
     #[serde(default)]
     pub recompute: usize,
+}
+
+/// The type of a stage's weights, gradients and activations. Log-softmax, losses and the optimiser's moments
+/// are f32 whatever it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightsKind {
+    /// f32.
+    #[default]
+    F32,
+    /// bf16, stepped on copies in f32.
+    Bf16,
+    /// bf16 without copies, each step rounded with chances by nearness.
+    Bf16Stochastic,
+}
+
+impl WeightsKind {
+    pub(crate) fn kind(self) -> Kind {
+        match self {
+            Self::F32 => Kind::Float,
+            Self::Bf16 | Self::Bf16Stochastic => Kind::BFloat16,
+        }
+    }
+
+    pub(crate) fn step(self) -> NarrowStep {
+        match self {
+            Self::F32 | Self::Bf16 => NarrowStep::Masters,
+            Self::Bf16Stochastic => NarrowStep::Stochastic,
+        }
+    }
 }
 
 /// A low-rank adapter.
@@ -66,6 +102,9 @@ impl Memory {
             None if self.int8_base => {
                 Some("memory.int8_base needs memory.lora: eight-bit weights cannot be trained")
             }
+            Some(_) if self.int8_base && self.weights != WeightsKind::F32 => Some(
+                "memory.int8_base keeps the frozen weights in eight bits; leave memory.weights out",
+            ),
             Some(l) if l.rank < 1 => Some("memory.lora.rank must be at least 1"),
             Some(l) if !(l.alpha > 0.0 && l.alpha.is_finite()) => {
                 Some("memory.lora.alpha must be above 0")
@@ -107,7 +146,7 @@ impl Memory {
     }
 }
 
-/// For serde: leaves the table out where nothing in it is set.
-pub(crate) fn is_default(memory: &Memory) -> bool {
-    *memory == Memory::default()
+/// For serde: leaves out what nobody set.
+pub(crate) fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }

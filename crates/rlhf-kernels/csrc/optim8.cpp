@@ -5,6 +5,7 @@
 // A number goes to one of its two neighbours in the map, with chances by nearness, drawn from a hash of
 // step and place. To the nearest alone would lose every change smaller than half a gap, which after a
 // hundred steps is what a second moment changes by: it would only ever shrink with its block's largest.
+#include "hash.h"
 #include "loss_kernels.h"
 #include "shim.h"
 #include <ATen/Parallel.h>
@@ -58,12 +59,6 @@ struct Maps {
 const Maps &maps() {
   static const Maps all;
   return all;
-}
-// As in the kernels.
-uint32_t hash(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x7feb352du;
-  x = (x ^ (x >> 15)) * 0x846ca68bu;
-  return x ^ (x >> 16);
 }
 } // namespace
 

@@ -138,6 +138,7 @@ unsafe extern "C" {
         weight_decay: f64,
         eps: f64,
     ) -> *mut c_char;
+    fn rlhf_round_to_bf16(from: *const C_tensor, to: *const C_tensor, salt: u32) -> *mut c_char;
     #[cfg(test)]
     fn rlhf_dynamic_maps(out: *mut f32);
     fn rlhf_global_norm(norm: *mut f64, tensors: *const *const C_tensor, n: i64) -> *mut c_char;
@@ -615,6 +616,16 @@ pub(crate) fn adamw8(
     let message =
         unsafe { rlhf_adamw8(list.as_ptr(), step, lr, betas.0, betas.1, weight_decay, eps) };
     check("adamw8", message)
+}
+
+/// Writes f32 numbers into a bf16 tensor of the same layout on the CPU, rounded with chances by nearness.
+pub(crate) fn round_to_bf16(from: &Tensor, to: &Tensor, salt: u32) -> Result<()> {
+    let [from, to] = pointers(&[from, to])[..] else {
+        unreachable!("two tensors give two pointers")
+    };
+    // SAFETY: both tensors live; the shim checks their layouts and sizes, the caller their types.
+    let message = unsafe { rlhf_round_to_bf16(from, to, salt) };
+    check("round_to_bf16", message)
 }
 
 /// The dynamic tree maps' values: signed, then positive.

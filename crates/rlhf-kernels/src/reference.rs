@@ -423,25 +423,50 @@ pub fn dynamic_maps() -> (Tensor, Tensor) {
     (map(true), map(false))
 }
 
+const LOW: i64 = 0xffff_ffff;
+
+/// lowbias32 of each number of 32 bits, in the lower half of 64.
+fn hash(x: &Tensor) -> Tensor {
+    let x = x.bitwise_xor_tensor(&x.bitwise_right_shift_tensor_scalar(16));
+    let x = (x * 0x7feb_352di64).bitwise_and(LOW);
+    let x = x.bitwise_xor_tensor(&x.bitwise_right_shift_tensor_scalar(15));
+    let x = (x * 0x846c_a68bi64).bitwise_and(LOW);
+    x.bitwise_xor_tensor(&x.bitwise_right_shift_tensor_scalar(16))
+}
+
+/// The hash of the first `n` places with a salt.
+fn noise(n: i64, salt: &Tensor) -> Tensor {
+    let places = Tensor::arange(n, (Kind::Int64, salt.device()));
+    hash(&(places + salt).bitwise_and(LOW))
+}
+
 /// Numbers in 0..1 for [`quantize`], of first moments and of second: a hash of step and place.
 pub fn quantizing_noise(n: i64, step: i64, device: Device) -> (Tensor, Tensor) {
-    const LOW: i64 = 0xffff_ffff;
-    // lowbias32, in the lower half of 64 bits.
-    let hash = |x: Tensor| {
-        let x = x.bitwise_xor_tensor(&x.bitwise_right_shift_tensor_scalar(16));
-        let x = (x * 0x7feb_352di64).bitwise_and(LOW);
-        let x = x.bitwise_xor_tensor(&x.bitwise_right_shift_tensor_scalar(15));
-        let x = (x * 0x846c_a68bi64).bitwise_and(LOW);
-        x.bitwise_xor_tensor(&x.bitwise_right_shift_tensor_scalar(16))
-    };
-    let salt = hash(Tensor::from_slice(&[step])).to_device(device);
-    let places = Tensor::arange(n, (Kind::Int64, device));
-    let noise = hash((places + salt).bitwise_and(LOW));
+    let noise = noise(n, &hash(&Tensor::from_slice(&[step])).to_device(device));
     let unit = |x: Tensor| x.to_kind(Kind::Float) / 65536.0;
     (
         unit(noise.bitwise_right_shift_tensor_scalar(16)),
         unit(noise.bitwise_and(0xffff)),
     )
+}
+
+/// f32 numbers as bf16: each one of its two neighbours, with chances by nearness drawn from a hash of place
+/// and `salt`. What is not finite stays.
+pub fn round_to_bf16(x: &Tensor, salt: u32) -> Tensor {
+    let chance = noise(
+        x.numel() as i64,
+        &Tensor::from_slice(&[i64::from(salt)]).to_device(x.device()),
+    );
+    let bits = x
+        .contiguous()
+        .view_dtype(Kind::Int)
+        .to_kind(Kind::Int64)
+        .bitwise_and(LOW);
+    let moved = &bits + chance.bitwise_and(0xffff).view_as(x);
+    let upper = moved.bitwise_right_shift_tensor_scalar(16);
+    let signed = upper.where_self(&upper.lt(32768), &(&upper - 65536));
+    let rounded = signed.to_kind(Kind::Int16).view_dtype(Kind::BFloat16);
+    rounded.where_self(&x.isfinite(), &x.to_kind(Kind::BFloat16))
 }
 
 /// Codes of `x`, of its size, and each block's largest magnitude: one of the two values of `map` beside each

@@ -223,7 +223,8 @@ impl DecodeWeights {
         let layout = match weights {
             DecoderWeights::Bf16 => {
                 let (kind, device) = (trunk.kind(), trunk.device());
-                if (kind, device) != (Kind::Float, Device::Cpu) {
+                let fits = matches!(kind, Kind::Float | Kind::BFloat16) && device == Device::Cpu;
+                if !fits {
                     return Err(Error::Argument(format!(
                         "decoding weights in bf16 are for f32 models on the CPU, this one is {kind:?} on {device:?}; load it in bf16"
                     )));

@@ -13,7 +13,7 @@ use rlhf_reward::source::Rule;
 use rlhf_train::lr_schedule::LrSchedule;
 use serde::{Deserialize, Serialize};
 
-use crate::memory::Memory;
+use crate::memory::{Memory, is_default};
 
 /// The optimiser of a stage.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -73,10 +73,6 @@ pub struct Data {
     pub limit: Option<usize>,
 }
 
-fn is_default<T: Default + PartialEq>(value: &T) -> bool {
-    *value == T::default()
-}
-
 /// Supervised fine-tuning.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -97,7 +93,7 @@ pub struct Sft {
     /// The optimiser.
     pub optim: Optim,
     /// How memory is saved.
-    #[serde(default, skip_serializing_if = "crate::memory::is_default")]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub memory: Memory,
 }
 
@@ -122,7 +118,7 @@ pub struct Reward {
     /// The optimiser.
     pub optim: Optim,
     /// How memory is saved.
-    #[serde(default, skip_serializing_if = "crate::memory::is_default")]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub memory: Memory,
 }
 
@@ -163,7 +159,7 @@ pub struct Dpo {
     /// The optimiser.
     pub optim: Optim,
     /// How memory is saved.
-    #[serde(default, skip_serializing_if = "crate::memory::is_default")]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub memory: Memory,
 }
 
@@ -276,7 +272,7 @@ pub struct Grpo {
     /// The optimiser.
     pub optim: Optim,
     /// How memory is saved.
-    #[serde(default, skip_serializing_if = "crate::memory::is_default")]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub memory: Memory,
 }
 
@@ -316,7 +312,7 @@ pub struct Ppo {
     /// The policy's optimiser.
     pub optim: Optim,
     /// How memory is saved.
-    #[serde(default, skip_serializing_if = "crate::memory::is_default")]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub memory: Memory,
 }
 

@@ -15,6 +15,7 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use rlhf_data::tokenize::ChatTokenizer;
+use rlhf_kernels::optim::AdamWConfig;
 use rlhf_model::{LoadOptions, ScalarModel, Transformer, copy_tokenizer};
 use rlhf_reward::source::{ModelSource, RewardMix};
 use rlhf_train::{Flow, Session, SessionConfig, Stepper, StepperConfig, StopFlag};
@@ -124,23 +125,30 @@ impl Context<'_> {
         }
     }
 
-    fn load_options(&self) -> LoadOptions {
+    fn load_options(&self, kind: Kind) -> LoadOptions {
         LoadOptions {
             device: self.device,
-            kind: Kind::Float,
+            kind,
         }
     }
 
     /// Loads the policy that a stage name stands for.
     pub(crate) fn policy(&self, name: &str) -> anyhow::Result<Transformer> {
+        self.policy_in(name, Kind::Float)
+    }
+
+    fn policy_in(&self, name: &str, kind: Kind) -> anyhow::Result<Transformer> {
         let dir = self.model_dir(name);
-        Transformer::load(&dir, &self.load_options())
+        Transformer::load(&dir, &self.load_options(kind))
             .with_context(|| format!("loading {}", dir.display()))
     }
 
     /// Loads the policy that a stage is to train.
     pub(crate) fn learner(&self, name: &str, memory: &Memory) -> anyhow::Result<Transformer> {
-        Ok(memory.policy(self.policy(name)?, self.recipe.run.seed)?)
+        Ok(memory.policy(
+            self.policy_in(name, memory.weights.kind())?,
+            self.recipe.run.seed,
+        )?)
     }
 
     /// Loads the reward or value model that a stage is to train.
@@ -149,11 +157,18 @@ impl Context<'_> {
         name: &str,
         memory: &Memory,
     ) -> anyhow::Result<ScalarModel> {
-        Ok(memory.scalar(self.scalar(name)?, self.recipe.run.seed)?)
+        Ok(memory.scalar(
+            self.scalar_in(name, memory.weights.kind())?,
+            self.recipe.run.seed,
+        )?)
     }
 
     /// Loads a reward model, or puts a new scalar head on a policy.
     pub(crate) fn scalar(&self, name: &str) -> anyhow::Result<ScalarModel> {
+        self.scalar_in(name, Kind::Float)
+    }
+
+    fn scalar_in(&self, name: &str, kind: Kind) -> anyhow::Result<ScalarModel> {
         let is_reward = self
             .recipe
             .stages
@@ -161,11 +176,11 @@ impl Context<'_> {
             .any(|s| s.name == name && matches!(s.kind, StageKind::Reward(_)));
         let dir = self.model_dir(name);
         if is_reward {
-            return ScalarModel::load(&dir, &self.load_options())
+            return ScalarModel::load(&dir, &self.load_options(kind))
                 .with_context(|| format!("loading {}", dir.display()));
         }
         Ok(ScalarModel::from_trunk(
-            self.policy(name)?,
+            self.policy_in(name, kind)?,
             self.recipe.run.seed,
         )?)
     }
@@ -210,6 +225,7 @@ impl Context<'_> {
         &self,
         parameters: Vec<(String, Tensor)>,
         optim: &Optim,
+        memory: &Memory,
         steps: u64,
     ) -> Stepper {
         let config = StepperConfig {
@@ -220,7 +236,11 @@ impl Context<'_> {
             max_grad_norm: Some(optim.max_grad_norm),
             max_bad_steps: 5,
         };
-        Stepper::new(parameters, optim.adamw(), config)
+        let adamw = AdamWConfig {
+            narrow: memory.weights.step(),
+            ..optim.adamw()
+        };
+        Stepper::new(parameters, adamw, config)
     }
 
     pub(crate) fn session(&self, name: &str, steps: u64) -> anyhow::Result<Session> {

@@ -63,7 +63,7 @@ pub(super) fn grpo(ctx: &Context<'_>, name: &str, s: &Grpo) -> anyhow::Result<En
         kl: s.kl,
         correction: s.correction,
     };
-    let mut stepper = ctx.stepper(policy.parameters(), &s.optim, s.steps * s.epochs);
+    let mut stepper = ctx.stepper(policy.parameters(), &s.optim, &s.memory, s.steps * s.epochs);
     let mut session = ctx.session(name, s.steps)?;
     let players = Players {
         policy: &policy,
@@ -106,12 +106,12 @@ pub(super) fn ppo(ctx: &Context<'_>, name: &str, s: &Ppo) -> anyhow::Result<Ende
         value_warmup_steps: s.value_warmup_steps,
     };
     let updates = s.steps * s.epochs * s.minibatches as u64;
-    let mut policy_stepper = ctx.stepper(policy.parameters(), &s.optim, updates);
+    let mut policy_stepper = ctx.stepper(policy.parameters(), &s.optim, &s.memory, updates);
     let value_optim = Optim {
         lr: s.value_lr,
         ..s.optim.clone()
     };
-    let mut value_stepper = ctx.stepper(value.parameters(), &value_optim, updates);
+    let mut value_stepper = ctx.stepper(value.parameters(), &value_optim, &s.memory, updates);
     let mut session = ctx.session(name, s.steps)?;
     let players = Players {
         policy: &policy,

@@ -17,7 +17,7 @@ pub(super) fn sft(ctx: &Context<'_>, name: &str, s: &Sft) -> anyhow::Result<Ende
         batch_size: s.batch_size,
         micro_tokens: s.micro_tokens,
     };
-    let mut stepper = ctx.stepper(model.parameters(), &s.optim, s.steps);
+    let mut stepper = ctx.stepper(model.parameters(), &s.optim, &s.memory, s.steps);
     let mut session = ctx.session(name, s.steps)?;
     let flow = sft_train::train(&model, &data.rows, &cfg, &mut stepper, &mut session)?;
     let ended = ctx.finish(flow, session)?;
@@ -36,7 +36,7 @@ pub(super) fn reward(ctx: &Context<'_>, name: &str, s: &Reward) -> anyhow::Resul
         micro_tokens: s.micro_tokens,
         centering: s.centering,
     };
-    let mut stepper = ctx.stepper(model.parameters(), &s.optim, s.steps);
+    let mut stepper = ctx.stepper(model.parameters(), &s.optim, &s.memory, s.steps);
     let mut session = ctx.session(name, s.steps)?;
     let flow = reward_train::train(&model, &data.rows, &cfg, &mut stepper, &mut session)?;
     let mut ended = ctx.finish(flow, session)?;
@@ -95,7 +95,7 @@ pub(super) fn dpo(ctx: &Context<'_>, name: &str, s: &Dpo) -> anyhow::Result<Ende
         every,
         patience: s.patience,
     });
-    let mut stepper = ctx.stepper(model.parameters(), &s.optim, s.steps);
+    let mut stepper = ctx.stepper(model.parameters(), &s.optim, &s.memory, s.steps);
     let mut session = ctx.session(name, s.steps)?;
     let flow = dpo_train::train(
         &model,

@@ -335,6 +335,62 @@ fn the_stories_recipe_runs_where_its_material_is() {
     assert!(out.contains("report.html"), "{out}");
 }
 
+/// Weights of 16 bits in every stage, and a resumed run that ends with the same metrics: what is remembered
+/// beside the weights goes through checkpoints.
+#[test]
+fn sixteen_bits_go_through_every_stage() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, broken) = (dir.path().join("whole"), dir.path().join("broken"));
+    let sets: Vec<String> = [
+        ("sft", "bf16"),
+        ("rm", "bf16"),
+        ("grpo", "bf16_stochastic"),
+        ("ppo", "bf16"),
+        ("dpo", "bf16_stochastic"),
+    ]
+    .iter()
+    .map(|(stage, weights)| format!("stages.{stage}.memory={{ weights = \"{weights}\" }}"))
+    .chain(["stages.ppo.rollouts.sampling.weights=\"bf16\"".into()])
+    .collect();
+    let more: Vec<&str> = sets.iter().flat_map(|s| ["--set", s]).collect();
+    let (code, _, err) = text(tiny(&whole, &more).output().unwrap());
+    assert_eq!(code, 0, "{err}");
+    for (i, (stage, step)) in [("sft", 3), ("grpo", 2), ("dpo", 2)]
+        .into_iter()
+        .enumerate()
+    {
+        let resume: &[&str] = if i == 0 { &[] } else { &["--resume"] };
+        let mut child = tiny(&broken, &[&more[..], resume].concat())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        wait_for(&mut child, &broken, stage, step);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    let resumed = [&more[..], &["--resume"]].concat();
+    let (code, _, err) = text(tiny(&broken, &resumed).output().unwrap());
+    assert_eq!(code, 0, "{err}");
+    assert_eq!(metrics(&whole), metrics(&broken));
+    let config = std::fs::read_to_string(whole.join("dpo/model/config.json")).unwrap();
+    assert!(config.contains("\"bfloat16\""), "{config}");
+    // What an optimiser cannot do with such weights is refused.
+    let (code, _, err) = text(
+        tiny(
+            &dir.path().join("no"),
+            &[
+                "--set",
+                "stages.dpo.memory={ weights = \"bf16\", int8_base = true, lora = {} }",
+            ],
+        )
+        .output()
+        .unwrap(),
+    );
+    assert_eq!(code, 2);
+    assert!(err.contains("leave memory.weights out"), "{err}");
+}
+
 /// A server that completes every prompt with the same three tokens.
 fn server() -> String {
     use std::io::{BufRead as _, BufReader, Read as _, Write as _};

@@ -17,7 +17,7 @@ use std::collections::HashMap;
 use tch::{Kind, Tensor};
 
 pub use adafactor::AdafactorConfig;
-pub use adamw::{AdamW, AdamWConfig, decays};
+pub use adamw::{AdamW, AdamWConfig, NarrowStep, decays};
 pub use muon::{MuonConfig, MuonScale, is_hidden_matrix};
 pub use rmsprop::RmsPropConfig;
 

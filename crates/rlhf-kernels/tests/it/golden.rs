@@ -248,6 +248,7 @@ fn adamw(case: &Case<'_>) {
         beta2: beta(1),
         eps: case.number("eps").unwrap(),
         weight_decay: case.number("weight_decay").unwrap(),
+        ..AdamWConfig::default()
     };
     let config = if case.setting("amsgrad").as_bool() == Some(true) {
         OptimizerConfig::AmsGrad(config)

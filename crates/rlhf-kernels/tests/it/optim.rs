@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use proptest::prelude::*;
 use rlhf_kernels::optim::{
-    AdafactorConfig, AdamW, AdamWConfig, MuonConfig, MuonScale, Norm, Optimizer, OptimizerConfig,
-    RmsPropConfig, clip_grad_norm_by,
+    AdafactorConfig, AdamW, AdamWConfig, MuonConfig, MuonScale, NarrowStep, Norm, Optimizer,
+    OptimizerConfig, RmsPropConfig, clip_grad_norm_by,
 };
 use rlhf_kernels::reference;
 use tch::{Device, Kind, Tensor};
@@ -295,7 +295,7 @@ fn codes_are_no_numbers() {
 /// Half-precision parameters keep f32 state.
 #[test]
 fn narrow_parameters() {
-    for config in every().into_iter().skip(1) {
+    for config in every() {
         let p = wave(&[80, 60], 1.0, Kind::BFloat16).set_requires_grad(true);
         let before = p.detach().copy();
         let mut o = Optimizer::new(vec![("p".into(), p.shallow_clone())], config);
@@ -308,6 +308,69 @@ fn narrow_parameters() {
         );
         assert!(largest_difference(&p, &before) > 1e-3, "{config:?}");
         assert!(bool::try_from(p.isfinite().all()).unwrap());
+    }
+}
+
+/// Parameters in bf16 whose steps are far below the distance to a neighbour: a copy in f32 takes the steps of
+/// the formula, chances take them on average, and either way a saved state goes on bit by bit.
+#[test]
+fn small_steps_of_narrow_parameters_are_kept() {
+    const LR: f64 = 1e-4;
+    let start =
+        Tensor::linspace(0.5, 1.9, 6000, (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
+    for narrow in [NarrowStep::Masters, NarrowStep::Stochastic] {
+        let config = AdamWConfig {
+            narrow,
+            ..Default::default()
+        };
+        let make = || {
+            let p = start.view([60, 100]).copy().set_requires_grad(true);
+            (AdamW::new(vec![("p".into(), p.shallow_clone())], config), p)
+        };
+        let step = |o: &mut AdamW, p: &Tensor| {
+            o.zero_grad();
+            (p * 3.0).sum(Kind::Float).backward();
+            o.step(LR).unwrap();
+        };
+        let (mut one, p) = make();
+        for _ in 0..100 {
+            step(&mut one, &p);
+        }
+        // A constant gradient makes every step of Adam the learning rate.
+        let drift = start.to_kind(Kind::Float).view([60, 100]) - p.detach().to_kind(Kind::Float);
+        let mean = drift.mean(Kind::Double).double_value(&[]);
+        // Rounded copies of numbers that began on the grid lag behind by a part of the gap.
+        let most = if narrow == NarrowStep::Masters {
+            0.15
+        } else {
+            0.03
+        };
+        assert!(
+            (mean / (100.0 * LR) - 1.0).abs() < most,
+            "{narrow:?}: {mean}"
+        );
+        let state: HashMap<String, Tensor> = one
+            .state()
+            .into_iter()
+            .map(|(n, t)| (n, t.copy()))
+            .collect();
+        assert_eq!(
+            state.contains_key("master.p"),
+            narrow == NarrowStep::Masters
+        );
+        if let Some(master) = state.get("master.p") {
+            assert_eq!(master.to_kind(Kind::BFloat16), p.detach());
+            let exact = start.to_kind(Kind::Float).view([60, 100]) - 100.0 * LR;
+            assert!(largest_difference(master, &exact) < 1e-5);
+        }
+        let (mut two, q) = make();
+        tch::no_grad(|| q.shallow_clone().copy_(&p));
+        two.load_state(&state).unwrap();
+        for _ in 0..3 {
+            step(&mut one, &p);
+            step(&mut two, &q);
+        }
+        assert_eq!(p.detach(), q.detach());
     }
 }
 

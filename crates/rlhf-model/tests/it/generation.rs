@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use rlhf_data::group::{Finish, PromptGroup};
 use rlhf_model::{
     CausalLm, Decoder, DecoderWeights, GenerateLimits, GenerateProgress, GenerateRequest,
-    LoadOptions, RecordedLogprobs, SamplingConfig, Transformer, generate, target_logprobs,
+    LoadOptions, Mismatch, RecordedLogprobs, SamplingConfig, Transformer, generate,
+    target_logprobs,
 };
 use tch::{Kind, Tensor};
 
@@ -404,6 +405,19 @@ fn weights_kept_in_bf16_for_decoding() {
         draw(&model, DecoderWeights::AsLoaded),
         draw(&model, DecoderWeights::Bf16)
     );
+    // A model in bf16 decodes from the same panels, its activations rounded too.
+    let narrow = small(Kind::BFloat16);
+    let (a, b) = (
+        draw(&narrow, DecoderWeights::AsLoaded),
+        draw(&narrow, DecoderWeights::Bf16),
+    );
+    assert_eq!(a, b);
+    let own = target_logprobs(&narrow, &batch(&a), 1.0, false).unwrap();
+    let drawn = a.iter().flat_map(|g| &g.completions);
+    let drawn = drawn.flat_map(|c| &c.sampler.as_ref().unwrap().logprobs);
+    let own = Vec::<f64>::try_from(own.logprobs.values()).unwrap();
+    let gap = Mismatch::of(own, drawn.map(|&x| f64::from(x)));
+    assert!(gap.mean < 0.03 && gap.kl < 0.005, "{gap:?}");
     let double = small(Kind::Double);
     let e = Decoder::with_weights(&double, DecoderWeights::Bf16).unwrap_err();
     assert!(e.to_string().contains("f32 models on the CPU"), "{e}");
