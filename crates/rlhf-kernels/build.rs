@@ -41,6 +41,7 @@ fn main() {
         [
             "attention",
             "cpu_dispatch",
+            "decode",
             "linear_kl",
             "linear_logprobs",
             "optim",

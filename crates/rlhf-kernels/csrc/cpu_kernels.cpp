@@ -387,10 +387,113 @@ template <class T> void attend_grad(const rlhf::Attention<T> &a, const rlhf::Gro
       });
 }
 
+// The sum of a vector's numbers, in halves.
+INLINE float folded(F v) {
+  typedef float H __attribute__((vector_size(32)));
+  typedef float Q __attribute__((vector_size(16)));
+  H h[2];
+  __builtin_memcpy(h, &v, 64);
+  const H a = h[0] + h[1];
+  Q q[2];
+  __builtin_memcpy(q, &a, 32);
+  const Q b = q[0] + q[1];
+  return (b[0] + b[2]) + (b[1] + b[3]);
+}
+INLINE F some(const float *p, int64_t n) { return n >= W ? load(p) : load(p, n, 0.f); }
+INLINE void put(float *p, F v, int64_t n) {
+  if (n >= W) store(p, v);
+  else store(p, v, n);
+}
+INLINE float dot(const float *a, const float *b, int64_t n) {
+  F s{};
+  for (int64_t i = 0; i < n; i += W) s += some(a + i, n - i) * some(b + i, n - i);
+  return folded(s);
+}
+
+// The first `turning` numbers turn in halves, the rest stays.
+void rotate(const float *x, const rlhf::Decode &a, int64_t sequence, float factor, float *out) {
+  const int64_t turning = a.cos ? a.turning : 0, half = turning / 2;
+  const float *cos = a.cos + sequence * turning, *sin = a.sin + sequence * turning;
+  for (int64_t i = 0; i < half; ++i) {
+    const float low = x[i], high = x[half + i];
+    out[i] = (low * cos[i] + high * sin[i]) * factor;
+    out[half + i] = (high * cos[half + i] + low * sin[half + i]) * factor;
+  }
+  for (int64_t i = turning; i < a.d; ++i) out[i] = x[i] * factor;
+}
+
+// out[d] = Σ weights[c] · values[c][d] over n columns.
+template <int VECS>
+INLINE void mix(const float *values, int64_t column, const float *weights, int64_t n, int64_t d, float *out) {
+  F acc[VECS];
+#pragma GCC unroll 4
+  for (int j = 0; j < VECS; ++j) acc[j] = F{};
+  for (int64_t c = 0; c < n; ++c) {
+    const F w = splat(weights[c]);
+#pragma GCC unroll 4
+    for (int j = 0; j < VECS; ++j) acc[j] += w * some(values + c * column + j * W, d - j * W);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < VECS; ++j) put(out + j * W, acc[j], d - j * W);
+}
+
+void decode(const rlhf::Decode &a, int64_t sequence, int64_t head) {
+  const int64_t d = a.d, each = a.hq / a.hkv, at = sequence * a.cache_row + head * a.cache_head;
+  const float *k = a.k + sequence * a.k_row + head * a.k_head, *v = a.v + sequence * a.v_row + head * a.v_head;
+  rotate(k, a, sequence, 1.f, a.keys + at + a.now * a.cache_column);
+  __builtin_memcpy(a.values + at + a.now * a.cache_column, v, d * sizeof(float));
+  int64_t from = a.starts[sequence];
+  if (a.window > 0 && a.now + 1 - a.window > from) from = a.now + 1 - a.window;
+  const int64_t n = a.now + 1 - from;
+  const float *keys = a.keys + at + from * a.cache_column, *values = a.values + at + from * a.cache_column;
+  float *weights = scratch<float>(0, n + W), *q = scratch<float>(1, d + W);
+  const float cap = (float)a.cap;
+  for (int64_t g = 0; g < each; ++g) {
+    const int64_t query = head * each + g;
+    float *out = a.out + (sequence * a.hq + query) * d;
+    rotate(a.q + sequence * a.q_row + query * a.q_head, a, sequence, (float)(cap > 0 ? a.scale / a.cap : a.scale), q);
+    for (int64_t c = 0; c < n; ++c) weights[c] = dot(q, keys + c * a.cache_column, d);
+    const float inf = __builtin_inff();
+    F top = splat(-inf);
+    for (int64_t c = 0; c < n; c += W) {
+      F s = n - c >= W ? load(weights + c) : load(weights + c, n - c, -inf);
+      if (cap > 0) s = tanh(s) * cap;
+      top = larger<float>(s, top);
+      store(weights + c, s);
+    }
+    const float m = max<float>(top);
+    F total{};
+    for (int64_t c = 0; c < n; c += W) {
+      const F p = exp(n - c >= W ? load(weights + c) - m : load(weights + c, n - c, -inf) - m);
+      total += p;
+      store(weights + c, p);
+    }
+    const float share = 1.f / folded(total);
+    for (int64_t c = 0; c < n; ++c) weights[c] *= share;
+    int64_t j = 0;
+    for (; j + 4 * W <= d; j += 4 * W) mix<4>(values + j, a.cache_column, weights, n, d - j, out + j);
+    for (; j < d; j += W) mix<1>(values + j, a.cache_column, weights, n, d - j, out + j);
+  }
+}
+
+void rms_norm(const float *x, const float *weight, int64_t d, float eps, float *out) {
+  const float scale = 1.f / __builtin_sqrtf(dot(x, x, d) / (float)d + eps);
+  for (int64_t i = 0; i < d; i += W) put(out + i, some(x + i, d - i) * scale * some(weight + i, d - i), d - i);
+}
+
+void silu_gate(const float *gate, const float *up, int64_t n, float *out) {
+  for (int64_t i = 0; i < n; i += W) {
+    const F g = some(gate + i, n - i);
+    // exp is right below 88 only; beyond it the quotient is 0 in f32 as it should be.
+    const F e = exp(-g > 88.f ? splat(88.f) : -g);
+    put(out + i, g / (e + 1.f) * some(up + i, n - i), n - i);
+  }
+}
+
 } // namespace
 
 namespace rlhf {
 extern const CpuKernels RLHF_ISA;
 const CpuKernels RLHF_ISA = {stats, grad, attend<float>, attend<double>, attend_grad<float>, attend_grad<double>,
-                             panel<float>, panel<uint16_t>};
+                             panel<float>, panel<uint16_t>, decode, rms_norm, silu_gate};
 } // namespace rlhf

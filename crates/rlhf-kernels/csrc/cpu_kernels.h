@@ -24,6 +24,21 @@ template <class T> struct Attention {
   T *gq, *gk, *gv;     // contiguous; gk and gv begin at zero
 };
 
+// One new token of each of n sequences, whose keys and values lie in a cache [rows][Hkv][columns][D]. Everything has
+// unit stride in D. `starts`: each sequence's first column; `now`: the column of the new token.
+struct Decode {
+  const float *q, *k, *v; // [n][Hq][D], [n][Hkv][D] of the new token, not yet rotated
+  int64_t q_row, q_head, k_row, k_head, v_row, v_head;
+  float *keys, *values;
+  int64_t cache_row, cache_head, cache_column;
+  const float *cos, *sin; // [n][turning], the sign of the rotation in sin; null where keys carry no position
+  int64_t turning;
+  const int64_t *starts;
+  int64_t now, hq, hkv, d, window; // window: as in Attention
+  double scale, cap;
+  float *out; // [n][Hq][D]
+};
+
 // Of one row of logits: its maximum m, log S with S = Σ exp((z − m)/T), its entropy (0 unless asked for),
 // and 1/S. Probabilities come from 1/S: log S in f32 would make all of a row's wrong by the same factor.
 constexpr int64_t kStats = 4;
@@ -46,6 +61,12 @@ struct CpuKernels {
   void (*panel_f32)(const float *x, int64_t rows, int64_t row, int64_t k, const float *panel, float *out, int64_t ldo);
   void (*panel_bf16)(const float *x, int64_t rows, int64_t row, int64_t k, const uint16_t *panel, float *out,
                      int64_t ldo);
+  // One sequence and one key head: writes its key and value, then its query heads' mixtures.
+  void (*decode)(const Decode &, int64_t sequence, int64_t head);
+  // out[d] = x · weight / √(mean x² + eps)
+  void (*rms_norm)(const float *x, const float *weight, int64_t d, float eps, float *out);
+  // out[n] = silu(gate) · up
+  void (*silu_gate)(const float *gate, const float *up, int64_t n, float *out);
 };
 
 const CpuKernels &cpu_kernels();

@@ -138,6 +138,22 @@ unsafe extern "C" {
         weight_decay: f64,
         eps: f64,
     ) -> *mut c_char;
+    fn rlhf_decode_attention(
+        out: *mut *mut C_tensor,
+        tensors: *const *const C_tensor,
+        starts: *const i64,
+        now: i64,
+        scale: f64,
+        cap: f64,
+        window: i64,
+    ) -> *mut c_char;
+    fn rlhf_rms_norm(
+        out: *mut *mut C_tensor,
+        x: *const C_tensor,
+        weight: *const C_tensor,
+        eps: f64,
+    ) -> *mut c_char;
+    fn rlhf_silu_gate(out: *mut *mut C_tensor, both: *const C_tensor) -> *mut c_char;
     fn rlhf_round_to_bf16(from: *const C_tensor, to: *const C_tensor, salt: u32) -> *mut c_char;
     #[cfg(test)]
     fn rlhf_dynamic_maps(out: *mut f32);
@@ -482,6 +498,53 @@ pub(crate) fn panel_product(x: &Tensor, panels: &Tensor) -> Result<Tensor> {
     Ok(take(out))
 }
 
+/// `tensors`: q, k, v, keys, values; all f32 on the CPU, of shapes, strides and columns that the caller checked.
+pub(crate) fn decode_attention(
+    tensors: [&Tensor; 5],
+    rope: Option<(&Tensor, &Tensor)>,
+    starts: &[i64],
+    now: i64,
+    options: &AttentionOptions,
+) -> Result<Tensor> {
+    let mut list = pointers(&tensors);
+    let null = std::ptr::null::<C_tensor>();
+    list.extend(rope.map_or([null; 2], |(cos, sin)| [cos.as_ptr(), sin.as_ptr()]));
+    let mut out = std::ptr::null_mut();
+    // SAFETY: the list holds five live tensors and two that live or are null; there is a start for every
+    // row, and every column that is touched lies in the cache.
+    let message = unsafe {
+        rlhf_decode_attention(
+            &raw mut out,
+            list.as_ptr(),
+            starts.as_ptr(),
+            now,
+            options.scale,
+            options.softcap.unwrap_or(0.0),
+            options.window.unwrap_or(0),
+        )
+    };
+    check("decode_attention", message)?;
+    Ok(take(out))
+}
+
+/// `x` f32 `[n, D]` with unit stride in D, `weight` f32 `[D]`, both on the CPU.
+pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: both tensors are alive for the call; the caller checked types, shapes and devices.
+    let message = unsafe { rlhf_rms_norm(&raw mut out, x.as_ptr(), weight.as_ptr(), eps) };
+    check("rms_norm", message)?;
+    Ok(take(out))
+}
+
+/// `both` f32 `[n, 2·D]` with unit stride in its columns, on the CPU.
+pub(crate) fn silu_gate(both: &Tensor) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: the tensor is alive for the call; the caller checked its type, shape and device.
+    let message = unsafe { rlhf_silu_gate(&raw mut out, both.as_ptr()) };
+    check("silu_gate", message)?;
+    Ok(take(out))
+}
+
 /// `groups`: for each the prompt's start and end, the number of completions, their starts and ends.
 pub(crate) fn prefix_attention(
     q: &Tensor,
@@ -658,6 +721,7 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
+    use crate::decode;
     use crate::kl::{Divergence, KlOptions, Logits};
     use crate::{
         AttentionGroup, AttentionLayout, LogprobOptions, linear_kl, linear_logprobs,
@@ -704,6 +768,25 @@ mod tests {
         let (q, k) = (wave(&[60, 4, 20], 0.37), wave(&[60, 2, 20], 0.53));
         let seen =
             shared_prefix_attention(&q, &k, &k, &layout, &AttentionOptions::new(0.3)).unwrap();
+        let cache = wave(&[60, 2, 33, 20], 0.21).detach();
+        let starts: Vec<i64> = (0..60).map(|i| i % 30).collect();
+        let (one_q, one_k) = (q.detach(), k.detach());
+        let mixed = decode::decode_attention(
+            &one_q,
+            &one_k,
+            &one_k,
+            None,
+            &decode::DecodeCache {
+                keys: &cache,
+                values: &cache.copy(),
+                starts: &starts,
+                now: 32,
+            },
+            &AttentionOptions::new(0.3),
+        )
+        .unwrap();
+        let gated = decode::silu_gate(&mixed).unwrap();
+        let normed = decode::rms_norm(&mixed, &wave(&[80], 0.3).detach(), 1e-5).unwrap();
         let entropy = out.entropy.unwrap();
         (out.logprobs.sum(None)
             + entropy.sum(None) * 0.3
@@ -719,6 +802,9 @@ mod tests {
             &seen,
             &q.grad(),
             &k.grad(),
+            &mixed,
+            &gated,
+            &normed,
         ];
         let flat: Vec<Tensor> = all.iter().map(|t| t.detach().flatten(0, -1)).collect();
         Vec::try_from(Tensor::cat(&flat, 0)).unwrap()

@@ -19,6 +19,7 @@
 //! ```
 
 mod attention;
+pub mod decode;
 mod error;
 #[allow(unsafe_code, reason = "the one place that calls C++")]
 mod ffi;

@@ -5,6 +5,7 @@
 //! sequence owns the columns from its start on; what lies before is masked. Rotary positions are in
 //! the keys already, so columns carry no meaning of their own and may be shifted together.
 
+use rlhf_kernels::decode::{DecodeCache, decode_attention, decodes, silu_gate};
 use rlhf_kernels::{AttentionOptions, Panels};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -114,6 +115,11 @@ impl Matrix {
     }
 }
 
+/// `x` through a norm that may not be there.
+fn norm(norm: Option<&Norm>, x: &Tensor) -> Result<Tensor> {
+    norm.map_or_else(|| Ok(x.shallow_clone()), |n| n.decode(x))
+}
+
 /// A projection whose result is added to the residual stream, after a norm in some families.
 #[derive(Debug)]
 struct Residual {
@@ -130,7 +136,7 @@ impl Residual {
     }
 
     fn add(&self, residual: &Tensor, x: &Tensor) -> Result<Tensor> {
-        Ok(normed(self.norm.as_ref(), self.product.forward(x)?) + residual)
+        Ok(norm(self.norm.as_ref(), &self.product.forward(x)?)? + residual)
     }
 }
 
@@ -179,8 +185,8 @@ impl DecodeLayer {
         })
     }
 
-    /// Queries and keys `[n, Hq + Hkv, D]`, normed and rotated, and values `[n, Hkv, D]`.
-    fn heads(&self, c: &Config, x: &Tensor, angles: &[Angles]) -> Result<(Tensor, Tensor)> {
+    /// Queries and keys `[n, Hq + Hkv, D]`, normed and not yet rotated, and values `[n, Hkv, D]`.
+    fn heads(&self, c: &Config, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let (n, d) = (x.size()[0], c.head_dim);
         let (hq, hkv) = (c.num_attention_heads, c.num_key_value_heads);
         let all = self.qkv.forward(x)?;
@@ -199,11 +205,51 @@ impl DecodeLayer {
             };
             Tensor::cat(&[part(0, hq, &self.q_norm), part(hq, hkv, &self.k_norm)], 1)
         };
-        let qk = match self.rope {
-            Some(which) => angles[which].rotate(&qk),
-            None => qk,
-        };
         Ok((qk, values))
+    }
+
+    /// The layer's attention: heads, the cache, and what is mixed of it, `[n, Hq · D]`.
+    fn attend(
+        &self,
+        c: &Config,
+        x: &Tensor,
+        angles: &[Angles],
+        (keys, values): (&Tensor, &Tensor),
+        window: &Window<'_>,
+    ) -> Result<Tensor> {
+        let (n, d) = (window.starts.len() as i64, c.head_dim);
+        let (hq, hkv) = (c.num_attention_heads, c.num_key_value_heads);
+        let (qk, v) = self.heads(c, x)?;
+        let angles = self.rope.map(|which| &angles[which]);
+        if decodes(&qk) {
+            let cache = DecodeCache {
+                keys,
+                values,
+                starts: window.starts,
+                now: window.now,
+            };
+            let (q, k) = (qk.narrow(1, 0, hq), qk.narrow(1, hq, hkv));
+            let rope = angles.map(Angles::parts);
+            return Ok(decode_attention(&q, &k, &v, rope, &cache, &self.options)?);
+        }
+        let qk = angles.map_or_else(|| qk.shallow_clone(), |a| a.rotate(&qk));
+        let now = |t: &Tensor| t.narrow(0, 0, n).select(2, window.now);
+        now(keys).copy_(&qk.narrow(1, hq, hkv));
+        now(values).copy_(&v);
+        // All of a sequence stands without gaps before the newest column: a sliding window of
+        // tokens is one of columns.
+        let slid = self.options.window.map_or(0, |w| window.now + 1 - w);
+        let from = window.from.max(slid);
+        let width = window.now + 1 - from;
+        let seen = |t: &Tensor| t.narrow(0, 0, n).narrow(2, from, width);
+        let bias = window.bias.map(|b| {
+            b.narrow(3, from, width)
+                .expand([n, hkv, hq / hkv, width], false)
+        });
+        // The query heads that share a key head stand where tokens would: one product serves them.
+        let q = qk.narrow(1, 0, hq).reshape([n, hkv, hq / hkv, d]);
+        let mixed = attend(&q, &seen(keys), &seen(values), bias.as_ref(), &self.options);
+        Ok(mixed.reshape([n, hq * d]))
     }
 }
 
@@ -260,8 +306,8 @@ impl DecodeWeights {
 
 /// What a step sees of the cache.
 pub(crate) struct Window<'a> {
-    /// Rows in use.
-    pub(crate) rows: i64,
+    /// The first column of every row in use.
+    pub(crate) starts: &'a [i64],
     /// The first column that anybody owns.
     pub(crate) from: i64,
     /// The column that the step writes.
@@ -388,47 +434,25 @@ pub(crate) fn step(
     window: &Window<'_>,
 ) -> Result<Tensor> {
     let c = &trunk.config;
-    let (n, d) = (window.rows, c.head_dim);
-    let (hq, hkv) = (c.num_attention_heads, c.num_key_value_heads);
     let mut x = trunk.embed(ids, positions)?;
     for (i, layer) in weights.layers.iter().enumerate() {
-        let input = normed(layer.input_norm.as_ref(), x.shallow_clone());
-        let (qk, v) = layer.heads(c, &input, angles)?;
-        let (keys, values) = (&cache.keys[i], &cache.values[i]);
-        let now = |t: &Tensor| t.narrow(0, 0, n).select(2, window.now);
-        now(keys).copy_(&qk.narrow(1, hq, hkv));
-        now(values).copy_(&v);
-        // All of a sequence stands without gaps before the newest column: a sliding window of
-        // tokens is one of columns.
-        let slid = layer.options.window.map_or(0, |w| window.now + 1 - w);
-        let from = window.from.max(slid);
-        let width = window.now + 1 - from;
-        let seen = |t: &Tensor| t.narrow(0, 0, n).narrow(2, from, width);
-        let bias = window.bias.map(|b| {
-            b.narrow(3, from, width)
-                .expand([n, hkv, hq / hkv, width], false)
-        });
-        // The query heads that share a key head stand where tokens would: one product serves them.
-        let q = qk.narrow(1, 0, hq).reshape([n, hkv, hq / hkv, d]);
-        let mixed = attend(
-            &q,
-            &seen(keys),
-            &seen(values),
-            bias.as_ref(),
-            &layer.options,
-        );
-        x = layer.o.add(&x, &mixed.reshape([n, hq * d]))?;
-        let input = normed(layer.mlp_norm.as_ref(), x.shallow_clone());
+        let input = norm(layer.input_norm.as_ref(), &x)?;
+        let cached = (&cache.keys[i], &cache.values[i]);
+        let mixed = layer.attend(c, &input, angles, cached, window)?;
+        x = layer.o.add(&x, &mixed)?;
+        let input = norm(layer.mlp_norm.as_ref(), &x)?;
         let up = layer.up.forward(&input)?;
-        let inner = if layer.gated {
-            let half = c.intermediate_size;
-            activate(layer.activation, &up.narrow(1, 0, half)) * up.narrow(1, half, half)
-        } else {
-            activate(layer.activation, &up)
+        let inner = match (layer.gated, layer.activation) {
+            (true, Activation::Silu) if decodes(&up) => silu_gate(&up)?,
+            (true, activation) => {
+                let half = c.intermediate_size;
+                activate(activation, &up.narrow(1, 0, half)) * up.narrow(1, half, half)
+            }
+            (false, activation) => activate(activation, &up),
         };
         x = layer.down.add(&x, &inner)?;
     }
-    weights.logits(&weights.norm.forward(&x))
+    weights.logits(&weights.norm.decode(&x)?)
 }
 
 /// Attention of one token a sequence: `q` `[n, Hkv, Hq / Hkv, D]` over `[n, Hkv, columns, D]`.

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 
+use rlhf_kernels::decode::{decodes, rms_norm};
 use rlhf_kernels::{AttentionLayout, AttentionOptions, shared_prefix_attention};
 use tch::Tensor;
 
@@ -34,6 +35,14 @@ impl Norm {
             NormKind::RmsPlusOne => x.rms_norm(n, Some(&(&self.weight + 1.0)), self.eps),
             NormKind::Layer => x.layer_norm(n, w, self.bias.as_ref(), self.eps, false),
         }
+    }
+
+    /// As [`Norm::forward`] without gradients, in one pass where there is a kernel for it.
+    pub(crate) fn decode(&self, x: &Tensor) -> Result<Tensor> {
+        if self.kind == NormKind::Rms && x.dim() == 2 && decodes(x) {
+            return Ok(rms_norm(x, &self.weight, self.eps)?);
+        }
+        Ok(self.forward(x))
     }
 
     /// The same tensors once more.

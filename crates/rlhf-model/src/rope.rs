@@ -87,6 +87,11 @@ impl Angles {
         }
     }
 
+    /// cos and signed sin, `[N, 1, D']` each.
+    pub(crate) fn parts(&self) -> (&Tensor, &Tensor) {
+        (&self.cos, &self.sin)
+    }
+
     /// Rotates the first D' dimensions of `x` `[N, heads, D]`.
     pub(crate) fn rotate(&self, x: &Tensor) -> Tensor {
         let (d, turning) = (x.size()[2], self.cos.size()[2]);

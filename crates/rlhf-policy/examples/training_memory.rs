@@ -1,6 +1,7 @@
 //! Memory and time of training steps on SmolLM2-135M's shape with random weights.
 //!
-//! `cargo run --release -p rlhf-policy --example training_memory -- [lora] [int8] [recompute=N] [tokens=N]`
+//! `cargo run --release -p rlhf-policy --example training_memory -- [bf16|stochastic] [lora] [int8] [recompute=N]
+//! [tokens=N]`
 //!
 //! Prints the process's peak and the seconds of a step; run each setting as a process of its own.
 #![allow(clippy::print_stdout, reason = "a program")]
@@ -10,7 +11,7 @@ use std::time::Instant;
 use rlhf_data::group::{Completion, Finish, PromptGroup};
 use rlhf_data::pack::PackedBatch;
 use rlhf_kernels::LossSum;
-use rlhf_kernels::optim::AdamWConfig;
+use rlhf_kernels::optim::{AdamWConfig, NarrowStep};
 use rlhf_model::{AdapterConfig, CausalLm as _, Config, DeviceBatch, Transformer, target_logprobs};
 use rlhf_train::{LrSchedule, Stepper, StepperConfig, peak_memory};
 use tch::{Device, Kind};
@@ -29,9 +30,15 @@ fn main() -> Result<(), Failure> {
         num_key_value_heads: 3,
         ..Config::new(49_152, 576, 30, 9, 2048)
     };
-    let mut model = Transformer::init(config, 1, Device::Cpu, Kind::Float)?;
-    if args.iter().any(|a| a == "lora") {
-        if args.iter().any(|a| a == "int8") {
+    let given = |word: &str| args.iter().any(|a| a == word);
+    let (kind, narrow) = match (given("bf16"), given("stochastic")) {
+        (false, false) => (Kind::Float, NarrowStep::Masters),
+        (true, _) => (Kind::BFloat16, NarrowStep::Masters),
+        (false, true) => (Kind::BFloat16, NarrowStep::Stochastic),
+    };
+    let mut model = Transformer::init(config, 1, Device::Cpu, kind)?;
+    if given("lora") {
+        if given("int8") {
             model = model.into_int8()?;
         }
         model = model.adapt(&AdapterConfig::default(), 1)?;
@@ -45,7 +52,11 @@ fn main() -> Result<(), Failure> {
         max_grad_norm: Some(1.0),
         max_bad_steps: 1,
     };
-    let mut stepper = Stepper::new(model.parameters(), AdamWConfig::default(), schedule);
+    let adamw = AdamWConfig {
+        narrow,
+        ..AdamWConfig::default()
+    };
+    let mut stepper = Stepper::new(model.parameters(), adamw, schedule);
     // Pairs: 128 tokens of prompt, twice 64 of completion.
     let ids =
         |n: usize, salt: usize| (0..n).map(move |i| ((i * 7919 + salt * 104_729) % 49_152) as u32);

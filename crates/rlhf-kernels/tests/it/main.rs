@@ -7,6 +7,7 @@
     reason = "tests"
 )]
 
+mod decode;
 mod exact;
 mod golden;
 #[allow(dead_code, reason = "shared by several crates; each uses a part")]

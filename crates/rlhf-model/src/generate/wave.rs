@@ -331,8 +331,11 @@ impl<'a> Wave<'a> {
         };
         let positions = upload(&positions)?;
         let angles: Vec<Angles> = self.angles.iter().map(|a| a.select(&positions)).collect();
+        // A finished row sees itself alone: nobody reads what it says.
+        let start = |s: &Slot| if s.done.is_some() { self.now } else { s.start };
+        let starts: Vec<i64> = self.slots.iter().map(start).collect();
         let window = Window {
-            rows: self.slots.len() as i64,
+            starts: &starts,
             from: self.window_start(),
             now: self.now,
             bias: self.bias.as_ref(),
