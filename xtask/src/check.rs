@@ -35,7 +35,7 @@ pub(crate) fn run(interop: bool) -> Result<()> {
 }
 
 /// These crates must not reach libtorch.
-const WITHOUT_TORCH: [&str; 3] = ["rlhf-data", "rlhf", "xtask"];
+const WITHOUT_TORCH: [&str; 4] = ["rlhf-data", "rlhf-endpoint", "rlhf", "xtask"];
 
 fn layers() -> Result<()> {
     let tree = |package: &str| {
