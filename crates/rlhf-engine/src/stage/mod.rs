@@ -8,6 +8,7 @@ mod eval;
 pub(crate) mod measure;
 mod policy;
 mod preference;
+mod reference;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -5,6 +5,7 @@ use rlhf_model::CausalLm as _;
 use rlhf_policy::sft::{self as sft_train, SftConfig};
 use rlhf_reward::train::{self as reward_train, RewardConfig};
 
+use super::reference::{self, Asked};
 use super::{Context, Ended};
 use crate::recipe::{Dpo, Reward, Sft};
 
@@ -74,8 +75,20 @@ pub(super) fn dpo(ctx: &Context<'_>, name: &str, s: &Dpo) -> anyhow::Result<Ende
         micro_tokens: s.micro_tokens,
     };
     // Before the first step the model is the reference; on resume the checkpoint is loaded later.
+    let folder = ctx.model_dir(&s.model);
+    let asked = |pairs, met| Asked {
+        model: &folder,
+        memory: &s.memory,
+        pairs,
+        micro_tokens: s.micro_tokens,
+        met,
+    };
     let reference = if asks_reference(s) {
-        dpo_train::reference_sums(&model, &data.rows, &cfg)?
+        let positions = s.steps.saturating_mul(s.batch_size as u64);
+        let met = (positions < data.rows.len() as u64).then_some((positions, cfg.seed));
+        reference::sums(ctx.dir, &asked(&data.rows[..], met), || {
+            Ok(dpo_train::reference_sums(&model, &data.rows, &cfg)?)
+        })?
     } else {
         vec![(0.0, 0.0); data.rows.len()]
     };
@@ -86,7 +99,11 @@ pub(super) fn dpo(ctx: &Context<'_>, name: &str, s: &Dpo) -> anyhow::Result<Ende
         .transpose()?;
     let test_reference = test
         .as_ref()
-        .map(|t| dpo_train::pair_sums(&model, &t.rows, s.micro_tokens))
+        .map(|t| {
+            reference::sums(ctx.dir, &asked(&t.rows[..], None), || {
+                Ok(dpo_train::pair_sums(&model, &t.rows, s.micro_tokens)?)
+            })
+        })
         .transpose()?;
     let held_out = test.as_ref().zip(test_reference.as_ref()).zip(s.test_every);
     let held_out = held_out.map(|((test, reference), every)| HeldOut {

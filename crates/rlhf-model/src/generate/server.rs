@@ -96,7 +96,8 @@ impl ServerSampler {
         put("n", json!(r.samples));
         put("max_tokens", json!(most.min(c.max_new_tokens).min(room)));
         put("temperature", json!(c.temperature));
-        put("logprobs", json!(c.top_logprobs));
+        // Some servers take 0 for none at all.
+        put("logprobs", json!(c.top_logprobs.max(1)));
         put(
             "seed",
             json!(Stream::new(c.seed, Purpose::Sample).bits(r.prompt_key, 0, 0)[0]),

@@ -1,0 +1,212 @@
+//! The reference's sums of log-probabilities, kept in the run's folder: `reference/KEY.parquet`.
+//!
+//! Invariant: the key is a digest of all that the sums depend on (the model's files, the type of its
+//! weights, the pairs' tokens, how they were batched). So a file is right whoever wrote it: a resumed stage
+//! and other stages with the same model and pairs read it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use arrow_array::{ArrayRef, Float64Array, RecordBatch, UInt64Array};
+use arrow_schema::{DataType, Field, Schema};
+use rlhf_data::group::PromptGroup;
+use rlhf_data::source::{self, ParquetOut};
+use rlhf_dpo::train::PairSums;
+use sha2::{Digest as _, Sha256};
+
+use crate::memory::Memory;
+
+/// What the sums depend on.
+pub(super) struct Asked<'a> {
+    /// The reference's folder.
+    pub(super) model: &'a Path,
+    /// How its weights are kept.
+    pub(super) memory: &'a Memory,
+    /// The pairs.
+    pub(super) pairs: &'a [PromptGroup],
+    /// Packed tokens a batch.
+    pub(super) micro_tokens: usize,
+    /// Which of the pairs are met, where not all are.
+    pub(super) met: Option<(u64, u64)>,
+}
+
+impl Asked<'_> {
+    fn key(&self) -> anyhow::Result<String> {
+        let mut digest = Sha256::new();
+        let mut files: Vec<PathBuf> = std::fs::read_dir(self.model)
+            .and_then(|all| all.map(|e| e.map(|e| e.path())).collect())
+            .with_context(|| format!("reading {}", self.model.display()))?;
+        files.sort();
+        let weighs = |f: &&PathBuf| {
+            f.extension().is_some_and(|e| e == "safetensors") || f.ends_with("config.json")
+        };
+        for file in files.iter().filter(weighs) {
+            digest.update(rlhf_train::hash_file(file)?);
+        }
+        let m = self.memory;
+        let settings = (m.weights, m.int8_base, self.micro_tokens, self.met);
+        digest.update(format!("{settings:?}"));
+        for group in self.pairs {
+            digest.update((group.prompt.len() as u64).to_le_bytes());
+            group
+                .prompt
+                .iter()
+                .for_each(|id| digest.update(id.to_le_bytes()));
+            for c in &group.completions {
+                digest.update((c.ids.len() as u64).to_le_bytes());
+                c.ids.iter().for_each(|id| digest.update(id.to_le_bytes()));
+                digest.update(format!("{:?}", c.trained));
+            }
+        }
+        Ok(format!("{:x}", digest.finalize()))
+    }
+}
+
+/// The sums that are asked for: those kept under `run`, else what `compute` gives, which is kept then. Pairs
+/// that are never met have NaN.
+pub(super) fn sums(
+    run: &Path,
+    asked: &Asked<'_>,
+    compute: impl FnOnce() -> anyhow::Result<PairSums>,
+) -> anyhow::Result<PairSums> {
+    let folder = run.join("reference");
+    let path = folder.join(format!("{}.parquet", asked.key()?));
+    if path.is_file() {
+        return read(&path, asked.pairs.len());
+    }
+    let sums = compute()?;
+    std::fs::create_dir_all(&folder)
+        .with_context(|| format!("cannot make {}", folder.display()))?;
+    write(&path, &sums)?;
+    Ok(sums)
+}
+
+fn write(path: &Path, sums: &PairSums) -> anyhow::Result<()> {
+    let met: Vec<(u64, (f64, f64))> = (0u64..)
+        .zip(sums.iter().copied())
+        .filter(|(_, (chosen, _))| !chosen.is_nan())
+        .collect();
+    let column = |name: &str, kind: DataType| Field::new(name, kind, false);
+    let schema = Arc::new(Schema::new(vec![
+        column("pair", DataType::UInt64),
+        column("chosen", DataType::Float64),
+        column("rejected", DataType::Float64),
+    ]));
+    let columns: Vec<ArrayRef> = vec![
+        Arc::new(UInt64Array::from_iter_values(met.iter().map(|m| m.0))),
+        Arc::new(Float64Array::from_iter_values(met.iter().map(|m| m.1.0))),
+        Arc::new(Float64Array::from_iter_values(met.iter().map(|m| m.1.1))),
+    ];
+    let mut file = ParquetOut::create(path, schema.clone())?;
+    file.write(&RecordBatch::try_new(schema, columns)?)?;
+    file.finish()?;
+    Ok(())
+}
+
+fn read(path: &Path, pairs: usize) -> anyhow::Result<PairSums> {
+    let mut sums = vec![(f64::NAN, f64::NAN); pairs];
+    for row in source::rows(path)? {
+        let row = row?;
+        let number = |name: &str| row.columns.get(name).and_then(serde_json::Value::as_f64);
+        let pair = row.columns.get("pair").and_then(serde_json::Value::as_u64);
+        let slot = pair.and_then(|i| sums.get_mut(usize::try_from(i).ok()?));
+        let (Some(slot), Some(chosen), Some(rejected)) =
+            (slot, number("chosen"), number("rejected"))
+        else {
+            anyhow::bail!(
+                "{}: {} is no row of sums; delete the file, it will be computed again",
+                path.display(),
+                row.place
+            );
+        };
+        *slot = (chosen, rejected);
+    }
+    Ok(sums)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use rlhf_data::group::{Completion, Finish};
+
+    use super::*;
+    use crate::memory::WeightsKind;
+
+    #[test]
+    fn computed_once_for_all_that_they_depend_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = dir.path().join("model");
+        std::fs::create_dir(&model).unwrap();
+        std::fs::write(model.join("model.safetensors"), "weights").unwrap();
+        std::fs::write(model.join("config.json"), "{}").unwrap();
+        let pair = |id: u32| PromptGroup {
+            row: 0,
+            prompt: vec![1, id],
+            completions: [3, 4]
+                .map(|id| Completion::whole(vec![id], Finish::Stop))
+                .into(),
+        };
+        let pairs = [pair(1), pair(2), pair(3)];
+        let memory = Memory::default();
+        let asked = || Asked {
+            model: &model,
+            memory: &memory,
+            pairs: &pairs,
+            micro_tokens: 64,
+            met: None,
+        };
+        let given = vec![(-1.0 / 3.0, -1e-300), (f64::NAN, f64::NAN), (-7.25, 0.0)];
+        let made = std::cell::Cell::new(0);
+        let ask = |asked: &Asked<'_>| {
+            let seen = sums(dir.path(), asked, || {
+                made.set(made.get() + 1);
+                Ok(given.clone())
+            })
+            .unwrap();
+            // NaN is not itself: compare the bits.
+            let bits = |s: &PairSums| -> Vec<u64> {
+                s.iter()
+                    .flat_map(|x| [x.0.to_bits(), x.1.to_bits()])
+                    .collect()
+            };
+            assert_eq!(bits(&seen), bits(&given));
+            made.get()
+        };
+        assert_eq!((ask(&asked()), ask(&asked())), (1, 1));
+        let narrow = Memory {
+            weights: WeightsKind::Bf16,
+            ..Memory::default()
+        };
+        let other = [pair(1), pair(2), pair(4)];
+        let different = [
+            Asked {
+                memory: &narrow,
+                ..asked()
+            },
+            Asked {
+                micro_tokens: 65,
+                ..asked()
+            },
+            Asked {
+                met: Some((3, 4)),
+                ..asked()
+            },
+            Asked {
+                pairs: &other,
+                ..asked()
+            },
+        ];
+        for (n, asked) in different.iter().enumerate() {
+            assert_eq!(ask(asked), n + 2);
+        }
+        std::fs::write(model.join("model.safetensors"), "others").unwrap();
+        assert_eq!((ask(&asked()), ask(&asked())), (6, 6));
+        // A file that is not of sums says so.
+        let key = asked().key().unwrap();
+        let path = dir.path().join(format!("reference/{key}.parquet"));
+        write(&path, &vec![(0.0, 0.0); 9]).unwrap();
+        let e = sums(dir.path(), &asked(), || unreachable!()).unwrap_err();
+        assert!(e.to_string().contains("delete the file"), "{e}");
+    }
+}
