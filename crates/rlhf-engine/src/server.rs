@@ -3,14 +3,14 @@
 use rlhf::args::ServerArgs;
 use rlhf::usage;
 use rlhf_data::group::PromptGroup;
-use rlhf_data::pack::PackedBatch;
 use rlhf_endpoint::{Endpoint, EndpointConfig};
 use rlhf_model::{
-    Config, DeviceBatch, GenerateRequest, Mismatch, RecordedLogprobs, Sampler as _, SamplingConfig,
-    ServerLogprobs, ServerSampler, Transformer, target_logprobs,
+    Config, GenerateRequest, Mismatch, RecordedLogprobs, Sampler as _, SamplingConfig,
+    ServerLogprobs, ServerSampler, Transformer,
 };
 
 use crate::recipe::Server;
+use crate::stage::measure::logprobs_of;
 
 /// A sampler that asks `server` for completions of the model with configuration `config`.
 pub(crate) fn sampler(server: &Server, config: &Config) -> anyhow::Result<ServerSampler> {
@@ -34,8 +34,8 @@ pub(crate) fn sampler(server: &Server, config: &Config) -> anyhow::Result<Server
     Ok(ServerSampler::new(endpoint, config, logprobs))
 }
 
-#[allow(clippy::print_stderr, reason = "a command speaks to the terminal")]
 /// Lets a server draw, and says how far its log-probabilities are from those of the model here.
+#[allow(clippy::print_stderr, reason = "a command speaks to the terminal")]
 pub(crate) fn generate(
     url: &str,
     args: &ServerArgs,
@@ -64,16 +64,12 @@ pub(crate) fn generate(
         RecordedLogprobs::Model => 1.0,
         RecordedLogprobs::Sampled => cfg.temperature,
     };
-    let (mut own, mut drawn) = (Vec::new(), Vec::new());
-    for group in &groups {
-        let batch = PackedBatch::pack(std::slice::from_ref(group))?;
-        let batch = DeviceBatch::new(&batch, model.device())?;
-        let logprobs = target_logprobs(model, &batch, temperature, false)?.logprobs;
-        own.extend(Vec::<f64>::try_from(logprobs.values())?);
-        let records = group.completions.iter().filter_map(|c| c.sampler.as_ref());
-        drawn.extend(records.flat_map(|s| s.logprobs.iter().map(|&x| f64::from(x))));
-    }
-    let m = Mismatch::of(own, drawn);
+    let longest = groups.iter().map(PromptGroup::num_tokens).max();
+    let own = logprobs_of(model, &groups, temperature, longest.unwrap_or(0).max(8192))?;
+    let completions = groups.iter().flat_map(|g| &g.completions);
+    let records = completions.filter_map(|c| c.sampler.as_ref());
+    let drawn = records.flat_map(|s| s.logprobs.iter().map(|&x| f64::from(x)));
+    let m = Mismatch::of(own.into_iter().flatten(), drawn);
     eprintln!(
         "sampler mismatch over {} tokens: |Δ log p| at most {:.2e}, mean {:.2e}; KL {:.2e} nats a token",
         m.tokens, m.largest, m.mean, m.kl

@@ -683,11 +683,8 @@ pub(crate) fn adamw8(
 
 /// Writes f32 numbers into a bf16 tensor of the same layout on the CPU, rounded with chances by nearness.
 pub(crate) fn round_to_bf16(from: &Tensor, to: &Tensor, salt: u32) -> Result<()> {
-    let [from, to] = pointers(&[from, to])[..] else {
-        unreachable!("two tensors give two pointers")
-    };
     // SAFETY: both tensors live; the shim checks their layouts and sizes, the caller their types.
-    let message = unsafe { rlhf_round_to_bf16(from, to, salt) };
+    let message = unsafe { rlhf_round_to_bf16(from.as_ptr(), to.as_ptr(), salt) };
     check("round_to_bf16", message)
 }
 
