@@ -28,7 +28,7 @@ use crate::chat_template::{ChatTemplate, Rendered};
 use crate::conversation::{Message, Role, Text};
 use crate::error::{Error, Result};
 use crate::group::{Completion, Finish, PromptGroup};
-use crate::record::{PreferenceRecord, SftRecord};
+use crate::record::{PreferenceRecord, RankedRecord, SftRecord, UnpairedRecord};
 use limits::{fit_prompt, too_long};
 use load::{eos_ids, has_parts, hash_files, json, today};
 
@@ -344,6 +344,39 @@ impl ChatTokenizer {
         collect(records, |r| self.preference(r, limits))
     }
 
+    /// All thumbs, in order, in parallel: groups of one completion.
+    ///
+    /// # Errors
+    /// The first row's error.
+    pub fn unpaired_groups(
+        &self,
+        records: &[UnpairedRecord],
+        limits: &Limits,
+    ) -> Result<(Vec<PromptGroup>, TokenizeReport)> {
+        collect(records, |r| {
+            self.answered(&r.prompt, &[&r.completion], limits)
+        })
+    }
+
+    /// All rankings, in order, in parallel: groups of K completions, best first; those of one score stay in the
+    /// data's order.
+    ///
+    /// # Errors
+    /// The first row's error.
+    pub fn ranked_groups(
+        &self,
+        records: &[RankedRecord],
+        limits: &Limits,
+    ) -> Result<(Vec<PromptGroup>, TokenizeReport)> {
+        collect(records, |r| {
+            let worth = r.worth();
+            let mut order: Vec<usize> = (0..r.completions.len()).collect();
+            order.sort_by(|&a, &b| worth[b].total_cmp(&worth[a]));
+            let best_first: Vec<&Text> = order.iter().map(|&i| &r.completions[i]).collect();
+            self.answered(&r.prompt, &best_first, limits)
+        })
+    }
+
     /// The groups of demonstrations that come one by one, in bounded memory: while a chunk of them is
     /// tokenised on all threads, the next one is read.
     pub fn sft_stream<I: Iterator<Item = Result<SftRecord>> + Send>(
@@ -409,14 +442,29 @@ impl ChatTokenizer {
     }
 
     fn preference(&self, record: &PreferenceRecord, limits: &Limits) -> Result<Parted<Made>> {
-        let made = self.preference_whole(record, limits)?;
+        let both = [&record.chosen, &record.rejected];
+        let made = self.answered(&record.prompt, &both, limits)?;
+        Ok(made.and_then(|made| match made.completions.as_slice() {
+            [chosen, rejected] if chosen.ids == rejected.ids => Err(DropReason::Identical),
+            _ => Ok(made),
+        }))
+    }
+
+    /// A prompt with its completions.
+    fn answered(
+        &self,
+        prompt: &Text,
+        completions: &[&Text],
+        limits: &Limits,
+    ) -> Result<Parted<Made>> {
+        let made = self.answered_whole(prompt, completions, limits)?;
         if !lacks_room(&made, limits) {
             return Ok(made);
         }
-        let mut shorter = record.clone();
+        let mut shorter = prompt.clone();
         self.by_turns(limits, |limits| {
-            Ok(if drop_oldest_turn(&mut shorter.prompt) {
-                Some(self.preference_whole(&shorter, limits)?)
+            Ok(if drop_oldest_turn(&mut shorter) {
+                Some(self.answered_whole(&shorter, completions, limits)?)
             } else {
                 None
             })
@@ -465,16 +513,17 @@ impl ChatTokenizer {
         }
     }
 
-    fn preference_whole(&self, record: &PreferenceRecord, limits: &Limits) -> Result<Parted<Made>> {
-        if record.chosen.is_blank() || record.rejected.is_blank() {
+    fn answered_whole(
+        &self,
+        prompt: &Text,
+        completions: &[&Text],
+        limits: &Limits,
+    ) -> Result<Parted<Made>> {
+        if completions.iter().any(|c| c.is_blank()) {
             return Ok(Err(DropReason::EmptyCompletion));
         }
-        let split = self.split(&record.prompt, &[&record.chosen, &record.rejected])?;
-        let made = split.map_or_else(|e| Ok(Err(e)), |s| self.limited(s, limits))?;
-        Ok(made.and_then(|made| match made.completions.as_slice() {
-            [chosen, rejected] if chosen.ids == rejected.ids => Err(DropReason::Identical),
-            _ => Ok(made),
-        }))
+        let split = self.split(prompt, completions)?;
+        split.map_or_else(|e| Ok(Err(e)), |s| self.limited(s, limits))
     }
 
     /// A whole conversation, parted where the training begins.

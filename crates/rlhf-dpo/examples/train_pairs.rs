@@ -10,7 +10,7 @@ use rlhf_data::record::Record as _;
 use rlhf_data::source::{self, JsonlOut};
 use rlhf_data::tokenize::{ChatTokenizer, Limits};
 use rlhf_dpo::loss::PreferenceLoss;
-use rlhf_dpo::train::{DpoConfig, reference_sums, train};
+use rlhf_dpo::train::{DpoConfig, PairData, reference_sums, train};
 use rlhf_kernels::optim::AdamWConfig;
 use rlhf_model::{CausalLm as _, LoadOptions, Transformer};
 use rlhf_train::{LrSchedule, Session, SessionConfig, Stepper, StepperConfig, StopFlag};
@@ -69,8 +69,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let reference = reference_sums(&model, &data, &cfg)?;
     train(
         &model,
-        &data,
-        &reference,
+        PairData::new(&data, &reference),
         &cfg,
         None,
         &mut stepper,

@@ -26,6 +26,10 @@ pub enum Error {
     #[cfg(feature = "train")]
     #[error(transparent)]
     Model(#[from] rlhf_model::Error),
+    /// Who scores completions failed.
+    #[cfg(feature = "train")]
+    #[error("scoring completions: {0}")]
+    Scorer(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// A step, a log or a checkpoint failed.
     #[cfg(feature = "train")]
     #[error(transparent)]

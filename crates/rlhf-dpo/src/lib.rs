@@ -1,7 +1,7 @@
 //! Direct alignment: DPO and kin.
 //!
 //! The losses ([`loss`]) need only tensors: use them with a model of your own by turning the default
-//! feature `train` off. The trainer is the module `train`.
+//! feature `train` off. The trainers are the modules `train` (fixed data) and `online`.
 //!
 //! ```
 //! use rlhf_dpo::loss::{PairLogprobs, PreferenceLoss};
@@ -23,6 +23,8 @@
 
 mod error;
 pub mod loss;
+#[cfg(feature = "train")]
+pub mod online;
 #[cfg(feature = "train")]
 pub mod train;
 

@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use rlhf_data::conversation::Text;
 use rlhf_data::group::PromptGroup;
 use rlhf_data::import::{self, Format, Manifest};
-use rlhf_data::record::{PreferenceRecord, PromptRecord, Record};
+use rlhf_data::record::{PreferenceRecord, PromptRecord, RankedRecord, Record, UnpairedRecord};
 use rlhf_data::source;
 use rlhf_data::tokenize::{ChatTokenizer, Limits, Outcome, TokenizeReport, Turns};
 use rlhf_policy::rollout::Prompt;
@@ -48,6 +48,8 @@ pub(crate) struct Inputs {
     context: usize,
     sft: Shelf<PromptGroup>,
     preference: Shelf<PromptGroup>,
+    unpaired: Shelf<(PromptGroup, bool)>,
+    ranked: Shelf<PromptGroup>,
     prompts: Shelf<Prompt>,
 }
 
@@ -59,6 +61,8 @@ impl Inputs {
             context,
             sft: Shelf::default(),
             preference: Shelf::default(),
+            unpaired: Shelf::default(),
+            ranked: Shelf::default(),
             prompts: Shelf::default(),
         }
     }
@@ -97,6 +101,74 @@ impl Inputs {
                 let mut stream = self.tokenizer.preference_stream(records, limits);
                 let rows = stream.by_ref().collect::<Result<Vec<_>, _>>()?;
                 Ok((rows, stream.report().clone(), stream.rows() as usize))
+            },
+            PromptGroup::num_tokens,
+        )
+    }
+
+    /// By how much the chosen of each pair of [`Inputs::preference`] scores higher than the rejected: columns
+    /// `score_chosen` and `score_rejected`, or `margin`.
+    pub(crate) fn scores(&self, data: &Data) -> anyhow::Result<Vec<f64>> {
+        let path = recipe::resolve(&data.path, &self.shared);
+        let limit = data.limit.unwrap_or(usize::MAX);
+        let gaps: Vec<Option<f64>> = match format(data)? {
+            Some(format) => import::preferences(&path, format)?
+                .take(limit)
+                .map(|r| Ok(r?.margin))
+                .collect::<anyhow::Result<_>>()?,
+            None => source::rows(&path)?
+                .take(limit)
+                .map(|r| Ok(gap(&r?.columns)))
+                .collect::<anyhow::Result<_>>()?,
+        };
+        self.preference(data)?
+            .rows
+            .iter()
+            .map(|group| {
+                let gap = gaps.get(group.row as usize).copied().flatten();
+                gap.filter(|g| g.is_finite()).ok_or_else(|| {
+                    usage(
+                        format!("row {} has no scores, and the loss asks for them", group.row),
+                        path.display().to_string(),
+                        "add columns `score_chosen` and `score_rejected` (or `margin`) with finite numbers, or choose another loss",
+                    )
+                    .into()
+                })
+            })
+            .collect()
+    }
+
+    /// Thumbs: groups of one completion, and whether it is good.
+    pub(crate) fn unpaired(&self, data: &Data) -> anyhow::Result<Rc<Table<(PromptGroup, bool)>>> {
+        self.cached(
+            &self.unpaired,
+            (data, Turns::default()),
+            |path, limits| {
+                let records = collect::<UnpairedRecord>(records(path, data)?, data.limit)?;
+                let (groups, report) = self.tokenizer.unpaired_groups(&records, limits)?;
+                let label = |g: PromptGroup| {
+                    let good = records[g.row as usize].label;
+                    (g, good)
+                };
+                Ok((
+                    groups.into_iter().map(label).collect(),
+                    report,
+                    records.len(),
+                ))
+            },
+            |(group, _)| group.num_tokens(),
+        )
+    }
+
+    /// Rankings, best first.
+    pub(crate) fn ranked(&self, data: &Data) -> anyhow::Result<Rc<Table<PromptGroup>>> {
+        self.cached(
+            &self.ranked,
+            (data, Turns::default()),
+            |path, limits| {
+                let records = collect::<RankedRecord>(records(path, data)?, data.limit)?;
+                let (groups, report) = self.tokenizer.ranked_groups(&records, limits)?;
+                Ok((groups, report, records.len()))
             },
             PromptGroup::num_tokens,
         )
@@ -210,6 +282,8 @@ impl Inputs {
         let mut all: Vec<Facts> = Vec::new();
         all.extend(self.sft.borrow().values().map(|t| t.facts.clone()));
         all.extend(self.preference.borrow().values().map(|t| t.facts.clone()));
+        all.extend(self.unpaired.borrow().values().map(|t| t.facts.clone()));
+        all.extend(self.ranked.borrow().values().map(|t| t.facts.clone()));
         all.extend(self.prompts.borrow().values().map(|t| t.facts.clone()));
         all.sort_by(|a, b| (&a.path, a.rows).cmp(&(&b.path, b.rows)));
         all
@@ -219,10 +293,13 @@ impl Inputs {
     pub(crate) fn seen_prompts(&self, paths: &[String]) -> std::collections::HashSet<Vec<u32>> {
         let mut seen = std::collections::HashSet::new();
         let used = |f: &Facts| paths.contains(&f.path);
-        for shelf in [&self.sft, &self.preference] {
+        for shelf in [&self.sft, &self.preference, &self.ranked] {
             for table in shelf.borrow().values().filter(|t| used(&t.facts)) {
                 seen.extend(table.rows.iter().map(|g| g.prompt.clone()));
             }
+        }
+        for table in self.unpaired.borrow().values().filter(|t| used(&t.facts)) {
+            seen.extend(table.rows.iter().map(|(g, _)| g.prompt.clone()));
         }
         for table in self.prompts.borrow().values().filter(|t| used(&t.facts)) {
             seen.extend(table.rows.iter().map(|p| p.ids.clone()));
@@ -232,6 +309,13 @@ impl Inputs {
 }
 
 type Records<R> = Box<dyn Iterator<Item = rlhf_data::Result<R>> + Send>;
+
+/// By how much a row's chosen scores higher than its rejected.
+fn gap(row: &serde_json::Map<String, serde_json::Value>) -> Option<f64> {
+    let number = |name: &str| row.get(name)?.as_f64();
+    let scores = number("score_chosen").zip(number("score_rejected"));
+    scores.map_or_else(|| number("margin"), |(c, r)| Some(c - r))
+}
 
 /// The format of a file that is of a well-known dataset.
 fn format(data: &Data) -> rlhf_data::Result<Option<Format>> {

@@ -146,8 +146,27 @@ fn read_all(recipe: &Recipe, inputs: &Inputs) -> anyhow::Result<()> {
                     inputs.preference(&s.test)?;
                 }
                 StageKind::Dpo(s) => {
-                    inputs.preference(&s.data)?;
-                    s.test.as_ref().map(|t| inputs.preference(t)).transpose()?;
+                    for data in std::iter::once(&s.data).chain(&s.test) {
+                        inputs.preference(data)?;
+                        if s.asks_scores() {
+                            inputs.scores(data)?;
+                        }
+                    }
+                }
+                StageKind::Unpaired(s) => {
+                    inputs.unpaired(&s.data)?;
+                    s.test.as_ref().map(|t| inputs.unpaired(t)).transpose()?;
+                }
+                StageKind::Ranked(s) => {
+                    inputs.ranked(&s.data)?;
+                    s.test.as_ref().map(|t| inputs.ranked(t)).transpose()?;
+                }
+                StageKind::OnlineDpo(s) => {
+                    inputs.prompts(&s.rollouts.data)?;
+                    s.replay
+                        .as_ref()
+                        .map(|r| inputs.preference(&r.data))
+                        .transpose()?;
                 }
                 StageKind::Grpo(s) => drop(inputs.prompts(&s.rollouts.data)?),
                 StageKind::Ppo(s) => drop(inputs.prompts(&s.rollouts.data)?),
@@ -198,6 +217,12 @@ fn steps(kind: &StageKind) -> String {
         StageKind::Sft(s) => format!("{} steps of {} rows", s.steps, s.batch_size),
         StageKind::Reward(s) => format!("{} steps of {} pairs", s.steps, s.batch_size),
         StageKind::Dpo(s) => format!("{} steps of {} pairs", s.steps, s.batch_size),
+        StageKind::Unpaired(s) => format!("{} steps of {} rows", s.steps, s.batch_size),
+        StageKind::Ranked(s) => format!("{} steps of {} rankings", s.steps, s.batch_size),
+        StageKind::OnlineDpo(s) => format!(
+            "{} steps of {} × {} completions",
+            s.steps, s.rollouts.prompts_per_step, s.rollouts.group_size
+        ),
         StageKind::Grpo(s) => format!(
             "{} steps of {} × {} completions",
             s.steps, s.rollouts.prompts_per_step, s.rollouts.group_size

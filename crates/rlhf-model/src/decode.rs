@@ -321,7 +321,6 @@ pub(crate) struct Window<'a> {
 pub(crate) struct KvCache {
     keys: Vec<Tensor>,
     values: Vec<Tensor>,
-    columns: i64,
 }
 
 impl KvCache {
@@ -344,12 +343,7 @@ impl KvCache {
         Ok(Self {
             keys: make()?,
             values: make()?,
-            columns,
         })
-    }
-
-    pub(crate) fn columns(&self) -> i64 {
-        self.columns
     }
 
     fn all(&self) -> impl Iterator<Item = &Tensor> {

@@ -23,6 +23,18 @@ pub const SHIPPED: &[Shipped] = &[
         name: "smollm2-persona",
         text: include_str!("../recipes/smollm2-persona.toml"),
     },
+    Shipped {
+        name: "smollm2-losses",
+        text: include_str!("../recipes/smollm2-losses.toml"),
+    },
+    Shipped {
+        name: "smollm2-gsm8k",
+        text: include_str!("../recipes/smollm2-gsm8k.toml"),
+    },
+    Shipped {
+        name: "smollm2-harmless",
+        text: include_str!("../recipes/smollm2-harmless.toml"),
+    },
 ];
 
 /// Finds a shipped recipe.

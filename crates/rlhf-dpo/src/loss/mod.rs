@@ -8,7 +8,7 @@
 //! | --- | --- | --- |
 //! | pairs | [`PreferenceLoss`], mixed by [`PreferenceMix`] | [`dpo`], [`margin`], [`absolute`], [`aot`], [`likelihood`], [`nll`] |
 //! | thumbs | [`UnpairedLoss`](unpaired::UnpairedLoss) | [`unpaired`] |
-//! | rankings | | [`plackett_luce`] |
+//! | rankings | [`RankedLoss`](plackett_luce::RankedLoss) | [`plackett_luce`] |
 //!
 //! Modifiers are functions of what goes in: [`Divergence`] (f-DPO), [`PairValues::per_token`] (length
 //! normalisation), [`PairTokens::length_desensitized`] (LD-DPO), [`PairTokens::wpo_weights`] (WPO),
@@ -26,6 +26,7 @@ pub mod dpo;
 pub mod likelihood;
 pub mod margin;
 pub mod nll;
+pub mod online;
 mod pairs;
 pub mod plackett_luce;
 mod preference;

@@ -63,6 +63,44 @@ pub fn plackett_luce(ratios: &Ragged, beta: f64) -> Result<RankedOutput> {
     })
 }
 
+/// The losses of rankings by name.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)
+)]
+#[non_exhaustive]
+pub enum RankedLoss {
+    /// [`plackett_luce`].
+    PlackettLuce {
+        /// Strength of the reference.
+        beta: f64,
+    },
+}
+
+impl RankedLoss {
+    /// Computes the loss.
+    ///
+    /// # Errors
+    /// As [`plackett_luce`].
+    pub fn compute(&self, ratios: &Ragged) -> Result<RankedOutput> {
+        match *self {
+            Self::PlackettLuce { beta } => plackett_luce(ratios, beta),
+        }
+    }
+
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// As [`plackett_luce`] where settings are at fault.
+    pub fn check(&self) -> Result<()> {
+        match *self {
+            Self::PlackettLuce { beta } => positive("plackett_luce", "beta", beta),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use rlhf_kernels::Offsets;

@@ -319,6 +319,35 @@ pub enum UnpairedLoss {
 }
 
 impl UnpairedLoss {
+    /// Whether the loss has KTO's reference point z.
+    #[must_use]
+    pub fn asks_reference_point(&self) -> bool {
+        matches!(self, Self::Kto { .. })
+    }
+
+    /// `baseline` in units of the reward: βz, δ, or 0. What is good should have a higher reward than this.
+    #[must_use]
+    pub fn shift(&self, baseline: f64) -> f64 {
+        match *self {
+            Self::Kto { beta, .. } => beta * baseline,
+            Self::Bco { .. } => baseline,
+            Self::ApoZeroUnpaired { .. } => 0.0,
+        }
+    }
+
+    /// Checks the settings, on a completion made up for it.
+    ///
+    /// # Errors
+    /// As [`UnpairedLoss::compute`] where settings are at fault.
+    pub fn check(&self) -> Result<()> {
+        let one = UnpairedLogprobs {
+            logprobs: Tensor::from_slice(&[-1.0]),
+            ref_logprobs: Tensor::from_slice(&[-1.0]),
+            desirable: Tensor::from_slice(&[true]),
+        };
+        self.compute(&one, 0.0).map(drop)
+    }
+
     /// Computes the loss. `baseline` is what it compares rewards with, over the whole step: KTO's z
     /// ([`kl_estimate`]), BCO's δ ([`RunningMoments::mean`]); APO-zero looks at none.
     ///

@@ -11,24 +11,24 @@ use rlhf_dpo::loss::{Divergence, PairLogprobs, PairValues, Pairs, PreferenceLoss
 use rlhf_kernels::{Offsets, Ragged};
 use tch::{Kind, Tensor};
 
-const BETA: f64 = 0.5;
+pub(super) const BETA: f64 = 0.5;
 const REWARDS: [f64; 9] = [0.4, -0.3, 0.9, 0.0, 0.6, -0.8, 0.2, -0.1, 0.5];
 /// Logits of the first token, then of the second after each first.
-const REFERENCE: [f64; 12] = [
+pub(super) const REFERENCE: [f64; 12] = [
     0.3, -0.2, 0.5, 0.1, 0.0, -0.6, 0.7, -0.4, 0.2, 0.0, 0.3, -0.5,
 ];
 
 /// `[9]` log-probs of the completions.
-fn completions(logits: &Tensor) -> Tensor {
+pub(super) fn completions(logits: &Tensor) -> Tensor {
     let tables = logits.view([4, 3]).log_softmax(1, Kind::Double);
     (tables.get(0).unsqueeze(1) + tables.narrow(0, 1, 3)).view([9])
 }
 
-fn reference() -> Tensor {
+pub(super) fn reference() -> Tensor {
     completions(&Tensor::from_slice(&REFERENCE))
 }
 
-fn preference(i: usize, j: usize) -> f64 {
+pub(super) fn preference(i: usize, j: usize) -> f64 {
     1.0 / (1.0 + (REWARDS[j] - REWARDS[i]).exp())
 }
 
@@ -96,7 +96,7 @@ fn descend(loss: impl Fn(&Tensor) -> Tensor) -> Tensor {
     panic!("the descent did not come to rest");
 }
 
-fn total_variation(log_p: &Tensor, log_q: &Tensor) -> f64 {
+pub(super) fn total_variation(log_p: &Tensor, log_q: &Tensor) -> f64 {
     (log_p.exp() - log_q.exp())
         .abs()
         .sum(Kind::Double)

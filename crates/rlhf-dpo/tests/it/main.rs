@@ -17,6 +17,8 @@ mod golden;
 mod golden_io;
 mod golden_pref;
 mod gradcheck;
+mod online;
 mod props;
 mod sums;
+mod thumbs;
 mod train;

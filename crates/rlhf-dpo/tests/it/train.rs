@@ -4,7 +4,9 @@ use std::path::Path;
 
 use rlhf_data::group::{Completion, Finish, PromptGroup};
 use rlhf_dpo::loss::{Divergence, PreferenceLoss, PreferenceMix, WeightedLoss};
-use rlhf_dpo::train::{DpoConfig, HeldOut, evaluate_loss, pair_sums, reference_sums, train};
+use rlhf_dpo::train::{
+    DpoConfig, HeldOut, PairData, evaluate_loss, pair_sums, reference_sums, train,
+};
 use rlhf_kernels::optim::AdamWConfig;
 use rlhf_model::{CausalLm as _, Config, Transformer};
 use rlhf_train::{LrSchedule, Session, SessionConfig, Stepper, StepperConfig, StopFlag};
@@ -48,10 +50,10 @@ fn run(r: &Run<'_>) -> (Transformer, Vec<Value>) {
     let reference = reference_sums(&model, &data, &cfg).unwrap();
     let test_reference = pair_sums(&model, &test, 64).unwrap();
     let held_out = HeldOut {
-        data: &test,
-        reference: &test_reference,
+        data: PairData::new(&test, &test_reference),
         every: 2,
         patience: r.patience,
+        samples: None,
     };
     let config = StepperConfig {
         lr: r.lr,
@@ -73,8 +75,7 @@ fn run(r: &Run<'_>) -> (Transformer, Vec<Value>) {
     .unwrap();
     train(
         &model,
-        &data,
-        &reference,
+        PairData::new(&data, &reference),
         &cfg,
         Some(&held_out),
         &mut stepper,
@@ -242,7 +243,7 @@ fn a_running_delta_goes_through_checkpoints() {
     let zero = vec![(-4.0, -4.0); 12];
     let loss = PreferenceMix::from(PreferenceLoss::BcoPair { beta: 0.5 });
     let at = |delta| {
-        evaluate_loss(&loss, &test, &sums, &zero, delta)
+        evaluate_loss(&loss, PairData::new(&test, &zero), &sums, delta)
             .unwrap()
             .loss
     };

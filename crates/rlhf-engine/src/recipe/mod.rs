@@ -4,6 +4,7 @@
 //! recipe states them. Knows nothing of files' contents or sizes: that is `plan`. Losses check their own
 //! settings.
 
+mod align;
 mod stages;
 
 use std::collections::BTreeSet;
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::memory::Memory;
 
+pub use align::{Align, OnlineDpo, Ranked, Replay, Unpaired};
 pub use stages::{
     Data, Dpo, Eval, Grpo, Optim, Ppo, Reward, RewardPart, Rollouts, Sampling, Server, Sft,
 };
@@ -109,6 +111,12 @@ pub enum StageKind {
     Reward(Reward),
     /// Direct preference optimisation.
     Dpo(Dpo),
+    /// Direct alignment on thumbs: KTO and kin.
+    Unpaired(Unpaired),
+    /// Direct alignment on rankings.
+    Ranked(Ranked),
+    /// Direct alignment on pairs that are drawn while training.
+    OnlineDpo(OnlineDpo),
     /// Group-relative policy optimisation.
     Grpo(Grpo),
     /// Proximal policy optimisation.
@@ -125,6 +133,9 @@ impl StageKind {
             Self::Sft(_) => "sft",
             Self::Reward(_) => "reward",
             Self::Dpo(_) => "dpo",
+            Self::Unpaired(_) => "unpaired",
+            Self::Ranked(_) => "ranked",
+            Self::OnlineDpo(_) => "online_dpo",
             Self::Grpo(_) => "grpo",
             Self::Ppo(_) => "ppo",
             Self::Eval(_) => "eval",
@@ -148,6 +159,12 @@ impl Stage {
             StageKind::Sft(s) => names.push(("model", s.model.as_str())),
             StageKind::Reward(s) => names.push(("model", s.model.as_str())),
             StageKind::Dpo(s) => names.push(("model", s.model.as_str())),
+            StageKind::Unpaired(s) => names.push(("model", s.model.as_str())),
+            StageKind::Ranked(s) => names.push(("model", s.model.as_str())),
+            StageKind::OnlineDpo(s) => {
+                names.push(("model", s.model.as_str()));
+                rollouts(&s.rollouts, &mut names);
+            }
             StageKind::Grpo(s) => {
                 names.push(("model", s.model.as_str()));
                 rollouts(&s.rollouts, &mut names);
@@ -362,6 +379,9 @@ impl Source {
             "sft" => StageKind::Sft(read(t, &place)?),
             "reward" => StageKind::Reward(read(t, &place)?),
             "dpo" => StageKind::Dpo(read(t, &place)?),
+            "unpaired" => StageKind::Unpaired(read(t, &place)?),
+            "ranked" => StageKind::Ranked(read(t, &place)?),
+            "online_dpo" => StageKind::OnlineDpo(read(t, &place)?),
             "grpo" => StageKind::Grpo(read(t, &place)?),
             "ppo" => StageKind::Ppo(read(t, &place)?),
             "eval" => StageKind::Eval(read(t, &place)?),
@@ -369,7 +389,7 @@ impl Source {
                 return Err(usage(
                     format!("unknown kind `{other}`"),
                     &place,
-                    "use one of sft, reward, dpo, grpo, ppo, eval",
+                    "use one of sft, reward, dpo, unpaired, ranked, online_dpo, grpo, ppo, eval",
                 ));
             }
         };
@@ -490,26 +510,40 @@ impl Source {
             StageKind::Dpo(s) => {
                 optim(&s.optim);
                 memory(&s.memory, &mut need);
-                need(
-                    s.batch_size > 0 && s.steps > 0,
-                    "steps and batch_size must be above 0",
-                );
+                let size = (s.steps, s.batch_size);
+                let looks =
+                    align::looks(size, s.test.is_some(), s.test_every, s.patience, s.samples);
+                need(looks.is_none(), looks.unwrap_or_default());
                 let mix = s.mix();
                 if let Err(e) = mix.check() {
                     need(false, &format!("loss: {e}"));
                 }
+            }
+            StageKind::Unpaired(s) => {
+                optim(&s.optim);
+                let problem = s.problem();
+                need(problem.is_none(), problem.unwrap_or_default());
                 need(
-                    !mix.terms.iter().any(|t| t.loss.asks_scores()),
-                    "loss: it asks for scores of the completions, which data here do not have; use the library (rlhf_dpo::loss)",
+                    s.batch_size > 1 || !s.loss.asks_reference_point(),
+                    "batch_size must be at least 2: KTO mismatches the rows of a step",
                 );
-                need(
-                    s.test.is_some() || (s.test_every.is_none() && s.patience.is_none()),
-                    "test_every and patience need test",
-                );
-                need(
-                    s.patience.is_none() || s.test_every.is_some(),
-                    "patience needs test_every",
-                );
+                if let Err(e) = s.loss.check() {
+                    need(false, &format!("loss: {e}"));
+                }
+            }
+            StageKind::OnlineDpo(s) => {
+                optim(&s.optim);
+                rollouts(&s.rollouts, &mut need);
+                let problem = s.problem();
+                need(problem.is_none(), &problem.unwrap_or_default());
+            }
+            StageKind::Ranked(s) => {
+                optim(&s.optim);
+                let problem = s.problem();
+                need(problem.is_none(), problem.unwrap_or_default());
+                if let Err(e) = s.loss.check() {
+                    need(false, &format!("loss: {e}"));
+                }
             }
             StageKind::Grpo(s) => {
                 optim(&s.optim);

@@ -136,6 +136,9 @@ pub struct Dpo {
     /// Look at the held-out pairs after every so many steps.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub test_every: Option<u64>,
+    /// At every look, answer so many of the held-out prompts: `samples-000020.jsonl` in the stage's folder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub samples: Option<usize>,
     /// Stop when the held-out loss was not lower than its lowest for so many looks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub patience: Option<u64>,
@@ -164,6 +167,12 @@ pub struct Dpo {
 }
 
 impl Dpo {
+    /// Whether the loss asks for scores of the completions.
+    #[must_use]
+    pub fn asks_scores(&self) -> bool {
+        self.mix().terms.iter().any(|t| t.loss.asks_scores())
+    }
+
     /// The loss with all that belongs to it.
     #[must_use]
     pub fn mix(&self) -> PreferenceMix {

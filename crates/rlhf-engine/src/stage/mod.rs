@@ -4,8 +4,10 @@
 //! is handed over in memory. So a finished stage is skipped on resume and any stage's result can be
 //! used by itself.
 
+mod align;
 mod eval;
 pub(crate) mod measure;
+mod online;
 mod policy;
 mod preference;
 mod reference;
@@ -104,6 +106,9 @@ impl Context<'_> {
             StageKind::Sft(s) => preference::sft(self, &stage.name, s),
             StageKind::Reward(s) => preference::reward(self, &stage.name, s),
             StageKind::Dpo(s) => preference::dpo(self, &stage.name, s),
+            StageKind::Unpaired(s) => align::unpaired(self, &stage.name, s),
+            StageKind::Ranked(s) => align::ranked(self, &stage.name, s),
+            StageKind::OnlineDpo(s) => online::run(self, &stage.name, s),
             StageKind::Grpo(s) => policy::grpo(self, &stage.name, s),
             StageKind::Ppo(s) => policy::ppo(self, &stage.name, s),
             StageKind::Eval(s) => eval::run(self, &stage.name, s),

@@ -1,13 +1,14 @@
 //! The stages that learn from fixed data: SFT, reward model, DPO.
 
-use rlhf_dpo::train::{self as dpo_train, DpoConfig, HeldOut};
+use rlhf_dpo::train::{self as dpo_train, DpoConfig, HeldOut, PairData, PairSums};
 use rlhf_model::CausalLm as _;
 use rlhf_policy::sft::{self as sft_train, SftConfig};
 use rlhf_reward::train::{self as reward_train, RewardConfig};
 
+use super::align::samples;
 use super::reference::{self, Asked};
 use super::{Context, Ended};
-use crate::recipe::{Dpo, Reward, Sft};
+use crate::recipe::{Data, Dpo, Reward, Sft};
 
 pub(super) fn sft(ctx: &Context<'_>, name: &str, s: &Sft) -> anyhow::Result<Ended> {
     let model = ctx.learner(&s.model, &s.memory)?;
@@ -76,19 +77,25 @@ pub(super) fn dpo(ctx: &Context<'_>, name: &str, s: &Dpo) -> anyhow::Result<Ende
     };
     // Before the first step the model is the reference; on resume the checkpoint is loaded later.
     let folder = ctx.model_dir(&s.model);
-    let asked = |pairs, met| Asked {
+    let asked = |groups, met| Asked {
         model: &folder,
         memory: &s.memory,
-        pairs,
+        groups,
         micro_tokens: s.micro_tokens,
         met,
+    };
+    let in_pairs = |sums: Vec<f64>| -> PairSums {
+        let pairs = sums.chunks_exact(2);
+        pairs.map(|both| (both[0], both[1])).collect()
     };
     let reference = if asks_reference(s) {
         let positions = s.steps.saturating_mul(s.batch_size as u64);
         let met = (positions < data.rows.len() as u64).then_some((positions, cfg.seed));
-        reference::sums(ctx.dir, &asked(&data.rows[..], met), || {
-            Ok(dpo_train::reference_sums(&model, &data.rows, &cfg)?)
-        })?
+        in_pairs(reference::sums(
+            ctx.dir,
+            &asked(&data.rows[..], met),
+            || Ok(dpo_train::met_sums(&model, &data.rows, &cfg)?),
+        )?)
     } else {
         vec![(0.0, 0.0); data.rows.len()]
     };
@@ -100,24 +107,46 @@ pub(super) fn dpo(ctx: &Context<'_>, name: &str, s: &Dpo) -> anyhow::Result<Ende
     let test_reference = test
         .as_ref()
         .map(|t| {
-            reference::sums(ctx.dir, &asked(&t.rows[..], None), || {
-                Ok(dpo_train::pair_sums(&model, &t.rows, s.micro_tokens)?)
-            })
+            let sums = reference::sums(ctx.dir, &asked(&t.rows[..], None), || {
+                Ok(dpo_train::completion_sums(&model, &t.rows, s.micro_tokens)?)
+            })?;
+            anyhow::Ok(in_pairs(sums))
         })
         .transpose()?;
+    // Only differences of scores count.
+    let scores = |data: &Data| -> anyhow::Result<Option<PairSums>> {
+        let gaps = s
+            .asks_scores()
+            .then(|| ctx.inputs.scores(data))
+            .transpose()?;
+        Ok(gaps.map(|g| g.into_iter().map(|gap| (gap, 0.0)).collect()))
+    };
+    let (own_scores, test_scores) = (
+        scores(&s.data)?,
+        s.test.as_ref().map(scores).transpose()?.flatten(),
+    );
+    let dir = ctx.dir.join(name);
     let held_out = test.as_ref().zip(test_reference.as_ref()).zip(s.test_every);
     let held_out = held_out.map(|((test, reference), every)| HeldOut {
-        data: &test.rows,
-        reference,
+        data: PairData {
+            groups: &test.rows,
+            reference,
+            scores: test_scores.as_deref(),
+        },
         every,
         patience: s.patience,
+        samples: samples(ctx, s.samples, s.test.as_ref(), &test.rows, &dir),
     });
+    let pairs = PairData {
+        groups: &data.rows,
+        reference: &reference,
+        scores: own_scores.as_deref(),
+    };
     let mut stepper = ctx.stepper(model.parameters(), &s.optim, &s.memory, s.steps);
     let mut session = ctx.session(name, s.steps)?;
     let flow = dpo_train::train(
         &model,
-        &data.rows,
-        &reference,
+        pairs,
         &cfg,
         held_out.as_ref(),
         &mut stepper,

@@ -12,7 +12,6 @@ use arrow_array::{ArrayRef, Float64Array, RecordBatch, UInt64Array};
 use arrow_schema::{DataType, Field, Schema};
 use rlhf_data::group::PromptGroup;
 use rlhf_data::source::{self, ParquetOut};
-use rlhf_dpo::train::PairSums;
 use sha2::{Digest as _, Sha256};
 
 use crate::memory::Memory;
@@ -23,17 +22,19 @@ pub(super) struct Asked<'a> {
     pub(super) model: &'a Path,
     /// How its weights are kept.
     pub(super) memory: &'a Memory,
-    /// The pairs.
-    pub(super) pairs: &'a [PromptGroup],
+    /// The groups whose completions are summed.
+    pub(super) groups: &'a [PromptGroup],
     /// Packed tokens a batch.
     pub(super) micro_tokens: usize,
-    /// Which of the pairs are met, where not all are.
+    /// Which of the groups are met, where not all are.
     pub(super) met: Option<(u64, u64)>,
 }
 
 impl Asked<'_> {
     fn key(&self) -> anyhow::Result<String> {
         let mut digest = Sha256::new();
+        // Of a sum for each completion; the first form had a row for each pair.
+        digest.update("completions");
         let mut files: Vec<PathBuf> = std::fs::read_dir(self.model)
             .and_then(|all| all.map(|e| e.map(|e| e.path())).collect())
             .with_context(|| format!("reading {}", self.model.display()))?;
@@ -47,7 +48,7 @@ impl Asked<'_> {
         let m = self.memory;
         let settings = (m.weights, m.int8_base, self.micro_tokens, self.met);
         digest.update(format!("{settings:?}"));
-        for group in self.pairs {
+        for group in self.groups {
             digest.update((group.prompt.len() as u64).to_le_bytes());
             group
                 .prompt
@@ -63,17 +64,20 @@ impl Asked<'_> {
     }
 }
 
-/// The sums that are asked for: those kept under `run`, else what `compute` gives, which is kept then. Pairs
-/// that are never met have NaN.
+/// The sums of all completions, group after group: those kept under `run`, else what `compute` gives, which is
+/// kept then. Completions that are never met have NaN.
 pub(super) fn sums(
     run: &Path,
     asked: &Asked<'_>,
-    compute: impl FnOnce() -> anyhow::Result<PairSums>,
-) -> anyhow::Result<PairSums> {
+    compute: impl FnOnce() -> anyhow::Result<Vec<f64>>,
+) -> anyhow::Result<Vec<f64>> {
     let folder = run.join("reference");
     let path = folder.join(format!("{}.parquet", asked.key()?));
     if path.is_file() {
-        return read(&path, asked.pairs.len());
+        return read(
+            &path,
+            asked.groups.iter().map(|g| g.completions.len()).sum(),
+        );
     }
     let sums = compute()?;
     std::fs::create_dir_all(&folder)
@@ -82,21 +86,19 @@ pub(super) fn sums(
     Ok(sums)
 }
 
-fn write(path: &Path, sums: &PairSums) -> anyhow::Result<()> {
-    let met: Vec<(u64, (f64, f64))> = (0u64..)
+fn write(path: &Path, sums: &[f64]) -> anyhow::Result<()> {
+    let met: Vec<(u64, f64)> = (0u64..)
         .zip(sums.iter().copied())
-        .filter(|(_, (chosen, _))| !chosen.is_nan())
+        .filter(|(_, sum)| !sum.is_nan())
         .collect();
     let column = |name: &str, kind: DataType| Field::new(name, kind, false);
     let schema = Arc::new(Schema::new(vec![
-        column("pair", DataType::UInt64),
-        column("chosen", DataType::Float64),
-        column("rejected", DataType::Float64),
+        column("completion", DataType::UInt64),
+        column("logprobs", DataType::Float64),
     ]));
     let columns: Vec<ArrayRef> = vec![
         Arc::new(UInt64Array::from_iter_values(met.iter().map(|m| m.0))),
-        Arc::new(Float64Array::from_iter_values(met.iter().map(|m| m.1.0))),
-        Arc::new(Float64Array::from_iter_values(met.iter().map(|m| m.1.1))),
+        Arc::new(Float64Array::from_iter_values(met.iter().map(|m| m.1))),
     ];
     let mut file = ParquetOut::create(path, schema.clone())?;
     file.write(&RecordBatch::try_new(schema, columns)?)?;
@@ -104,23 +106,22 @@ fn write(path: &Path, sums: &PairSums) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn read(path: &Path, pairs: usize) -> anyhow::Result<PairSums> {
-    let mut sums = vec![(f64::NAN, f64::NAN); pairs];
+fn read(path: &Path, completions: usize) -> anyhow::Result<Vec<f64>> {
+    let mut sums = vec![f64::NAN; completions];
     for row in source::rows(path)? {
         let row = row?;
-        let number = |name: &str| row.columns.get(name).and_then(serde_json::Value::as_f64);
-        let pair = row.columns.get("pair").and_then(serde_json::Value::as_u64);
-        let slot = pair.and_then(|i| sums.get_mut(usize::try_from(i).ok()?));
-        let (Some(slot), Some(chosen), Some(rejected)) =
-            (slot, number("chosen"), number("rejected"))
-        else {
+        let value = |name: &str| row.columns.get(name);
+        let sum = value("logprobs").and_then(serde_json::Value::as_f64);
+        let at = value("completion").and_then(serde_json::Value::as_u64);
+        let slot = at.and_then(|i| sums.get_mut(usize::try_from(i).ok()?));
+        let (Some(slot), Some(sum)) = (slot, sum) else {
             anyhow::bail!(
                 "{}: {} is no row of sums; delete the file, it will be computed again",
                 path.display(),
                 row.place
             );
         };
-        *slot = (chosen, rejected);
+        *slot = sum;
     }
     Ok(sums)
 }
@@ -152,11 +153,11 @@ mod tests {
         let asked = || Asked {
             model: &model,
             memory: &memory,
-            pairs: &pairs,
+            groups: &pairs,
             micro_tokens: 64,
             met: None,
         };
-        let given = vec![(-1.0 / 3.0, -1e-300), (f64::NAN, f64::NAN), (-7.25, 0.0)];
+        let given = vec![-1.0 / 3.0, -1e-300, f64::NAN, f64::NAN, -7.25, 0.0];
         let made = std::cell::Cell::new(0);
         let ask = |asked: &Asked<'_>| {
             let seen = sums(dir.path(), asked, || {
@@ -165,11 +166,7 @@ mod tests {
             })
             .unwrap();
             // NaN is not itself: compare the bits.
-            let bits = |s: &PairSums| -> Vec<u64> {
-                s.iter()
-                    .flat_map(|x| [x.0.to_bits(), x.1.to_bits()])
-                    .collect()
-            };
+            let bits = |s: &[f64]| -> Vec<u64> { s.iter().map(|x| x.to_bits()).collect() };
             assert_eq!(bits(&seen), bits(&given));
             made.get()
         };
@@ -193,7 +190,7 @@ mod tests {
                 ..asked()
             },
             Asked {
-                pairs: &other,
+                groups: &other,
                 ..asked()
             },
         ];
@@ -205,7 +202,7 @@ mod tests {
         // A file that is not of sums says so.
         let key = asked().key().unwrap();
         let path = dir.path().join(format!("reference/{key}.parquet"));
-        write(&path, &vec![(0.0, 0.0); 9]).unwrap();
+        write(&path, &[0.0; 9]).unwrap();
         let e = sums(dir.path(), &asked(), || unreachable!()).unwrap_err();
         assert!(e.to_string().contains("delete the file"), "{e}");
     }

@@ -6,6 +6,7 @@
     reason = "tests"
 )]
 
+mod align;
 mod cli;
 mod recipes;
 mod runs;

@@ -27,6 +27,9 @@ fn every_shipped_recipe_parses_with_and_without_its_overlay() {
                     StageKind::Sft(s) => s.steps,
                     StageKind::Reward(s) => s.steps,
                     StageKind::Dpo(s) => s.steps,
+                    StageKind::Unpaired(s) => s.steps,
+                    StageKind::Ranked(s) => s.steps,
+                    StageKind::OnlineDpo(s) => s.steps,
                     StageKind::Grpo(s) => s.steps,
                     StageKind::Ppo(s) => s.steps,
                     StageKind::Eval(_) => 0,
@@ -89,7 +92,6 @@ fn wrong_values_are_refused_before_anything_runs() {
     let text = Source::find("quickstart").unwrap().text;
     for (set, word) in [
         ("stages.dpo.loss.beta=-1", "beta"),
-        ("stages.dpo.loss={ kind = \"rebel\", eta = 1.0 }", "scores"),
         ("stages.dpo.loss={ kind = \"magic\" }", "magic"),
         (
             "stages.dpo.plus=[{ weight = nan, loss = { kind = \"sft\" } }]",

@@ -71,7 +71,7 @@ fn lines(out: &Path, stage: &str) -> usize {
 }
 
 /// Waits until the stage has logged `n` steps, or the child ended.
-fn wait_for(child: &mut Child, out: &Path, stage: &str, n: usize) {
+pub(super) fn wait_for(child: &mut Child, out: &Path, stage: &str, n: usize) {
     let began = Instant::now();
     while lines(out, stage) < n && child.try_wait().unwrap().is_none() {
         assert!(

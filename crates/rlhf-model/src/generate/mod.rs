@@ -77,6 +77,8 @@ pub fn generate(
 pub struct Decoder<'m> {
     model: &'m Transformer,
     weights: DecodeWeights,
+    /// Another model whose logits are mixed in, and its share of them.
+    other: Option<(&'m Transformer, DecodeWeights, f64)>,
     stop: Option<StopStrings<'m>>,
 }
 
@@ -97,8 +99,43 @@ impl<'m> Decoder<'m> {
         Ok(Self {
             model,
             weights: DecodeWeights::new(model, weights)?,
+            other: None,
             stop: None,
         })
+    }
+
+    /// Draws from the geometric mixture of two models instead, token by token: probabilities in proportion to
+    /// π^(1−share) · `other`^share (Nash-MD's regularised policy, Munos et al. 2023, arXiv 2312.00886).
+    ///
+    /// # Errors
+    /// [`Error::Argument`] unless `share` lies in 0 to 1 and the models have one vocabulary, context and device.
+    pub fn mixed_with(mut self, other: &'m Transformer, share: f64) -> Result<Self> {
+        let of = |m: &Transformer| {
+            let c = m.config();
+            (c.vocab_size, c.max_position_embeddings, m.device())
+        };
+        if !(0.0..=1.0).contains(&share) {
+            return Err(Error::Argument(format!(
+                "a share of {share} of the other model's logits, expected 0 to 1"
+            )));
+        }
+        if of(other) != of(self.model) {
+            return Err(Error::Argument(format!(
+                "models of vocabulary, context and device {:?} and {:?} cannot be mixed",
+                of(self.model),
+                of(other)
+            )));
+        }
+        let weights = DecodeWeights::new(other, DecoderWeights::AsLoaded)?;
+        self.other = Some((other, weights, share));
+        Ok(self)
+    }
+
+    /// The models with their shares of the logits.
+    fn parts(&self) -> impl Iterator<Item = (&Transformer, &DecodeWeights, f64)> {
+        let own = 1.0 - self.other.as_ref().map_or(0.0, |o| o.2);
+        let other = self.other.as_ref().map(|(m, w, share)| (*m, w, *share));
+        std::iter::once((self.model, &self.weights, own)).chain(other)
     }
 
     /// Ends completions at texts, too; such a completion has [`rlhf_data::group::Finish::Stop`] and keeps all of its

@@ -12,10 +12,11 @@ use super::{
     Decoder, GenerateLimits, GenerateProgress, GenerateRequest, RecordedLogprobs, SamplingConfig,
     StopStrings,
 };
-use crate::decode::{KvCache, PromptCache, Window, step, wide};
+use crate::decode::{DecodeWeights, KvCache, PromptCache, Window, step, wide};
 use crate::error::{Error, Result};
 use crate::rope::Angles;
 use crate::sampling::{Drawn, Filters, draw, greedy};
+use crate::trunk::Trunk;
 
 /// Tokens with their log-probabilities, likeliest first.
 type Likeliest = Vec<(u32, f32)>;
@@ -41,9 +42,21 @@ struct Slot {
 struct Waiting {
     request: usize,
     next_sample: usize,
-    cache: PromptCache,
+    /// One for each part.
+    caches: Vec<PromptCache>,
     /// `[1, V]`.
     logits: Tensor,
+}
+
+/// A model whose logits are what is drawn from, or are mixed into it.
+struct Part<'a> {
+    trunk: &'a Trunk,
+    weights: &'a DecodeWeights,
+    /// The factor of its logits.
+    share: f64,
+    cache: KvCache,
+    /// Of every position, for each of the trunk's ropes.
+    angles: Vec<Angles>,
 }
 
 pub(super) struct Wave<'a> {
@@ -55,9 +68,8 @@ pub(super) struct Wave<'a> {
     max_prefill_tokens: usize,
     /// Most completions together.
     capacity: usize,
-    cache: KvCache,
-    /// Of every position, for each of the trunk's ropes.
-    angles: Vec<Angles>,
+    /// The decoder's model, and another one where there is one.
+    parts: Vec<Part<'a>>,
     columns: Tensor,
     /// Requests not yet computed, longest prompt first.
     pending: VecDeque<usize>,
@@ -109,7 +121,18 @@ impl<'a> Wave<'a> {
             .collect();
         // Later prompts then never ask for more columns than the first; the order shows nowhere else.
         pending.sort_by_key(|&r| std::cmp::Reverse(requests[r].prompt.len()));
+        let parts = decoder.parts().map(|(model, weights, share)| {
+            let trunk = model.trunk();
+            Ok(Part {
+                trunk,
+                weights,
+                share,
+                cache: KvCache::new(trunk, capacity as i64, columns as i64)?,
+                angles: trunk.angles(&positions),
+            })
+        });
         Ok(Self {
+            parts: parts.collect::<Result<_>>()?,
             decoder,
             requests,
             config,
@@ -117,8 +140,6 @@ impl<'a> Wave<'a> {
             stream: Stream::new(config.seed, Purpose::Sample),
             max_prefill_tokens: limits.max_prefill_tokens,
             capacity,
-            cache: KvCache::new(trunk, capacity as i64, columns as i64)?,
-            angles: trunk.angles(&positions),
             columns: Tensor::arange(columns as i64, (Kind::Int64, trunk.device())),
             pending: pending.into(),
             waiting: None,
@@ -175,8 +196,10 @@ impl<'a> Wave<'a> {
         if !from.is_empty() && end > start {
             let device = self.decoder.model.device();
             let upload = |rows: &[i64]| Tensor::from_slice(rows).to_device(device);
-            self.cache
-                .move_rows(&upload(&from), &upload(&to), start, end);
+            let (from, to) = (upload(&from), upload(&to));
+            for part in &self.parts {
+                part.cache.move_rows(&from, &to, start, end);
+            }
         }
         self.slots.truncate(live);
         self.refresh_bias();
@@ -236,25 +259,37 @@ impl<'a> Wave<'a> {
             })
             .collect();
         let layout = AttentionLayout::new(groups)?;
-        let mut cache = PromptCache::default();
-        let hidden = trunk.forward(
-            &upload(&ids)?,
-            &upload(&positions)?,
-            &layout,
-            &mut |k, v| {
+        let (ids, positions, last) = (upload(&ids)?, upload(&positions)?, upload(&last)?);
+        let mut caches = Vec::with_capacity(self.parts.len());
+        let logits = self.mixed(|part| {
+            let mut cache = PromptCache::default();
+            let hidden = part.trunk.forward(&ids, &positions, &layout, &mut |k, v| {
                 cache.keys.push(k.shallow_clone());
                 cache.values.push(v.shallow_clone());
-            },
-        )?;
-        let logits = self
-            .decoder
-            .weights
-            .logits(&hidden.index_select(0, &upload(&last)?))?;
+            })?;
+            caches.push(cache);
+            part.weights.logits(&hidden.index_select(0, &last))
+        })?;
         Ok(Prompts {
             spans,
-            cache,
+            caches,
             logits,
         })
+    }
+
+    /// Σ share · logits of the parts: of two models the logits of the normalised π₁^share₁ π₂^share₂.
+    fn mixed(&self, mut logits: impl FnMut(&Part<'a>) -> Result<Tensor>) -> Result<Tensor> {
+        let (first, rest) = self.parts.split_at(1);
+        let of = logits(&first[0])?;
+        if rest.is_empty() {
+            return Ok(of);
+        }
+        let mut sum = of.to_kind(wide(of.kind())) * first[0].share;
+        for part in rest {
+            let of = logits(part)?;
+            sum += of.to_kind(wide(of.kind())) * part.share;
+        }
+        Ok(sum)
     }
 
     /// Gives rows to as many samples of the prompts as there is room for, and draws their first
@@ -289,7 +324,11 @@ impl<'a> Wave<'a> {
                 self.waiting = Some(Waiting {
                     request: span.request,
                     next_sample: span.first_sample + taken,
-                    cache: prompts.cache.slice(span.start as i64, span.length as i64),
+                    caches: prompts
+                        .caches
+                        .iter()
+                        .map(|c| c.slice(span.start as i64, span.length as i64))
+                        .collect(),
                     logits: prompts.logits.narrow(0, i as i64, 1).copy(),
                 });
             }
@@ -308,8 +347,10 @@ impl<'a> Wave<'a> {
         let device = self.decoder.model.device();
         let index = Tensor::f_from_slice(&index)?.f_to_device(device)?;
         let rows = spans_of.len() as i64;
-        self.cache
-            .place(&prompts.cache, &index, first as i64, rows, self.now);
+        for (part, cache) in self.parts.iter().zip(&prompts.caches) {
+            part.cache
+                .place(cache, &index, first as i64, rows, self.now);
+        }
         self.refresh_bias();
         let of: Vec<i64> = spans_of.iter().map(|&i| i as i64).collect();
         let of = Tensor::f_from_slice(&of)?.f_to_device(device)?;
@@ -318,7 +359,7 @@ impl<'a> Wave<'a> {
 
     /// One token more for every row.
     fn advance(&mut self, progress: &mut dyn FnMut(GenerateProgress)) -> Result<()> {
-        if self.now == self.cache.columns() {
+        if self.now == self.columns.size()[0] {
             self.make_room_before(0, self.slots.len());
         }
         let last = |s: &Slot| i64::from(s.ids.last().copied().unwrap_or(0));
@@ -329,8 +370,7 @@ impl<'a> Wave<'a> {
         let upload = |rows: &[i64]| -> Result<Tensor> {
             Ok(Tensor::f_from_slice(rows)?.f_to_device(model.device())?)
         };
-        let positions = upload(&positions)?;
-        let angles: Vec<Angles> = self.angles.iter().map(|a| a.select(&positions)).collect();
+        let (ids, positions) = (upload(&ids)?, upload(&positions)?);
         // A finished row sees itself alone: nobody reads what it says.
         let start = |s: &Slot| if s.done.is_some() { self.now } else { s.start };
         let starts: Vec<i64> = self.slots.iter().map(start).collect();
@@ -340,16 +380,18 @@ impl<'a> Wave<'a> {
             now: self.now,
             bias: self.bias.as_ref(),
         };
-        let weights = &self.decoder.weights;
-        let logits = step(
-            model.trunk(),
-            weights,
-            &self.cache,
-            &upload(&ids)?,
-            &positions,
-            &angles,
-            &window,
-        )?;
+        let logits = self.mixed(|part| {
+            let angles: Vec<Angles> = part.angles.iter().map(|a| a.select(&positions)).collect();
+            step(
+                part.trunk,
+                part.weights,
+                &part.cache,
+                &ids,
+                &positions,
+                &angles,
+                &window,
+            )
+        })?;
         self.now += 1;
         self.draw(&logits, 0, progress)
     }
@@ -544,12 +586,14 @@ impl<'a> Wave<'a> {
         }
         let start = first_column(&self.slots[..rows]).unwrap_or(self.now);
         let width = self.now - start;
-        let full = self.now == self.cache.columns();
+        let full = self.now == self.columns.size()[0];
         if self.now >= length && !full {
             return;
         }
         let now = width.max(length);
-        self.cache.shift(rows as i64, start, self.now, now);
+        for part in &self.parts {
+            part.cache.shift(rows as i64, start, self.now, now);
+        }
         let by = now - self.now;
         for slot in &mut self.slots[..rows] {
             slot.start += by;
@@ -612,14 +656,16 @@ struct Span {
 /// Computed prompts.
 struct Prompts {
     spans: Vec<Span>,
-    cache: PromptCache,
+    /// One for each part.
+    caches: Vec<PromptCache>,
     /// `[prompts, V]`, after the last token of each.
     logits: Tensor,
 }
 
 impl Waiting {
     fn into_prompts(self) -> Prompts {
-        let length = self.cache.keys.first().map_or(0, |k| k.size()[0] as usize);
+        let keys = self.caches.first().and_then(|c| c.keys.first());
+        let length = keys.map_or(0, |k| k.size()[0] as usize);
         Prompts {
             spans: vec![Span {
                 request: self.request,
@@ -627,7 +673,7 @@ impl Waiting {
                 start: 0,
                 length,
             }],
-            cache: self.cache,
+            caches: self.caches,
             logits: self.logits,
         }
     }

@@ -422,3 +422,74 @@ fn weights_kept_in_bf16_for_decoding() {
     let e = Decoder::with_weights(&double, DecoderWeights::Bf16).unwrap_err();
     assert!(e.to_string().contains("f32 models on the CPU"), "{e}");
 }
+
+/// Two random models of one vocabulary.
+fn two() -> [Transformer; 2] {
+    let other = small(Kind::Double);
+    for (i, (_, t)) in other.parameters().into_iter().enumerate() {
+        let _no_grad = tch::no_grad_guard();
+        let wave = Tensor::arange(t.numel() as i64, (Kind::Double, tch::Device::Cpu)) + i as f64;
+        let _ = t
+            .detach()
+            .g_add_(&((wave * 0.9).sin() * 0.2).view(t.size().as_slice()));
+    }
+    [small(Kind::Double), other]
+}
+
+#[test]
+fn a_mixture_draws_from_the_normalised_product_of_two_models() {
+    let [a, b] = two();
+    let share = 0.3;
+    let config = SamplingConfig {
+        max_new_tokens: 12,
+        eos_ids: vec![2, 5],
+        seed: 4,
+        ..SamplingConfig::default()
+    };
+    // A small batch with late arrivals: both caches move together.
+    let limits = GenerateLimits {
+        max_batch_sequences: 5,
+        max_prefill_tokens: 20,
+        ..GenerateLimits::default()
+    };
+    let requests = requests(40);
+    let draw = |share: f64| {
+        let decoder = Decoder::new(&a).unwrap().mixed_with(&b, share).unwrap();
+        let groups = decoder.generate(&requests, &config, &limits, &mut |_| {});
+        groups.unwrap()
+    };
+    for group in draw(share) {
+        let packed = batch(std::slice::from_ref(&group));
+        let at = |model: &Transformer| {
+            model
+                .logits(&packed)
+                .unwrap()
+                .index_select(0, &packed.target_rows)
+        };
+        // π_a^0.7 π_b^0.3, normalised, token by token.
+        let mixed = at(&a).log_softmax(-1, None::<Kind>) * (1.0 - share)
+            + at(&b).log_softmax(-1, None::<Kind>) * share;
+        let expected = mixed
+            .log_softmax(-1, None::<Kind>)
+            .gather(1, &packed.target_ids.unsqueeze(1), false)
+            .squeeze_dim(1);
+        let drawn: Vec<f64> = group
+            .completions
+            .iter()
+            .flat_map(|c| &c.sampler.as_ref().unwrap().logprobs)
+            .map(|lp| f64::from(*lp))
+            .collect();
+        assert!(max_diff(&Tensor::from_slice(&drawn), &expected) < 1e-5);
+    }
+    // With no share it is the one model, with all of it the other.
+    let ids = |groups: &[PromptGroup]| -> Vec<Vec<u32>> {
+        let all = groups.iter().flat_map(|g| &g.completions);
+        all.map(|c| c.ids.clone()).collect()
+    };
+    assert_eq!(ids(&draw(0.0)), ids(&run(&a, &requests, &config, &limits)));
+    assert_eq!(ids(&draw(1.0)), ids(&run(&b, &requests, &config, &limits)));
+    assert_ne!(ids(&draw(0.0)), ids(&draw(1.0)));
+    assert!(Decoder::new(&a).unwrap().mixed_with(&b, 1.5).is_err());
+    let e = Decoder::new(&a).unwrap().mixed_with(&llama(), 0.5);
+    assert!(e.unwrap_err().to_string().contains("cannot be mixed"));
+}
