@@ -490,6 +490,7 @@ fn a_mixture_draws_from_the_normalised_product_of_two_models() {
     assert_eq!(ids(&draw(1.0)), ids(&run(&b, &requests, &config, &limits)));
     assert_ne!(ids(&draw(0.0)), ids(&draw(1.0)));
     assert!(Decoder::new(&a).unwrap().mixed_with(&b, 1.5).is_err());
-    let e = Decoder::new(&a).unwrap().mixed_with(&llama(), 0.5);
+    let stranger = llama();
+    let e = Decoder::new(&a).unwrap().mixed_with(&stranger, 0.5);
     assert!(e.unwrap_err().to_string().contains("cannot be mixed"));
 }
