@@ -5,7 +5,7 @@ use std::path::Path;
 use rlhf_data::conversation::{Message, Role, Text};
 use rlhf_data::error::Error;
 use rlhf_data::group::PromptGroup;
-use rlhf_data::record::PreferenceRecord;
+use rlhf_data::record::{PreferenceRecord, RankedRecord, pair_to_unpaired};
 use rlhf_data::tokenize::{ChatTokenizer, Limits};
 
 fn tokenizer() -> ChatTokenizer {
@@ -93,5 +93,33 @@ fn an_error_comes_after_the_groups_before_it() {
         assert_eq!(given, before);
         assert!(e.contains(&format!("row {bad}")), "{e}");
         assert!(stream.next().is_none());
+    }
+}
+
+#[test]
+fn thumbs_and_rankings_are_the_sides_of_pairs() {
+    let (t, limits) = (tokenizer(), Limits::new(64, 40));
+    let records = records(20);
+    let (pairs, _) = t.preference_groups(&records, &limits).unwrap();
+    let thumbs: Vec<_> = records.iter().flat_map(pair_to_unpaired).collect();
+    let (singles, report) = t.unpaired_groups(&thumbs, &limits).unwrap();
+    // Only the blank half of a pair goes.
+    assert_eq!((singles.len(), report.truncated), (37, 4));
+    let ranking = |r: &PreferenceRecord| RankedRecord {
+        prompt: r.prompt.clone(),
+        completions: vec![r.rejected.clone(), r.chosen.clone()],
+        scores: Some(vec![-1.0, 0.5]),
+    };
+    let rankings: Vec<_> = records.iter().map(ranking).collect();
+    assert_eq!(t.ranked_groups(&rankings, &limits).unwrap().0, pairs);
+    for pair in &pairs {
+        for (side, completion) in (0u64..).zip(&pair.completions) {
+            let of_row = singles.iter().find(|g| g.row == 2 * pair.row + side);
+            let single = of_row.unwrap();
+            assert_eq!(
+                (&single.prompt, &single.completions[0]),
+                (&pair.prompt, completion)
+            );
+        }
     }
 }
