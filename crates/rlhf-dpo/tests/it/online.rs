@@ -74,12 +74,12 @@ fn xpos_expected_gradient_is_that_of_its_objective() {
         let own = plain(logits);
         let delta = |i: usize| own[i] - base[i];
         let mut sum = 0.0;
-        for i in 0..9 {
-            for j in 0..9 {
+        for (i, of_policy) in drawn.iter().enumerate() {
+            for (j, of_base) in base.iter().enumerate() {
                 let z = BETA * (delta(i) - delta(j));
                 let p = preference(i, j);
                 let pair = -p * log_sigmoid(z) - (1.0 - p) * log_sigmoid(-z);
-                sum += drawn[i] * base[j].exp() * (pair + alpha * own[j]);
+                sum += of_policy * of_base.exp() * (pair + alpha * own[j]);
             }
         }
         sum
@@ -91,9 +91,9 @@ fn xpos_expected_gradient_is_that_of_its_objective() {
     let expected = |own: &Tensor| {
         let base_t = reference();
         let mut sum = Tensor::zeros([], (Kind::Double, Device::Cpu));
-        for i in 0..9 {
-            for j in 0..9 {
-                let weight = drawn[i] * base[j].exp();
+        for (i, of_policy) in drawn.iter().enumerate() {
+            for (j, of_base) in base.iter().enumerate() {
+                let weight = of_policy * of_base.exp();
                 let one = |t: &Tensor, k: usize| t.narrow(0, k as i64, 1);
                 for (c, r, p) in [(i, j, preference(i, j)), (j, i, preference(j, i))] {
                     let of = |t: &Tensor| PairValues::new(&one(t, c), &one(t, r)).unwrap();
