@@ -154,14 +154,17 @@ INLINE F widen(const uint16_t *p) {
   __builtin_memcpy(&wide, &bits, 64);
   return wide;
 }
-template <class E, int R>
-INLINE void panel_tile(const float *x, int64_t row, int64_t k, const E *panel, float *out, int64_t ldo) {
+// One tile of rows; meanwhile AHEAD lines of 64 bytes for each step of k are fetched from `ahead` on.
+template <class E, int R, int AHEAD>
+void panel_tile(const float *x, int64_t row, int64_t k, const E *panel, float *out, int64_t ldo, const char *ahead) {
   F acc[R][kTileVecs];
 #pragma GCC unroll 12
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < kTileVecs; ++j) acc[i][j] = F{};
   for (int64_t p = 0; p < k; ++p) {
+#pragma GCC unroll 2
+    for (int l = 0; l < AHEAD; ++l) __builtin_prefetch(ahead + (p * AHEAD + l) * 64, 0, 2);
     F y[kTileVecs];
 #pragma GCC unroll 2
     for (int j = 0; j < kTileVecs; ++j) y[j] = widen(panel + p * rlhf::kPanel + j * W);
@@ -177,17 +180,30 @@ INLINE void panel_tile(const float *x, int64_t row, int64_t k, const E *panel, f
 #pragma GCC unroll 2
     for (int j = 0; j < kTileVecs; ++j) store(out + i * ldo + j * W, acc[i][j]);
 }
+template <class E, int AHEAD>
+int64_t panel_rows(const float *x, int64_t rows, int64_t row, int64_t k, const E *w, float *out, int64_t ldo,
+                   const char *ahead) {
+  if (kTileRows == 8 && rows >= 12) return panel_tile<E, 12, AHEAD>(x, row, k, w, out, ldo, ahead), 12;
+  if (rows >= kTileRows) return panel_tile<E, kTileRows, AHEAD>(x, row, k, w, out, ldo, ahead), kTileRows;
+  if (rows >= 4) return panel_tile<E, 4, AHEAD>(x, row, k, w, out, ldo, ahead), 4;
+  return panel_tile<E, 1, AHEAD>(x, row, k, w, out, ldo, ahead), 1;
+}
+// The first pass over a panel waits for memory and the others compute, so the next panel is fetched while this one is
+// multiplied: by the first tile of rows alone, or half by each of the first two.
 template <class E>
-void panel(const float *x, int64_t rows, int64_t row, int64_t k, const E *w, float *out, int64_t ldo) {
-  for (int64_t j = 0; j < rlhf::kPanel; j += kTileVecs * W) {
-    int64_t i = 0;
-    if (kTileRows == 8)
-      for (; i + 12 <= rows; i += 12) panel_tile<E, 12>(x + i * row, row, k, w + j, out + i * ldo + j, ldo);
-    for (; i + kTileRows <= rows; i += kTileRows)
-      panel_tile<E, kTileRows>(x + i * row, row, k, w + j, out + i * ldo + j, ldo);
-    for (; i + 4 <= rows; i += 4) panel_tile<E, 4>(x + i * row, row, k, w + j, out + i * ldo + j, ldo);
-    for (; i < rows; ++i) panel_tile<E, 1>(x + i * row, row, k, w + j, out + i * ldo + j, ldo);
-  }
+void panel(const float *x, int64_t rows, int64_t row, int64_t k, const E *w, const E *next, float *out, int64_t ldo) {
+  constexpr int lines = rlhf::kPanel * sizeof(E) / 64;
+  const bool halves = lines == 2 && rows > (kTileRows == 8 ? 12 : kTileRows);
+  int64_t fetched = next ? 0 : lines;
+  for (int64_t j = 0; j < rlhf::kPanel; j += kTileVecs * W)
+    for (int64_t i = 0; i < rows;) {
+      const float *from = x + i * row;
+      float *to = out + i * ldo + j;
+      const char *ahead = (const char *)next + fetched * k * 64;
+      if (fetched == lines) i += panel_rows<E, 0>(from, rows - i, row, k, w + j, to, ldo, nullptr);
+      else if (halves) i += panel_rows<E, 1>(from, rows - i, row, k, w + j, to, ldo, ahead), ++fetched;
+      else i += panel_rows<E, lines>(from, rows - i, row, k, w + j, to, ldo, ahead), fetched = lines;
+    }
 }
 
 // Scratch that grows and is kept by its thread.
@@ -422,8 +438,28 @@ void rotate(const float *x, const rlhf::Decode &a, int64_t sequence, float facto
   for (int64_t i = turning; i < a.d; ++i) out[i] = x[i] * factor;
 }
 
-// out[d] = Σ weights[c] · values[c][d] over n columns.
-template <int VECS>
+// out[c] = q · keys[c] over n columns; d is VECS vectors, or any number where VECS is 0. `each(c)` comes before.
+template <int VECS, class Each>
+INLINE void scores(const float *q, const float *keys, int64_t column, int64_t n, int64_t d, float *out, Each each) {
+  F x[VECS + 1];
+#pragma GCC unroll 8
+  for (int j = 0; j < VECS; ++j) x[j] = load(q + j * W);
+  for (int64_t c = 0; c < n; ++c) {
+    each(c);
+    const float *k = keys + c * column;
+    if (VECS == 0) {
+      out[c] = dot(q, k, d);
+      continue;
+    }
+    F s[2] = {};
+#pragma GCC unroll 8
+    for (int j = 0; j < VECS; ++j) s[j % 2] += x[j] * load(k + j * W);
+    out[c] = folded(s[0] + s[1]);
+  }
+}
+
+// out[d] = Σ weights[c] · values[c][d] over n columns, for d up to VECS vectors, all of them whole or not.
+template <int VECS, bool WHOLE>
 INLINE void mix(const float *values, int64_t column, const float *weights, int64_t n, int64_t d, float *out) {
   F acc[VECS];
 #pragma GCC unroll 4
@@ -431,7 +467,10 @@ INLINE void mix(const float *values, int64_t column, const float *weights, int64
   for (int64_t c = 0; c < n; ++c) {
     const F w = splat(weights[c]);
 #pragma GCC unroll 4
-    for (int j = 0; j < VECS; ++j) acc[j] += w * some(values + c * column + j * W, d - j * W);
+    for (int j = 0; j < VECS; ++j) {
+      const float *v = values + c * column + j * W;
+      acc[j] += w * (WHOLE ? load(v) : some(v, d - j * W));
+    }
   }
 #pragma GCC unroll 4
   for (int j = 0; j < VECS; ++j) put(out + j * W, acc[j], d - j * W);
@@ -448,11 +487,24 @@ void decode(const rlhf::Decode &a, int64_t sequence, int64_t head) {
   const float *keys = a.keys + at + from * a.cache_column, *values = a.values + at + from * a.cache_column;
   float *weights = scratch<float>(0, n + W), *q = scratch<float>(1, d + W);
   const float cap = (float)a.cap;
+  // What this thread reads next is fetched while it computes.
+  const int64_t after = head + 1 < a.hkv ? at + a.cache_head : at + a.cache_row - head * a.cache_head;
+  const bool last = sequence + 1 == a.n && head + 1 == a.hkv;
+  const auto fetch = [&](const float *next, int64_t c) {
+    for (int64_t j = 0; !last && j < d; j += 16) __builtin_prefetch(next + (from + c) * a.cache_column + j, 0, 2);
+  };
   for (int64_t g = 0; g < each; ++g) {
     const int64_t query = head * each + g;
     float *out = a.out + (sequence * a.hq + query) * d;
     rotate(a.q + sequence * a.q_row + query * a.q_head, a, sequence, (float)(cap > 0 ? a.scale / a.cap : a.scale), q);
-    for (int64_t c = 0; c < n; ++c) weights[c] = dot(q, keys + c * a.cache_column, d);
+    const auto each = [&](int64_t c) {
+      if (g == 0) fetch(a.keys + after, c), fetch(a.values + after, c);
+    };
+    switch (d % W == 0 ? d / W : 0) {
+    case 4: scores<4>(q, keys, a.cache_column, n, d, weights, each); break;
+    case 8: scores<8>(q, keys, a.cache_column, n, d, weights, each); break;
+    default: scores<0>(q, keys, a.cache_column, n, d, weights, each);
+    }
     const float inf = __builtin_inff();
     F top = splat(-inf);
     for (int64_t c = 0; c < n; c += W) {
@@ -471,8 +523,8 @@ void decode(const rlhf::Decode &a, int64_t sequence, int64_t head) {
     const float share = 1.f / folded(total);
     for (int64_t c = 0; c < n; ++c) weights[c] *= share;
     int64_t j = 0;
-    for (; j + 4 * W <= d; j += 4 * W) mix<4>(values + j, a.cache_column, weights, n, d - j, out + j);
-    for (; j < d; j += W) mix<1>(values + j, a.cache_column, weights, n, d - j, out + j);
+    for (; j + 4 * W <= d; j += 4 * W) mix<4, true>(values + j, a.cache_column, weights, n, d - j, out + j);
+    for (; j < d; j += W) mix<1, false>(values + j, a.cache_column, weights, n, d - j, out + j);
   }
 }
 
@@ -490,10 +542,50 @@ void silu_gate(const float *gate, const float *up, int64_t n, float *out) {
   }
 }
 
+// Probabilities are summed by blocks of ids first; those of one block are computed again for the exact place.
+constexpr int64_t kDrawBlock = 16 * W;
+rlhf::Drawn draw(const float *z, int64_t v, double uniform) {
+  const float inf = __builtin_inff();
+  F top = splat(-inf), sums{};
+  for (int64_t i = 0; i < v; i += W) {
+    const bool whole = v - i >= W;
+    top = larger<float>(whole ? load(z + i) : load(z + i, v - i, -inf), top);
+    sums += whole ? load(z + i) : load(z + i, v - i, 0.f);
+  }
+  const float m = max<float>(top);
+  const auto p = [&](int64_t i) { return exp((v - i >= W ? load(z + i) : load(z + i, v - i, -inf)) - m); };
+  const int64_t blocks = (v + kDrawBlock - 1) / kDrawBlock;
+  double *upto = scratch<double>(0, blocks), total = 0;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t end = (b + 1) * kDrawBlock < v ? (b + 1) * kDrawBlock : v;
+    F s{};
+    for (int64_t i = b * kDrawBlock; i < end; i += W) s += p(i);
+    upto[b] = total += folded(s);
+  }
+  // Rounding may put a drawn point on the total; so far below it the point certainly lies inside. A NaN falls out of
+  // every comparison: the last id, and it shows in the log-probability.
+  const double inside = 1 - 1e-12, point = (uniform < inside ? uniform : inside) * total;
+  int64_t b = 0;
+  while (b + 1 < blocks && !(upto[b] > point)) ++b;
+  const double before = b > 0 ? upto[b - 1] : 0;
+  double part = (point - before) / (upto[b] - before);
+  part = part < 0 ? 0 : part > inside ? inside : part;
+  const int64_t first = b * kDrawBlock, n = v - first < kDrawBlock ? v - first : kDrawBlock;
+  float each[kDrawBlock];
+  double mass = 0, sum = 0;
+  for (int64_t i = 0; i < n; i += W) store(each + i, p(first + i));
+  for (int64_t i = 0; i < n; ++i) mass += each[i];
+  int64_t i = 0;
+  for (; i + 1 < n; ++i)
+    if ((sum += each[i]) > part * mass) break;
+  const int64_t id = first + i;
+  return {id, (float)((double)z[id] - m - __builtin_log(total)), folded(sums)};
+}
+
 } // namespace
 
 namespace rlhf {
 extern const CpuKernels RLHF_ISA;
 const CpuKernels RLHF_ISA = {stats, grad, attend<float>, attend<double>, attend_grad<float>, attend_grad<double>,
-                             panel<float>, panel<uint16_t>, decode, rms_norm, silu_gate};
+                             panel<float>, panel<uint16_t>, decode, rms_norm, silu_gate, draw};
 } // namespace rlhf

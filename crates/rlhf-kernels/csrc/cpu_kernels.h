@@ -34,7 +34,7 @@ struct Decode {
   const float *cos, *sin; // [n][turning], the sign of the rotation in sin; null where keys carry no position
   int64_t turning;
   const int64_t *starts;
-  int64_t now, hq, hkv, d, window; // window: as in Attention
+  int64_t n, now, hq, hkv, d, window; // window: as in Attention
   double scale, cap;
   float *out; // [n][Hq][D]
 };
@@ -42,6 +42,12 @@ struct Decode {
 // Of one row of logits: its maximum m, log S with S = Σ exp((z − m)/T), its entropy (0 unless asked for),
 // and 1/S. Probabilities come from 1/S: log S in f32 would make all of a row's wrong by the same factor.
 constexpr int64_t kStats = 4;
+
+// A token drawn from one row of scores.
+struct Drawn {
+  int64_t id;
+  float logprob, sum; // NaN where a score is NaN or +∞; the sum of all scores, finite exactly when they are
+};
 
 // Columns of a matrix that lie together when it is packed for few rows.
 constexpr int64_t kPanel = 32;
@@ -57,16 +63,20 @@ struct CpuKernels {
   void (*attend_f64)(const Attention<double> &, const Group &, int64_t head);
   void (*attend_grad_f32)(const Attention<float> &, const Group &, int64_t head);
   void (*attend_grad_f64)(const Attention<double> &, const Group &, int64_t head);
-  // out [rows][ldo], kPanel columns of it, = x [rows][k] with rows `row` apart, times one panel [k][kPanel].
-  void (*panel_f32)(const float *x, int64_t rows, int64_t row, int64_t k, const float *panel, float *out, int64_t ldo);
-  void (*panel_bf16)(const float *x, int64_t rows, int64_t row, int64_t k, const uint16_t *panel, float *out,
-                     int64_t ldo);
+  // out [rows][ldo], kPanel columns of it, = x [rows][k] with rows `row` apart, times one panel [k][kPanel]; `next` is the
+  // panel that this thread multiplies next, or null.
+  void (*panel_f32)(const float *x, int64_t rows, int64_t row, int64_t k, const float *panel, const float *next,
+                    float *out, int64_t ldo);
+  void (*panel_bf16)(const float *x, int64_t rows, int64_t row, int64_t k, const uint16_t *panel, const uint16_t *next,
+                     float *out, int64_t ldo);
   // One sequence and one key head: writes its key and value, then its query heads' mixtures.
   void (*decode)(const Decode &, int64_t sequence, int64_t head);
   // out[d] = x · weight / √(mean x² + eps)
   void (*rms_norm)(const float *x, const float *weight, int64_t d, float eps, float *out);
   // out[n] = silu(gate) · up
   void (*silu_gate)(const float *gate, const float *up, int64_t n, float *out);
+  // The first of v ids at which the cumulative probability of softmax(scores) exceeds the uniform.
+  Drawn (*draw)(const float *scores, int64_t v, double uniform);
 };
 
 const CpuKernels &cpu_kernels();

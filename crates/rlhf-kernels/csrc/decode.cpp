@@ -30,6 +30,7 @@ RLHF_API char *rlhf_decode_attention(at::Tensor **out, const at::Tensor *const *
                          t[6] ? t[6]->const_data_ptr<float>() : nullptr,
                          t[5] ? t[5]->size(2) : 0,
                          starts,
+                         n,
                          now,
                          q.size(1),
                          k.size(1),
@@ -73,5 +74,22 @@ RLHF_API char *rlhf_silu_gate(at::Tensor **out, const at::Tensor *both) {
       for (int64_t i = begin; i < end; ++i) kernels.silu_gate(from + i * row, from + i * row + d, d, to + i * d);
     });
     *out = rlhf::give(std::move(y));
+  });
+}
+
+// scores [n,V] with unit stride in V, uniforms[n]. Into ids[n], logprobs[n], sums[n].
+RLHF_API char *rlhf_draw(const at::Tensor *scores, const double *uniforms, int64_t *ids, float *logprobs, float *sums) {
+  return rlhf::guard([&] {
+    const int64_t n = scores->size(0), v = scores->size(1), row = scores->stride(0);
+    const float *from = scores->const_data_ptr<float>();
+    const auto &kernels = rlhf::cpu_kernels();
+    at::parallel_for(0, n, std::max<int64_t>(1, 8192 / v), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const rlhf::Drawn drawn = kernels.draw(from + i * row, v, uniforms[i]);
+        ids[i] = drawn.id;
+        logprobs[i] = drawn.logprob;
+        sums[i] = drawn.sum;
+      }
+    });
   });
 }

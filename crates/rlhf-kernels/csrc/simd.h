@@ -22,7 +22,8 @@ using F = Vec<float>;
 
 #define INLINE inline __attribute__((always_inline))
 
-template <class T> INLINE Vec<T> splat(T x) { return Vec<T>{} + x; }
+// Minus, not plus: x − 0 is x whatever its sign, so this is a broadcast alone; 0 + x is an addition to the compiler.
+template <class T> INLINE Vec<T> splat(T x) { return x - Vec<T>{}; }
 template <class T> INLINE Vec<T> load(const T *p) {
   Vec<T> v;
   __builtin_memcpy(&v, p, 64);

@@ -132,3 +132,35 @@ pub fn silu_gate(both: &Tensor) -> Result<Tensor> {
     })?;
     ffi::silu_gate(both)
 }
+
+/// A token for every row of scores.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DrawnRows {
+    /// Their ids.
+    pub ids: Vec<i64>,
+    /// Their log-probabilities under softmax(scores); NaN where a score of the row is NaN or +∞.
+    pub logprobs: Vec<f32>,
+    /// The sum of each row's scores: finite exactly when all of them are.
+    pub sums: Vec<f32>,
+}
+
+/// Draws from softmax(`scores`) by inversion: the first token, in order of ids, at which the
+/// cumulative probability exceeds the row's uniform. Nothing of the size of `scores` is written.
+///
+/// # Shapes
+/// `scores` `[n, V]` with V > 0, `uniforms` `[n]` in (0, 1).
+///
+/// # Errors
+/// When shape or type does not fit.
+pub fn draw(scores: &Tensor, uniforms: &[f64]) -> Result<DrawnRows> {
+    rows_of("draw", scores, &[uniforms.len() as i64, -1])?;
+    ensure(scores.size()[1] > 0, "draw", || {
+        "there are no scores to draw from".into()
+    })?;
+    let (ids, logprobs, sums) = ffi::draw(scores, uniforms)?;
+    Ok(DrawnRows {
+        ids,
+        logprobs,
+        sums,
+    })
+}

@@ -91,6 +91,7 @@ unsafe extern "C" {
         by_completion: c_int,
         sequence_mean: c_int,
     ) -> *mut c_char;
+    fn rlhf_pack_panels(out: *mut *mut C_tensor, weight: *const C_tensor) -> *mut c_char;
     fn rlhf_panel_product(
         out: *mut *mut C_tensor,
         x: *const C_tensor,
@@ -154,6 +155,13 @@ unsafe extern "C" {
         eps: f64,
     ) -> *mut c_char;
     fn rlhf_silu_gate(out: *mut *mut C_tensor, both: *const C_tensor) -> *mut c_char;
+    fn rlhf_draw(
+        scores: *const C_tensor,
+        uniforms: *const f64,
+        ids: *mut i64,
+        logprobs: *mut f32,
+        sums: *mut f32,
+    ) -> *mut c_char;
     fn rlhf_round_to_bf16(from: *const C_tensor, to: *const C_tensor, salt: u32) -> *mut c_char;
     #[cfg(test)]
     fn rlhf_dynamic_maps(out: *mut f32);
@@ -489,6 +497,15 @@ pub(crate) fn surrogate(
     Ok((take(out), sums))
 }
 
+/// `weight` f32 or bf16 `[O, I]` on the CPU.
+pub(crate) fn pack_panels(weight: &Tensor) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: the tensor is alive for the call; the caller checked its type, shape and device.
+    let message = unsafe { rlhf_pack_panels(&raw mut out, weight.as_ptr()) };
+    check("Panels::pack", message)?;
+    Ok(take(out))
+}
+
 /// `x` f32 `[B, I]` with unit stride in I, `panels` contiguous `[n, I, 32]`, both on the CPU.
 pub(crate) fn panel_product(x: &Tensor, panels: &Tensor) -> Result<Tensor> {
     let mut out = std::ptr::null_mut();
@@ -543,6 +560,26 @@ pub(crate) fn silu_gate(both: &Tensor) -> Result<Tensor> {
     let message = unsafe { rlhf_silu_gate(&raw mut out, both.as_ptr()) };
     check("silu_gate", message)?;
     Ok(take(out))
+}
+
+/// `scores` f32 `[n, V]` with unit stride in V on the CPU, V > 0, a uniform a row. Ids, their
+/// log-probabilities, and each row's sum.
+pub(crate) fn draw(scores: &Tensor, uniforms: &[f64]) -> Result<(Vec<i64>, Vec<f32>, Vec<f32>)> {
+    let n = uniforms.len();
+    let (mut ids, mut logprobs, mut sums) = (vec![0; n], vec![0.0; n], vec![0.0; n]);
+    // SAFETY: the tensor is alive and has n rows, as the caller checked, and so many numbers are written
+    // into each list.
+    let message = unsafe {
+        rlhf_draw(
+            scores.as_ptr(),
+            uniforms.as_ptr(),
+            ids.as_mut_ptr(),
+            logprobs.as_mut_ptr(),
+            sums.as_mut_ptr(),
+        )
+    };
+    check("draw", message)?;
+    Ok((ids, logprobs, sums))
 }
 
 /// `groups`: for each the prompt's start and end, the number of completions, their starts and ends.
@@ -784,6 +821,8 @@ mod tests {
         .unwrap();
         let gated = decode::silu_gate(&mixed).unwrap();
         let normed = decode::rms_norm(&mixed, &wave(&[80], 0.3).detach(), 1e-5).unwrap();
+        let drawn = decode::draw(&mixed, &[0.37; 60]).unwrap();
+        let drawn = Tensor::from_slice(&drawn.logprobs);
         let entropy = out.entropy.unwrap();
         (out.logprobs.sum(None)
             + entropy.sum(None) * 0.3
@@ -802,6 +841,7 @@ mod tests {
             &mixed,
             &gated,
             &normed,
+            &drawn,
         ];
         let flat: Vec<Tensor> = all.iter().map(|t| t.detach().flatten(0, -1)).collect();
         Vec::try_from(Tensor::cat(&flat, 0)).unwrap()

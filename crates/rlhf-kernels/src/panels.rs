@@ -2,15 +2,12 @@
 //!
 //! A product of B rows with a matrix of I·O numbers reads every number once and is bound by that as long
 //! as B is small; a general product first copies the matrix into blocks, which costs more than the
-//! product. Here the copy is made once.
+//! product. Here the copy is made once. While one panel is multiplied, the next is fetched from memory.
 
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Result, ensure};
 use crate::ffi;
-
-/// Columns that lie together.
-const WIDTH: i64 = 32;
 
 /// A matrix `[O, I]` in panels of 32 of its rows.
 #[derive(Debug)]
@@ -44,21 +41,10 @@ impl Panels {
             OP,
             || format!("the weight is {:?}, expected f32 or bf16", weight.kind()),
         )?;
-        let _no_grad = tch::no_grad_guard();
-        let (out, from) = (size[0], size[1]);
-        let panels = out.div_euclid(WIDTH) + i64::from(out % WIDTH != 0);
-        let data = Tensor::f_zeros([panels, from, WIDTH], (weight.kind(), Device::Cpu))?;
-        let whole = out / WIDTH;
-        let rows = weight.detach().narrow(0, 0, whole * WIDTH);
-        data.narrow(0, 0, whole)
-            .copy_(&rows.reshape([whole, WIDTH, from]).transpose(1, 2));
-        if whole < panels {
-            let rest = out - whole * WIDTH;
-            data.select(0, whole)
-                .narrow(1, 0, rest)
-                .copy_(&weight.detach().narrow(0, whole * WIDTH, rest).tr());
-        }
-        Ok(Self { data, out })
+        Ok(Self {
+            data: ffi::pack_panels(&weight.detach())?,
+            out: size[0],
+        })
     }
 
     /// x·Wᵀ in f32, without gradients.

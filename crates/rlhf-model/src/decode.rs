@@ -6,7 +6,7 @@
 //! the keys already, so columns carry no meaning of their own and may be shifted together.
 
 use rlhf_kernels::decode::{DecodeCache, decode_attention, decodes, silu_gate};
-use rlhf_kernels::{AttentionOptions, Panels};
+use rlhf_kernels::{AttentionLayout, AttentionOptions, Panels, shared_prefix_attention};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
@@ -253,6 +253,24 @@ impl DecodeLayer {
     }
 }
 
+impl DecodeLayer {
+    /// The residual stream after what attention mixed and the feed-forward block.
+    fn after(&self, c: &Config, x: &Tensor, mixed: &Tensor) -> Result<Tensor> {
+        let x = self.o.add(x, mixed)?;
+        let input = norm(self.mlp_norm.as_ref(), &x)?;
+        let up = self.up.forward(&input)?;
+        let inner = match (self.gated, self.activation) {
+            (true, Activation::Silu) if decodes(&up) => silu_gate(&up)?,
+            (true, activation) => {
+                let half = c.intermediate_size;
+                activate(activation, &up.narrow(1, 0, half)) * up.narrow(1, half, half)
+            }
+            (false, activation) => activate(activation, &up),
+        };
+        self.down.add(&x, &inner)
+    }
+}
+
 /// A model's weights as a decoding step wants them.
 #[derive(Debug)]
 pub(crate) struct DecodeWeights {
@@ -260,6 +278,8 @@ pub(crate) struct DecodeWeights {
     norm: Norm,
     head: Matrix,
     softcap: Option<f64>,
+    /// Everything is f32 on the CPU, the matrices are in panels.
+    panels: bool,
 }
 
 impl DecodeWeights {
@@ -291,6 +311,9 @@ impl DecodeWeights {
             norm: trunk.norm.frozen(),
             head: Matrix::new(&model.lm_head().detach(), layout)?,
             softcap: model.logit_softcap(),
+            panels: layout != Layout::Shared
+                && trunk.kind() == Kind::Float
+                && trunk.device() == Device::Cpu,
         })
     }
 
@@ -433,20 +456,47 @@ pub(crate) fn step(
         let input = norm(layer.input_norm.as_ref(), &x)?;
         let cached = (&cache.keys[i], &cache.values[i]);
         let mixed = layer.attend(c, &input, angles, cached, window)?;
-        x = layer.o.add(&x, &mixed)?;
-        let input = norm(layer.mlp_norm.as_ref(), &x)?;
-        let up = layer.up.forward(&input)?;
-        let inner = match (layer.gated, layer.activation) {
-            (true, Activation::Silu) if decodes(&up) => silu_gate(&up)?,
-            (true, activation) => {
-                let half = c.intermediate_size;
-                activate(activation, &up.narrow(1, 0, half)) * up.narrow(1, half, half)
-            }
-            (false, activation) => activate(activation, &up),
-        };
-        x = layer.down.add(&x, &inner)?;
+        x = layer.after(c, &x, &mixed)?;
     }
     weights.logits(&weights.norm.decode(&x)?)
+}
+
+/// Hidden states `[N, H]` of packed prompts, and their keys and values. In f32 on the CPU panels serve
+/// many rows as well as few, and a row's result does not depend on the others; in other types and on other
+/// devices the model's own pass is made.
+pub(crate) fn prompts(
+    trunk: &Trunk,
+    weights: &DecodeWeights,
+    ids: &Tensor,
+    positions: &Tensor,
+    layout: &AttentionLayout,
+) -> Result<(Tensor, PromptCache)> {
+    let mut cache = PromptCache::default();
+    if !weights.panels {
+        let hidden = trunk.forward(ids, positions, layout, &mut |k, v| {
+            cache.keys.push(k.shallow_clone());
+            cache.values.push(v.shallow_clone());
+        })?;
+        return Ok((hidden, cache));
+    }
+    let c = &trunk.config;
+    let (hq, hkv) = (c.num_attention_heads, c.num_key_value_heads);
+    let angles = trunk.angles(positions);
+    let mut x = trunk.embed(ids, positions)?;
+    for layer in &weights.layers {
+        let (qk, v) = layer.heads(c, &norm(layer.input_norm.as_ref(), &x)?)?;
+        let qk = layer
+            .rope
+            .map_or_else(|| qk.shallow_clone(), |which| angles[which].rotate(&qk));
+        // Copies: the cache must not hold on to the queries.
+        let (k, v) = (qk.narrow(1, hq, hkv).copy(), v.copy());
+        let q = qk.narrow(1, 0, hq);
+        let mixed = shared_prefix_attention(&q, &k, &v, layout, &layer.options)?;
+        x = layer.after(c, &x, &mixed.flatten(1, 2))?;
+        cache.keys.push(k);
+        cache.values.push(v);
+    }
+    Ok((weights.norm.decode(&x)?, cache))
 }
 
 /// Attention of one token a sequence: `q` `[n, Hkv, Hq / Hkv, D]` over `[n, Hkv, columns, D]`.

@@ -4,6 +4,7 @@
 //! All of them work on `[B, V]` in f32 or f64 and row by row: a row's result does not depend on the
 //! other rows.
 
+use rlhf_kernels::decode::{self, decodes};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
@@ -115,6 +116,8 @@ pub struct Drawn {
     /// Their log-probabilities under the distribution drawn from, `[B]`; NaN where a logit was NaN
     /// or +inf.
     pub logprobs: Tensor,
+    /// The sum of each row's scores, `[B]`, where the draw had it for nothing.
+    pub sums: Option<Tensor>,
 }
 
 /// Ids whose probabilities are summed together before the exact place is looked for.
@@ -124,12 +127,24 @@ const INSIDE: f64 = 1.0 - 1e-12;
 
 /// Draws from softmax(`scores`) by inversion: the first token, in order of ids, at which the
 /// cumulative probability exceeds the row's uniform. Cumulative sums run over blocks of ids first
-/// and then within one block, which costs a fraction of a sum over the whole vocabulary.
+/// and then within one block, which costs a fraction of a sum over the whole vocabulary. On the CPU in
+/// f32 a kernel does the same without writing a probability.
 ///
 /// # Shapes
-/// `scores` `[B, V]`, `uniforms` f64 `[B]` in (0, 1).
-#[must_use]
-pub fn draw(scores: &Tensor, uniforms: &Tensor) -> Drawn {
+/// `scores` `[B, V]`, `uniforms` `[B]` in (0, 1).
+///
+/// # Errors
+/// When there is not a uniform a row.
+pub fn draw(scores: &Tensor, uniforms: &[f64]) -> Result<Drawn> {
+    if decodes(scores) && scores.stride()[1] == 1 {
+        let drawn = decode::draw(scores, uniforms)?;
+        return Ok(Drawn {
+            ids: Tensor::f_from_slice(&drawn.ids)?,
+            logprobs: Tensor::f_from_slice(&drawn.logprobs)?,
+            sums: Some(Tensor::f_from_slice(&drawn.sums)?),
+        });
+    }
+    let uniforms = Tensor::f_from_slice(uniforms)?.f_to_device(scores.device())?;
     let probs = scores.softmax(-1, None::<Kind>);
     let (rows, vocab) = (probs.size()[0], probs.size()[1]);
     let whole = vocab / BLOCK * BLOCK;
@@ -152,10 +167,11 @@ pub fn draw(scores: &Tensor, uniforms: &Tensor) -> Drawn {
     // The clamp matters only for a row of NaN, which falls out of every block.
     let ids = within.gather(1, &cell, false).clamp_max(vocab - 1);
     let logprobs = probs.gather(1, &ids, false).log().squeeze_dim(1);
-    Drawn {
+    Ok(Drawn {
         ids: ids.squeeze_dim(1),
         logprobs,
-    }
+        sums: None,
+    })
 }
 
 /// Where a point falls among `masses` `[B, n]`: the index i64 `[B, 1]` of the first at which the
@@ -180,7 +196,11 @@ fn invert(masses: &Tensor, fraction: &Tensor) -> (Tensor, Tensor) {
 pub fn greedy(scores: &Tensor) -> Drawn {
     let ids = scores.argmax(-1, false);
     let logprobs = Tensor::zeros([scores.size()[0]], (scores.kind(), scores.device()));
-    Drawn { ids, logprobs }
+    Drawn {
+        ids,
+        logprobs,
+        sums: None,
+    }
 }
 
 #[cfg(test)]
@@ -215,28 +235,30 @@ mod tests {
     fn the_draw_inverts_the_cumulative_distribution() {
         // Cumulative: .5 .5 .8 1 (token 1 is removed).
         let l = logits(&[0.5, 0.0, 0.3, 0.2]).repeat([5, 1]);
-        let u = Tensor::from_slice(&[1e-12, 0.4999, 0.5001, 0.81, 1.0 - f64::EPSILON / 2.0]);
-        let out = draw(&l, &u);
-        assert_eq!(Vec::<i64>::try_from(&out.ids).unwrap(), [0, 0, 2, 3, 3]);
-        let p: Vec<f64> = Vec::try_from(out.logprobs.exp()).unwrap();
-        for (a, b) in p.iter().zip([0.5, 0.5, 0.3, 0.2, 0.2]) {
-            assert!((a - b).abs() < 1e-12);
+        let u = [1e-12, 0.4999, 0.5001, 0.81, 1.0 - f64::EPSILON / 2.0];
+        for (kind, near) in [(Kind::Double, 1e-12), (Kind::Float, 1e-7)] {
+            let out = draw(&l.to_kind(kind), &u).unwrap();
+            assert_eq!(Vec::<i64>::try_from(&out.ids).unwrap(), [0, 0, 2, 3, 3]);
+            let p = out.logprobs.to_kind(Kind::Double).exp();
+            let p: Vec<f64> = Vec::try_from(p).unwrap();
+            for (a, b) in p.iter().zip([0.5, 0.5, 0.3, 0.2, 0.2]) {
+                assert!((a - b).abs() < near, "{a} {b}");
+            }
         }
     }
 
     #[test]
     fn a_row_of_nan_shows_in_its_logprob_only() {
         for vocab in [3_i64, 64, 100] {
-            let good = Tensor::zeros([1, vocab], (Kind::Float, tch::Device::Cpu));
-            let bad = good.shallow_clone() + f64::NAN;
-            let out = draw(
-                &Tensor::cat(&[&good, &bad], 0),
-                &Tensor::from_slice(&[0.5, 0.9]),
-            );
-            let ids = Vec::<i64>::try_from(&out.ids).unwrap();
-            assert!(ids.iter().all(|id| (0..vocab).contains(id)));
-            let finite = Vec::<bool>::try_from(out.logprobs.isfinite()).unwrap();
-            assert_eq!(finite, [true, false]);
+            for kind in [Kind::Float, Kind::Double] {
+                let good = Tensor::zeros([1, vocab], (kind, tch::Device::Cpu));
+                let bad = good.shallow_clone() + f64::NAN;
+                let out = draw(&Tensor::cat(&[&good, &bad], 0), &[0.5, 0.9]).unwrap();
+                let ids = Vec::<i64>::try_from(&out.ids).unwrap();
+                assert!(ids.iter().all(|id| (0..vocab).contains(id)));
+                let finite = Vec::<bool>::try_from(out.logprobs.isfinite()).unwrap();
+                assert_eq!(finite, [true, false]);
+            }
         }
     }
 
@@ -257,7 +279,7 @@ mod tests {
         let p = Vec::<f64>::try_from(p).unwrap();
         let uniforms: Vec<f64> = (0..2000).map(|i| (f64::from(i) + 0.5) / 2000.0).collect();
         let rows = Tensor::from_slice(&scores).unsqueeze(0).repeat([2000, 1]);
-        let ids = Vec::<i64>::try_from(draw(&rows, &Tensor::from_slice(&uniforms)).ids).unwrap();
+        let ids = Vec::<i64>::try_from(draw(&rows, &uniforms).unwrap().ids).unwrap();
         for (u, id) in uniforms.iter().zip(ids) {
             let mut cumulative = 0.0;
             let plain = p.iter().position(|p| {

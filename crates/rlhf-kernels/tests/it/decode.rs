@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use rlhf_kernels::AttentionOptions;
-use rlhf_kernels::decode::{DecodeCache, decode_attention, decodes, rms_norm, silu_gate};
+use rlhf_kernels::decode::{DecodeCache, decode_attention, decodes, draw, rms_norm, silu_gate};
 use tch::{Kind, Tensor};
 
 use crate::{largest_difference, wave};
@@ -127,6 +127,45 @@ proptest! {
         let seen = rms_norm(&x, &w, 1e-5).unwrap();
         prop_assert!(n == 0 || largest_difference(&seen, &expected) < 1e-5);
     }
+}
+
+/// Against the plain inversion in f64, of vocabularies around the kernel's blocks; some tokens are
+/// impossible. A uniform may lie within f32's rounding of a border.
+#[test]
+fn draws_invert_the_cumulative_distribution() {
+    for v in [1i64, 2, 15, 16, 17, 255, 256, 257, 1000, 4097] {
+        let n = 64;
+        let wide = wave(&[n, v + 3], 1.0, Kind::Float) * 9.0;
+        let scores = wide.narrow(1, 2, v);
+        if v > 2 {
+            let _ = scores.select(1, 1).fill_(f64::NEG_INFINITY);
+        }
+        let uniforms: Vec<f64> = (0..n).map(|i| (i as f64 + 0.5) / n as f64).collect();
+        let drawn = draw(&scores, &uniforms).unwrap();
+        let expected = Vec::<Vec<f64>>::try_from(double(&scores).log_softmax(1, None::<Kind>));
+        for (row, logp) in expected.unwrap().iter().enumerate() {
+            let id = drawn.ids[row] as usize;
+            let upto: f64 = logp[..=id].iter().map(|l| l.exp()).sum();
+            let before = upto - logp[id].exp();
+            assert!(
+                before - 1e-6 < uniforms[row] && uniforms[row] < upto + 1e-6,
+                "{v} ids, row {row}: {} is not in {before}..{upto}",
+                uniforms[row]
+            );
+            assert!((f64::from(drawn.logprobs[row]) - logp[id]).abs() < 1e-6);
+        }
+        assert_eq!(drawn.sums.iter().all(|s| s.is_finite()), v <= 2);
+        // The same alone as among others.
+        let alone = draw(&scores.narrow(0, 7, 1), &uniforms[7..8]).unwrap();
+        assert_eq!(alone.ids[0], drawn.ids[7]);
+        assert_eq!(alone.logprobs[0].to_bits(), drawn.logprobs[7].to_bits());
+    }
+    let stray = Tensor::from_slice(&[0.0f32, f32::NAN, 1.0, 0.0, f32::INFINITY, 1.0]).view([2, 3]);
+    let drawn = draw(&stray, &[0.2, 0.9]).unwrap();
+    assert!(drawn.logprobs.iter().all(|l| l.is_nan()));
+    assert!(drawn.sums.iter().all(|s| !s.is_finite()));
+    assert!(drawn.ids.iter().all(|id| (0..3).contains(id)));
+    assert!(draw(&stray, &[0.2]).is_err() && draw(&stray.narrow(1, 0, 0), &[0.2, 0.9]).is_err());
 }
 
 #[test]

@@ -12,7 +12,7 @@ use super::{
     Decoder, GenerateLimits, GenerateProgress, GenerateRequest, RecordedLogprobs, SamplingConfig,
     StopStrings,
 };
-use crate::decode::{DecodeWeights, KvCache, PromptCache, Window, step, wide};
+use crate::decode::{DecodeWeights, KvCache, PromptCache, Window, prompts, step, wide};
 use crate::error::{Error, Result};
 use crate::rope::Angles;
 use crate::sampling::{Drawn, Filters, draw, greedy};
@@ -262,11 +262,7 @@ impl<'a> Wave<'a> {
         let (ids, positions, last) = (upload(&ids)?, upload(&positions)?, upload(&last)?);
         let mut caches = Vec::with_capacity(self.parts.len());
         let logits = self.mixed(|part| {
-            let mut cache = PromptCache::default();
-            let hidden = part.trunk.forward(&ids, &positions, &layout, &mut |k, v| {
-                cache.keys.push(k.shallow_clone());
-                cache.values.push(v.shallow_clone());
-            })?;
+            let (hidden, cache) = prompts(part.trunk, part.weights, &ids, &positions, &layout)?;
             caches.push(cache);
             part.weights.logits(&hidden.index_select(0, &last))
         })?;
@@ -404,9 +400,12 @@ impl<'a> Wave<'a> {
         progress: &mut dyn FnMut(GenerateProgress),
     ) -> Result<()> {
         let logits = logits.to_kind(wide(logits.kind()));
+        let (drawn, scores) = self.choose(&logits, first)?;
         // A sum is finite exactly when its terms are: NaN and infinities cannot hide.
-        let check = logits.sum_dim_intlist(-1, false, None::<Kind>);
-        let (drawn, scores) = self.choose(&logits, first);
+        let check = match &drawn.sums {
+            Some(sums) if scores.data_ptr() == logits.data_ptr() => sums.shallow_clone(),
+            _ => logits.sum_dim_intlist(-1, false, None::<Kind>),
+        };
         let top = self.top(match self.config.record {
             RecordedLogprobs::Sampled => &scores,
             RecordedLogprobs::Model => &logits,
@@ -480,11 +479,11 @@ impl<'a> Wave<'a> {
     }
 
     /// Chooses a token a row from wide logits; beside it the scores that it was chosen by.
-    fn choose(&self, logits: &Tensor, first: usize) -> (Drawn, Tensor) {
+    fn choose(&self, logits: &Tensor, first: usize) -> Result<(Drawn, Tensor)> {
         let slots = &self.slots[first..];
         let adjusted = self.adjust(logits, slots);
         let Some(filters) = &self.filters else {
-            return (greedy(&adjusted), adjusted);
+            return Ok((greedy(&adjusted), adjusted));
         };
         let uniform = |s: &Slot| {
             let key = self.requests[s.request].prompt_key;
@@ -493,8 +492,7 @@ impl<'a> Wave<'a> {
         };
         let uniforms: Vec<f64> = slots.iter().map(uniform).collect();
         let scores = filters.apply(&adjusted);
-        let uniforms = Tensor::from_slice(&uniforms).to_device(self.decoder.model.device());
-        (draw(&scores, &uniforms), scores)
+        Ok((draw(&scores, &uniforms)?, scores))
     }
 
     /// Logits after penalties and biases, and without end-of-sequence tokens where a completion may
