@@ -71,6 +71,11 @@ impl Inputs {
         &self.tokenizer
     }
 
+    /// Where files named `shared:…` lie.
+    pub(crate) fn shared(&self) -> &Path {
+        &self.shared
+    }
+
     /// Demonstrations.
     pub(crate) fn sft(&self, data: &Data, turns: Turns) -> anyhow::Result<Rc<Table<PromptGroup>>> {
         let tokenizer = self.tokenizer.clone().with_turns(turns);

@@ -169,7 +169,13 @@ fn read_all(recipe: &Recipe, inputs: &Inputs) -> anyhow::Result<()> {
                         .transpose()?;
                 }
                 StageKind::Grpo(s) => drop(inputs.prompts(&s.rollouts.data)?),
-                StageKind::Ppo(s) => drop(inputs.prompts(&s.rollouts.data)?),
+                StageKind::Ppo(s) => {
+                    inputs.prompts(&s.rollouts.data)?;
+                    if let Some(p) = &s.ptx {
+                        inputs.sft(&p.data, p.turns)?;
+                    }
+                }
+                StageKind::Opd(s) => drop(inputs.prompts(&s.rollouts.data)?),
                 StageKind::Eval(s) => {
                     s.prompts.as_ref().map(|d| inputs.prompts(d)).transpose()?;
                     s.pairs.as_ref().map(|d| inputs.preference(d)).transpose()?;
@@ -230,6 +236,10 @@ fn steps(kind: &StageKind) -> String {
         StageKind::Ppo(s) => format!(
             "{} steps of {} × {} completions",
             s.steps, s.rollouts.prompts_per_step, s.rollouts.group_size
+        ),
+        StageKind::Opd(s) => format!(
+            "{} steps of {} × {} completions, taught by {}",
+            s.steps, s.rollouts.prompts_per_step, s.rollouts.group_size, s.teacher
         ),
         StageKind::Eval(s) => format!("{} against {}", s.models.join(", "), s.baseline),
     }

@@ -8,6 +8,7 @@ use tch::Tensor;
 
 use crate::batch::DeviceBatch;
 use crate::error::Result;
+use crate::scalar::ValueHead;
 
 /// A language model that can be trained: log p(next token) = log-softmax(hidden · headᵀ).
 pub trait CausalLm {
@@ -54,13 +55,40 @@ pub fn target_logprobs(
     entropy: bool,
 ) -> Result<TargetLogprobs> {
     let hidden = model.hidden(batch)?.index_select(0, &batch.target_rows);
+    of_hidden(model, &hidden, batch, temperature, entropy)
+}
+
+/// As [`target_logprobs`], and a value for each trained token from a head on the same hidden states.
+///
+/// # Errors
+/// As [`target_logprobs`].
+pub fn target_logprobs_and_values(
+    model: &dyn CausalLm,
+    head: &ValueHead,
+    batch: &DeviceBatch,
+    temperature: f64,
+    entropy: bool,
+) -> Result<(TargetLogprobs, Ragged)> {
+    let hidden = model.hidden(batch)?.index_select(0, &batch.target_rows);
+    let values = Ragged::new(head.of(&hidden), batch.offsets.clone())?;
+    let logprobs = of_hidden(model, &hidden, batch, temperature, entropy)?;
+    Ok((logprobs, values))
+}
+
+fn of_hidden(
+    model: &dyn CausalLm,
+    hidden: &Tensor,
+    batch: &DeviceBatch,
+    temperature: f64,
+    entropy: bool,
+) -> Result<TargetLogprobs> {
     let options = LogprobOptions {
         temperature,
         softcap: model.logit_softcap(),
         entropy,
         ..LogprobOptions::default()
     };
-    let out = linear_logprobs(&hidden, &model.lm_head(), &batch.target_ids, &options)?;
+    let out = linear_logprobs(hidden, &model.lm_head(), &batch.target_ids, &options)?;
     let ragged = |t: Tensor| Ragged::new(t, batch.offsets.clone());
     Ok(TargetLogprobs {
         logprobs: ragged(out.logprobs)?,

@@ -49,7 +49,7 @@ pub mod weights;
 
 pub use adapter::AdapterConfig;
 pub use batch::DeviceBatch;
-pub use causal_lm::{CausalLm, TargetLogprobs, target_logprobs};
+pub use causal_lm::{CausalLm, TargetLogprobs, target_logprobs, target_logprobs_and_values};
 pub use config::{Activation, Config, RopeScaling};
 pub use decode::DecoderWeights;
 pub use error::{Error, Result, TensorProblem};
@@ -61,5 +61,5 @@ pub use generate::{
 #[cfg(feature = "endpoint")]
 pub use generate::{ServerLogprobs, ServerSampler};
 pub use reference::Reference;
-pub use scalar::{RewardNorm, ScalarModel};
+pub use scalar::{RewardNorm, ScalarModel, ValueHead};
 pub use transformer::{LoadOptions, SaveOptions, Transformer, copy_tokenizer};

@@ -43,6 +43,47 @@ impl Default for RewardNorm {
     }
 }
 
+/// One number for each hidden state of a trunk that has another head as well: the value function of a policy that
+/// shares its trunk.
+#[derive(Debug)]
+pub struct ValueHead {
+    /// `[1, H]`.
+    weight: Tensor,
+}
+
+impl ValueHead {
+    /// A head for `model`'s hidden states that gives 0 everywhere, so that the first values say nothing.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] when memory does not suffice.
+    pub fn new(model: &Transformer) -> Result<Self> {
+        let kind = if model.kind() == Kind::Double {
+            Kind::Double
+        } else {
+            Kind::Float
+        };
+        let zeros = Tensor::f_zeros([1, model.config().hidden_size], (kind, model.device()))?;
+        Ok(Self {
+            weight: trainable(&zeros),
+        })
+    }
+
+    /// Values `[M]` of hidden states `[M, H]`, in f32 (f64 for an f64 model). Differentiable.
+    #[must_use]
+    pub fn of(&self, hidden: &Tensor) -> Tensor {
+        hidden
+            .to_kind(self.weight.kind())
+            .linear(&self.weight, None::<Tensor>)
+            .squeeze_dim(1)
+    }
+
+    /// What is trained; it shares storage with the head's.
+    #[must_use]
+    pub fn parameters(&self) -> Vec<(String, Tensor)> {
+        vec![("value_head.weight".to_owned(), self.weight.shallow_clone())]
+    }
+}
+
 /// A transformer that gives one number for a state.
 #[derive(Debug)]
 pub struct ScalarModel {

@@ -6,10 +6,10 @@
 //!
 //! Invariant: completions of one prompt with equal rewards get advantages of exactly 0.
 
-use rlhf_kernels::{Ragged, discounted_returns, gae};
-use tch::Tensor;
+use rlhf_kernels::{Offsets, Ragged, discounted_returns, gae};
+use tch::{Device, Kind, Tensor};
 
-use crate::error::{Result, at_least_f32, ensure};
+use crate::error::{Result, at_least_f32, ensure, same_offsets};
 use crate::loss::ppo::{ScorePlace, token_rewards};
 
 /// Over which rewards a standard deviation is taken.
@@ -57,6 +57,41 @@ pub enum AdvantageEstimator {
     /// For rewards of 0 and 1 and a chance p of success its expected gradient is Σ_{k<G} ∇pass@k / k, which goes
     /// to ∇ log p as G grows: prompts that are rarely solved weigh most.
     MeanNormalized {},
+    /// REINFORCE without a baseline (Williams 1992): r. Unbiased, and of high variance.
+    Plain {},
+    /// REINFORCE with the mean of the whole batch of S completions as baseline. The mean includes r itself: its
+    /// expected gradient is (S − 1)/S of the true one.
+    BatchCentered {},
+    /// REINFORCE with a baseline b of earlier batches, which is 0 in the first and then decay·b + (1 − decay)·mean r
+    /// (Williams 1992, "reinforcement comparison"). Unbiased.
+    Running {
+        /// What of b is kept, 0 to below 1.
+        decay: f64,
+    },
+    /// ReMax: [`against_greedy`].
+    Greedy {},
+    /// REINFORCE++: [`reinforce_plus_plus`], which looks at tokens.
+    ReinforcePlusPlus {
+        /// Whether rewards are first centred in their group.
+        group_baseline: bool,
+    },
+}
+
+/// What [`AdvantageEstimator::of_tokens`] looks at, besides the estimator's own settings.
+#[derive(Clone, Copy, Debug)]
+pub struct Earned<'a> {
+    /// `[S]` what each completion as a whole earned, groups end to end; NaN where there is no reward.
+    pub scores: &'a [f64],
+    /// Completions of each prompt; they sum to S.
+    pub group_sizes: &'a [usize],
+    /// `[M]` taken from the reward of each token: β·kl; zeros where no penalty is in the reward.
+    pub penalties: &'a Ragged,
+    /// `[M]` rewards of steps (process supervision), each at its step's last token; NaN where no step ends.
+    pub steps: Option<&'a Ragged>,
+    /// The reward of each prompt's greedy completion, for [`AdvantageEstimator::Greedy`].
+    pub greedy: Option<&'a [f64]>,
+    /// b of [`AdvantageEstimator::Running`].
+    pub running: f64,
 }
 
 impl AdvantageEstimator {
@@ -99,6 +134,16 @@ impl AdvantageEstimator {
                 format!("reward {i} is {}, expected 0 or more", rewards[i])
             })?;
         }
+        match *self {
+            Self::Plain {} => return Ok(known(rewards, |r| r)),
+            Self::BatchCentered {} => return Ok(deviations(rewards).centred),
+            Self::Running { .. } | Self::Greedy {} | Self::ReinforcePlusPlus { .. } => {
+                ensure(false, op, || {
+                    format!("{self:?} needs more than rewards; use `of_tokens`")
+                })?;
+            }
+            _ => {}
+        }
         let batch_std = deviations(rewards).std;
         let mut advantages = Vec::with_capacity(rewards.len());
         let mut start = 0;
@@ -114,7 +159,13 @@ impl AdvantageEstimator {
                     std_epsilon,
                     scope: StdScope::Batch,
                 } => 1.0 / (batch_std + std_epsilon),
-                Self::GroupCentered {} => 1.0,
+                // The others have returned above.
+                Self::GroupCentered {}
+                | Self::Plain {}
+                | Self::BatchCentered {}
+                | Self::Running { .. }
+                | Self::Greedy {}
+                | Self::ReinforcePlusPlus { .. } => 1.0,
                 // r − mean of others = G/(G − 1) (r − mean of all).
                 Self::LeaveOneOut {} => group.count / (group.count - 1.0),
                 // Without a success all are 0, and so are their deviations.
@@ -129,6 +180,163 @@ impl AdvantageEstimator {
         }
         Ok(advantages)
     }
+
+    /// The advantage of each token of each completion.
+    ///
+    /// A completion's score less its penalties is compared with others as [`AdvantageEstimator::advantages`] says,
+    /// and all of its tokens get the result. Rewards of steps come in so:
+    ///
+    /// - `GroupNormalized`, `GroupCentered`: as in GRPO's process supervision (Shao et al. 2024, section 4.1.3): all
+    ///   step rewards of a group are less their mean (and over their deviation), and a token gets the sum of those
+    ///   at or after it, added to the advantage of its completion's score;
+    /// - `Plain`, `BatchCentered`, `Running`, `Greedy`, `LeaveOneOut`: they are part of a completion's total, and a
+    ///   token's advantage leaves out those before it, which it did not cause (unbiased wherever the estimator is);
+    /// - `ReinforcePlusPlus`: they are part of the return;
+    /// - `MeanNormalized` refuses them.
+    ///
+    /// # Shapes
+    /// As [`Earned`] says; the result `[M]` in f64 on the CPU, with the penalties' offsets.
+    ///
+    /// # Errors
+    /// As [`AdvantageEstimator::advantages`], and when something that the estimator needs is missing.
+    pub fn of_tokens(&self, earned: &Earned<'_>) -> Result<Ragged> {
+        let op = "advantages of tokens";
+        let offsets = earned.penalties.offsets();
+        ensure(
+            offsets.num_segments() == earned.scores.len() as i64,
+            op,
+            || {
+                format!(
+                    "penalties are of {} completions, expected {} as there are scores",
+                    offsets.num_segments(),
+                    earned.scores.len()
+                )
+            },
+        )?;
+        if let Some(steps) = earned.steps {
+            same_offsets(op, earned.penalties, &[("step rewards", steps)])?;
+        }
+        if let Self::ReinforcePlusPlus { group_baseline } = *self {
+            let mut less = host(earned.penalties)?;
+            if let Some(steps) = earned.steps {
+                less.iter_mut()
+                    .flatten()
+                    .zip(host(steps)?.into_iter().flatten())
+                    .filter(|(_, s)| !s.is_nan())
+                    .for_each(|(l, s)| *l -= s);
+            }
+            let sizes = group_baseline.then_some(earned.group_sizes);
+            return reinforce_plus_plus(earned.scores, sizes, &ragged(&less, offsets)?, 1.0);
+        }
+        let penalties = host(earned.penalties)?;
+        let steps = earned.steps.map(host).transpose()?;
+        let group_wise = matches!(self, Self::GroupNormalized { .. } | Self::GroupCentered {});
+        let mut totals: Vec<f64> = earned
+            .scores
+            .iter()
+            .zip(&penalties)
+            .map(|(score, p)| score - p.iter().sum::<f64>())
+            .collect();
+        if let (Some(steps), false) = (&steps, group_wise) {
+            for (total, s) in totals.iter_mut().zip(steps) {
+                *total += s.iter().filter(|s| !s.is_nan()).sum::<f64>();
+            }
+        }
+        let of_completions = match (*self, earned.greedy) {
+            (Self::Greedy {}, Some(greedy)) => against_greedy(&totals, earned.group_sizes, greedy)?,
+            (Self::Greedy {}, None) => {
+                ensure(false, op, || {
+                    "the rewards of greedy completions are missing".into()
+                })?;
+                Vec::new()
+            }
+            (Self::Running { decay }, _) => {
+                ensure((0.0..1.0).contains(&decay), op, || {
+                    format!("decay is {decay}, expected 0 to below 1")
+                })?;
+                known(&totals, |r| r - earned.running)
+            }
+            _ => self.advantages(&totals, earned.group_sizes)?,
+        };
+        let mut tokens: Vec<Vec<f64>> = of_completions
+            .iter()
+            .zip(&penalties)
+            .map(|(a, p)| vec![*a; p.len()])
+            .collect();
+        match (steps, self) {
+            (None, _) => {}
+            (Some(_), Self::MeanNormalized {}) => ensure(false, op, || {
+                "mean_normalized has no place for rewards of steps".into()
+            })?,
+            (Some(steps), _) if group_wise => {
+                let later = self.later_steps(&steps, earned.group_sizes)?;
+                tokens
+                    .iter_mut()
+                    .flatten()
+                    .zip(later.into_iter().flatten())
+                    .for_each(|(a, l)| *a += l);
+            }
+            (Some(steps), _) => {
+                for ((row, s), score) in tokens.iter_mut().zip(&steps).zip(earned.scores) {
+                    let mut past = 0.0;
+                    for (a, s) in row.iter_mut().zip(s).filter(|_| !score.is_nan()) {
+                        *a -= past;
+                        past += if s.is_nan() { 0.0 } else { *s };
+                    }
+                }
+            }
+        }
+        ragged(&tokens, offsets)
+    }
+
+    /// For each token the sum of the compared step rewards at or after it.
+    fn later_steps(&self, steps: &[Vec<f64>], group_sizes: &[usize]) -> Result<Vec<Vec<f64>>> {
+        let mut result = steps.to_vec();
+        let mut rest = result.as_mut_slice();
+        for size in group_sizes {
+            let (group, others) = rest.split_at_mut(*size);
+            rest = others;
+            let flat: Vec<f64> = group.iter().flatten().copied().collect();
+            let marked: Vec<f64> = flat.iter().copied().filter(|s| !s.is_nan()).collect();
+            let mut compared = self.advantages(&marked, &[marked.len()])?.into_iter();
+            for row in group.iter_mut() {
+                for s in row.iter_mut() {
+                    *s = if s.is_nan() {
+                        0.0
+                    } else {
+                        compared.next().unwrap_or(0.0)
+                    };
+                }
+                let mut sum = 0.0;
+                for s in row.iter_mut().rev() {
+                    sum += *s;
+                    *s = sum;
+                }
+            }
+        }
+        Ok(result)
+    }
+}
+
+/// Applies `f`, and gives 0 for NaN.
+fn known(rewards: &[f64], f: impl Fn(f64) -> f64) -> Vec<f64> {
+    let of = |r: &f64| if r.is_nan() { 0.0 } else { f(*r) };
+    rewards.iter().map(of).collect()
+}
+
+/// The values of each sequence, in f64.
+fn host(x: &Ragged) -> Result<Vec<Vec<f64>>> {
+    let flat = x.values().detach().to_kind(Kind::Double);
+    let flat = Vec::<f64>::try_from(&flat.to_device(Device::Cpu))?;
+    let part = |w: &[i64]| flat[w[0] as usize..w[1] as usize].to_vec();
+    Ok(x.offsets().host().windows(2).map(part).collect())
+}
+
+fn ragged(rows: &[Vec<f64>], offsets: &Offsets) -> Result<Ragged> {
+    Ok(Ragged::new(
+        Tensor::from_slice(&rows.concat()),
+        offsets.clone(),
+    )?)
 }
 
 /// ReMax (Li et al. 2023, arXiv 2310.10505): r less the reward of the prompt's greedy completion, `greedy`, one
@@ -361,9 +569,6 @@ pub fn groups_without_contrast(rewards: &[f64], group_sizes: &[usize]) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use rlhf_kernels::Offsets;
-    use tch::Tensor;
-
     use super::*;
 
     const GRPO: AdvantageEstimator = AdvantageEstimator::GroupNormalized {
@@ -422,6 +627,90 @@ mod tests {
                 .to_string()
                 .contains("reward 0 is inf")
         );
+    }
+
+    #[test]
+    fn baselines_by_hand() {
+        let of = |e: AdvantageEstimator| e.advantages(&[1.0, f64::NAN, 6.0, 2.0], &[2, 2]).unwrap();
+        assert_eq!(of(AdvantageEstimator::Plain {}), [1.0, 0.0, 6.0, 2.0]);
+        // The mean of 1, 6 and 2 is 3.
+        assert_eq!(
+            of(AdvantageEstimator::BatchCentered {}),
+            [-2.0, 0.0, 3.0, -1.0]
+        );
+        let e = AdvantageEstimator::Greedy {}
+            .advantages(&[1.0], &[1])
+            .unwrap_err();
+        assert!(e.to_string().contains("of_tokens"), "{e}");
+    }
+
+    fn rows(x: &[&[f64]]) -> Ragged {
+        let lengths: Vec<i64> = x.iter().map(|r| r.len() as i64).collect();
+        Ragged::new(
+            Tensor::from_slice(&x.concat()),
+            Offsets::from_lengths(&lengths).unwrap(),
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn tokens_by_hand() {
+        let n = f64::NAN;
+        let penalties = rows(&[&[0.5, 0.5], &[0.0]]);
+        let steps = rows(&[&[3.0, 1.0], &[n]]);
+        let earned = Earned {
+            scores: &[2.0, 4.0],
+            group_sizes: &[2],
+            penalties: &penalties,
+            steps: None,
+            greedy: Some(&[1.5]),
+            running: 0.25,
+        };
+        let of = |e: AdvantageEstimator, earned: &Earned<'_>| {
+            Vec::<f64>::try_from(e.of_tokens(earned).unwrap().values()).unwrap()
+        };
+        let with_steps = Earned {
+            steps: Some(&steps),
+            ..earned
+        };
+        // Totals 2 − 1 = 1 and 4, with steps 5 and 4.
+        let loo = AdvantageEstimator::LeaveOneOut {};
+        assert_eq!(of(loo, &earned), [-3.0, -3.0, 3.0]);
+        // The second token did not cause the first step's 3.
+        assert_eq!(of(loo, &with_steps), [1.0, -2.0, -1.0]);
+        let running = AdvantageEstimator::Running { decay: 0.9 };
+        assert_eq!(of(running, &earned), [0.75, 0.75, 3.75]);
+        assert_eq!(
+            of(AdvantageEstimator::Greedy {}, &earned),
+            [-0.5, -0.5, 2.5]
+        );
+        // Steps 3 and 1 about their mean: 1 and −1; from each token on 0 and −1; scores −1.5 and 1.5.
+        let centred = AdvantageEstimator::GroupCentered {};
+        assert_eq!(of(centred, &with_steps), [-1.5, -2.5, 1.5]);
+        let e = AdvantageEstimator::MeanNormalized {}
+            .of_tokens(&with_steps)
+            .unwrap_err();
+        assert!(e.to_string().contains("no place"), "{e}");
+        let e = AdvantageEstimator::Greedy {}
+            .of_tokens(&Earned {
+                greedy: None,
+                ..earned
+            })
+            .unwrap_err();
+        assert!(e.to_string().contains("greedy"), "{e}");
+        // Returns 2 − .5 − .5 = 1, 1.5 and 4, then over the batch: mean 6.5/3, variance with divisor 3.
+        let plus = AdvantageEstimator::ReinforcePlusPlus {
+            group_baseline: false,
+        };
+        let (mean, std) = (6.5 / 3.0, (31.0f64 / 18.0).sqrt());
+        for (got, g) in of(plus, &earned).iter().zip([1.0, 1.5, 4.0]) {
+            assert!((got - (g - mean) / std).abs() < 1e-12);
+        }
+        // With steps the returns are 5, 2.5 and 4.
+        let (mean, std) = (11.5 / 3.0, (19.0f64 / 18.0).sqrt());
+        for (got, g) in of(plus, &with_steps).iter().zip([5.0, 2.5, 4.0]) {
+            assert!((got - (g - mean) / std).abs() < 1e-12);
+        }
     }
 
     #[test]

@@ -30,6 +30,17 @@ pub enum Error {
     #[cfg(feature = "train")]
     #[error(transparent)]
     Train(#[from] rlhf_train::Error),
+    /// Recorded rollouts or samples cannot be read or written.
+    #[cfg(feature = "train")]
+    #[error("{}: {what}\n  do: {mend}", path.display())]
+    Recording {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What is wrong.
+        what: String,
+        /// What to do.
+        mend: &'static str,
+    },
     /// A reward failed.
     #[cfg(feature = "train")]
     #[error(transparent)]

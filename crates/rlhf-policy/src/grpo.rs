@@ -1,32 +1,40 @@
-//! Group-relative policy optimisation: GRPO (Shao et al. 2024), DAPO (Yu et al. 2025), Dr.GRPO, RLOO
-//! and GSPO by their settings.
+//! Policy gradients of groups: GRPO (Shao et al. 2024) and its kin by their settings: DAPO, Dr.GRPO, GSPO, CISPO,
+//! RLOO, REINFORCE and REINFORCE++, ReMax, MaxRL and others.
 //!
-//! Each step: draw K completions of each prompt, score them, compare each with its group, and take
-//! `epochs` clipped policy-gradient steps on the batch.
+//! Each step: draw K completions of each prompt, score them, compare them, and take `epochs` policy-gradient steps on
+//! the batch.
+
+use std::time::Instant;
 
 use rlhf_data::group::PromptGroup;
 use rlhf_data::tokenize::ChatTokenizer;
 use rlhf_kernels::Ragged;
-use rlhf_model::{Mismatch, Sampler, Transformer, target_logprobs};
+use rlhf_model::{DeviceBatch, Mismatch, Sampler, Transformer, target_logprobs};
 use rlhf_reward::source::RewardMix;
 use rlhf_train::{Flow, Session, Stepper};
+use serde::{Deserialize, Serialize};
 use tch::Kind;
 
-use crate::advantage::AdvantageEstimator;
-use crate::error::Result;
-use crate::kl::{KlPenalty, KlPlacement};
+use crate::advantage::{AdvantageEstimator, Earned};
+use crate::collect::{Harvest, Place, Rules, Samples, Source};
+use crate::error::{Error, Result};
+use crate::kl::{KlController, KlPenalty, KlPlacement};
 use crate::learner::{
-    gather, logprobs_of, mean_kl, micro_batches, mismatch, sampler_logprobs, scatter,
+    Micro, PerToken, StepLog, gather, logprobs_of, mean_k3, mean_kl, micro_batches, mismatch,
+    on_host, penalties, sampler_logprobs, scatter, silence_cut, step_rewards, told,
 };
 use crate::loss::mismatch::Correction;
 use crate::loss::{KlTerm, PolicyInputs, PolicyLoss, PolicyStats};
-use crate::rollout::{self, Prompt, Rollout, RolloutConfig};
+use crate::reference::ReferencePolicy;
+use crate::rollout::{self, Prompt, Rollout, RolloutConfig, StepSource};
 
 /// Settings of [`train`].
 #[derive(Clone, Debug)]
 pub struct GrpoConfig {
     /// How completions are drawn.
     pub rollouts: RolloutConfig,
+    /// What is done with them before they are learned from.
+    pub rules: Rules,
     /// Batches of rollouts.
     pub steps: u64,
     /// Passes over each batch, one optimiser step each.
@@ -37,35 +45,84 @@ pub struct GrpoConfig {
     pub advantage: AdvantageEstimator,
     /// The surrogate: clipping and reduction.
     pub loss: PolicyLoss,
-    /// The penalty on the distance from the reference.
+    /// The penalty on the distance from the reference; its coefficient is where the controller begins.
     pub kl: KlPenalty,
+    /// What sets the coefficient from then on; fixed when absent.
+    pub adaptive_kl: Option<AdaptiveKl>,
+    /// What becomes of the reference.
+    pub reference: ReferencePolicy,
+    /// Ends the training when the KL from the reference exceeds so many nats a completion; the result is the last
+    /// checkpoint before that.
+    pub max_kl: Option<f64>,
+    /// What the ratio is against.
+    pub old: OldPolicy,
     /// How completions are weighed that a sampler with other probabilities drew; not at all when absent.
     pub correction: Option<Correction>,
+    /// Samples kept for the report.
+    pub samples: Option<Samples>,
 }
 
-/// Who takes part: the policy, its frozen reference, tokenizer, prompts and rewards.
-#[derive(Clone, Copy, Debug)]
+/// Target and pace of [`KlController::Adaptive`].
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdaptiveKl {
+    /// The KL aimed at, in nats a completion.
+    pub target: f64,
+    /// Completions over which the coefficient may change by 20 %.
+    pub horizon: f64,
+}
+
+/// Whose probabilities the ratio π/π_old is against.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OldPolicy {
+    /// The learner's own at the start of the batch; a sampler's mismatch is mended by the correction.
+    #[default]
+    Learner,
+    /// The sampler's as recorded: the ratio itself mends the mismatch, within the clip.
+    Sampler,
+}
+
+/// Who takes part: the policy, its reference, tokenizer, prompts and rewards.
+#[derive(Clone, Copy)]
 pub struct Players<'a> {
     /// The policy, whose parameters the stepper holds.
     pub policy: &'a Transformer,
-    /// The reference π₀.
-    pub reference: &'a Transformer,
+    /// The reference π₀, where there is one.
+    pub reference: Option<&'a Transformer>,
     /// The tokenizer.
     pub tokenizer: &'a ChatTokenizer,
     /// The prompts.
     pub prompts: &'a [Prompt],
     /// The rewards.
     pub rewards: &'a RewardMix,
+    /// Who judges steps, if anybody.
+    pub steps: Option<&'a dyn StepSource>,
     /// Who draws completions, where that is not the policy itself.
     pub server: Option<&'a dyn Sampler>,
 }
 
+impl std::fmt::Debug for Players<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Players")
+            .field("prompts", &self.prompts.len())
+            .field("rewards", &self.rewards)
+            .field("steps", &self.steps.map(StepSource::name))
+            .field("server", &self.server)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Players<'_> {
-    /// Draws the completions of step `step`.
-    pub(crate) fn draw(&self, cfg: &RolloutConfig, step: u64) -> Result<Vec<Rollout>> {
-        let chosen = rollout::prompts_of_step(cfg, self.prompts.len(), step);
+    /// Draws completions of the chosen prompts for step `step`.
+    pub(crate) fn draw(
+        &self,
+        cfg: &RolloutConfig,
+        chosen: &[usize],
+        step: u64,
+    ) -> Result<Vec<Rollout>> {
         let draw = |sampler: &dyn Sampler| {
-            rollout::draw(sampler, self.tokenizer, self.prompts, &chosen, cfg, step)
+            rollout::draw(sampler, self.tokenizer, self.prompts, chosen, cfg, step)
         };
         match self.server {
             Some(server) => draw(server),
@@ -74,133 +131,287 @@ impl Players<'_> {
     }
 }
 
+/// What a run saves besides weights.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct State {
+    place: Place,
+    kl: KlController,
+    /// b of [`AdvantageEstimator::Running`].
+    running: f64,
+}
+
 /// Trains the policy.
 ///
 /// # Errors
-/// When a rollout exceeds `micro_tokens`, a reward fails, the loss stays non-finite, or a file cannot
-/// be written.
+/// When settings contradict each other, a rollout exceeds `micro_tokens`, a reward fails, the loss stays non-finite,
+/// or a file cannot be read or written.
 pub fn train(
     players: Players<'_>,
     cfg: &GrpoConfig,
     stepper: &mut Stepper,
     session: &mut Session,
 ) -> Result<Flow> {
-    let Players {
-        policy,
-        reference,
-        prompts,
-        rewards,
-        ..
-    } = players;
+    let threads = tch::get_num_threads();
+    let flow = std::thread::scope(|scope| {
+        let source = Source::new(scope, players, &cfg.rollouts, &cfg.rules, cfg.steps)?;
+        run(source, players, cfg, stepper, session)
+    });
+    tch::set_num_threads(threads);
+    flow
+}
+
+fn run(
+    mut source: Source<'_>,
+    players: Players<'_>,
+    cfg: &GrpoConfig,
+    stepper: &mut Stepper,
+    session: &mut Session,
+) -> Result<Flow> {
+    let policy = players.policy;
     let (device, temperature) = (policy.device(), cfg.rollouts.temperature);
-    let start = session
-        .resume(&mut [("model", stepper)])?
-        .map_or(0, |r: rlhf_train::Restored<()>| r.step);
+    let mut state = State {
+        place: Place::default(),
+        kl: cfg.kl_controller(),
+        running: 0.0,
+    };
+    let start = match session.resume::<State>(&mut [("model", stepper)])? {
+        Some(restored) => {
+            state = restored.extra;
+            source.restore(std::mem::take(&mut state.place))?;
+            restored.step
+        }
+        None => {
+            if cfg.max_kl.is_some() {
+                session.before_first(&[("model", stepper)], &state)?;
+            }
+            0
+        }
+    };
     for step in start..cfg.steps {
-        let drawn = players.draw(&cfg.rollouts, step)?;
-        let (scored, parts) = rollout::score(drawn, prompts, rewards)?;
-        let facts = rollout::stats(&scored);
-        let groups: Vec<&PromptGroup> = scored.iter().map(|s| &s.rollout.group).collect();
+        let mut harvest = source.rollouts(step)?;
+        let began = Instant::now();
+        if cfg.rules.filter_cut {
+            silence_cut(&mut harvest.scored);
+        }
+        let groups: Vec<&PromptGroup> = harvest.scored.iter().map(|s| &s.rollout.group).collect();
         let sampler = sampler_logprobs(&groups);
-        let base = logprobs_of(reference, &groups, temperature, cfg.micro_tokens, device)?;
-        let kl = mean_kl(&sampler, &base);
-
-        let mut scores: Vec<f64> = scored
-            .iter()
-            .flat_map(|s| s.rewards.iter().copied())
-            .collect();
-        if cfg.kl.placement == KlPlacement::InReward {
-            for ((score, p), q) in scores.iter_mut().zip(&sampler).zip(&base) {
-                *score -= cfg.kl.coef * (p.iter().sum::<f64>() - q.iter().sum::<f64>());
-            }
+        let base = players
+            .reference
+            .map(|r| logprobs_of(r, &groups, temperature, cfg.micro_tokens, device))
+            .transpose()?;
+        let mut log = StepLog::new(&harvest);
+        let kl = base.as_ref().map(|b| mean_kl(&sampler, b));
+        if let (Some(kl), Some(base)) = (kl, &base) {
+            log.add(&[
+                ("kl", kl),
+                ("kl_k3", mean_k3(&sampler, base)),
+                ("kl_coef", state.kl.coef()),
+            ]);
         }
-        let sizes: Vec<usize> = groups.iter().map(|g| g.completions.len()).collect();
-        let advantages = cfg.advantage.advantages(&scores, &sizes)?;
-
-        // The first pass runs on the sampler's own weights: its log-probs are the old policy's.
-        let mut old = Vec::new();
-        let (mut stats, mut gap, mut loss, mut grad_norm, mut lr) =
-            (PolicyStats::default(), Mismatch::default(), 0.0, 0.0, 0.0);
-        for epoch in 0..cfg.epochs {
-            for micro in micro_batches(&groups, cfg.micro_tokens)? {
-                let batch = micro.pack(&groups, device)?;
-                let now = target_logprobs(policy, &batch, temperature, true)?;
-                let here = micro.completions.clone();
-                if epoch == 0 {
-                    old.extend(scatter(&now.logprobs)?);
-                }
-                let list = |lists: &[Vec<f64>]| {
-                    gather(
-                        lists[here.clone()].iter(),
-                        &batch.offsets,
-                        Kind::Float,
-                        device,
-                    )
-                };
-                let before = if epoch == 0 {
-                    now.logprobs.with_values(now.logprobs.values().detach())?
-                } else {
-                    list(&old)?
-                };
-                let ref_logprobs = list(&base)?;
-                let spread: Vec<Vec<f64>> = here
-                    .clone()
-                    .map(|i| {
-                        vec![advantages[i]; batch.offsets.host_lengths()[i - here.start] as usize]
-                    })
-                    .collect();
-                let spread: Ragged = gather(spread.iter(), &batch.offsets, Kind::Float, device)?;
-                let mut inputs = PolicyInputs::new(&now.logprobs, &before, &spread);
-                inputs.entropy = now.entropy.as_ref();
-                let weights = match &cfg.correction {
-                    Some(c) => Some(c.weights(&before, &list(&sampler)?)?),
-                    None => None,
-                };
-                inputs.weights = weights.as_ref();
-                if cfg.kl.placement != KlPlacement::InReward && cfg.kl.coef > 0.0 {
-                    inputs.kl = Some(KlTerm {
-                        ref_logprobs: &ref_logprobs,
-                        penalty: cfg.kl,
-                    });
-                }
-                let out = cfg.loss.compute(&inputs)?;
-                stats.merge(&out.stats);
-                stepper.accumulate(out.loss)?;
-            }
-            if epoch == 0 {
-                gap = mismatch(&old, &sampler);
-            }
-            let report = stepper.apply()?;
-            (loss, grad_norm, lr) = (report.loss, report.grad_norm, report.lr);
+        if cfg
+            .max_kl
+            .is_some_and(|most| kl.is_some_and(|kl| kl > most))
+        {
+            log.add(&[("kl_exceeded", 1.0)]);
+            session.log(step, 0, &log.values())?;
+            let before = harvest.version.saturating_sub(1);
+            session.rewind::<State>(before, &mut [("model", stepper)])?;
+            return Ok(Flow::Continue);
         }
+        let penalties = penalties(&cfg.kl, state.kl.coef(), &sampler, base.as_ref())?;
+        let advantages = cfg.advantages(&harvest, &penalties, state.running)?;
+        state.update(cfg, &harvest, kl);
 
-        let mut metrics = vec![
-            ("loss", loss),
-            ("reward", facts.reward),
-            ("reward_std", facts.reward_std),
-            ("kl", kl),
-            ("length", facts.length),
-            ("stopped", facts.stopped),
-            ("no_contrast", facts.no_contrast),
-            ("entropy", stats.entropy()),
-            ("clip_fraction_low", stats.clip_fraction_low()),
-            ("clip_fraction_high", stats.clip_fraction_high()),
-            ("ratio_mean", stats.ratio_mean()),
-            ("approx_kl", stats.approx_kl()),
-            ("sampler_gap", gap.largest),
-            ("sampler_kl", gap.kl),
-            ("grad_norm", grad_norm),
-            ("lr", lr),
-        ];
-        let named: Vec<(String, f64)> = parts
-            .into_iter()
-            .map(|(n, v)| (format!("reward_{n}"), v))
-            .collect();
-        metrics.extend(named.iter().map(|(n, v)| (n.as_str(), *v)));
-        session.log(step, facts.tokens, &metrics)?;
-        if let Flow::Stop(signal) = session.after_step(step, &[("model", stepper)], &())? {
+        let batch = Batch {
+            groups: &groups,
+            sampler: &sampler,
+            base: base.as_ref(),
+            advantages: &advantages,
+            kl_coef: state.kl.coef(),
+        };
+        let learned = learn(policy, cfg, &batch, stepper)?;
+        if let Some(reference) = players.reference {
+            cfg.reference
+                .after_step(step + 1, reference, policy, stepper)?;
+        }
+        log.add(&learned.metrics);
+        log.policy(&learned.stats, learned.ratios, &advantages);
+        log.speed(&harvest, cfg.epochs, began.elapsed().as_secs_f64());
+        if let Some(samples) = &cfg.samples {
+            let told = told(&advantages, &sampler, base.as_ref());
+            samples.after_step(session, &players, &harvest, &told)?;
+        }
+        session.log(step, harvest.facts.stats.tokens, &log.values())?;
+        if session.due(step) {
+            state.place = source.place()?;
+        }
+        if let Flow::Stop(signal) = session.after_step(step, &[("model", stepper)], &state)? {
             return Ok(Flow::Stop(signal));
         }
     }
     Ok(Flow::Continue)
+}
+
+impl GrpoConfig {
+    fn kl_controller(&self) -> KlController {
+        let coef = self.kl.coef;
+        match self.adaptive_kl {
+            None => KlController::Fixed { coef },
+            Some(AdaptiveKl { target, horizon }) => KlController::Adaptive {
+                coef,
+                target,
+                horizon,
+            },
+        }
+    }
+
+    fn advantages(&self, harvest: &Harvest, penalties: &Ragged, running: f64) -> Result<PerToken> {
+        let scores: Vec<f64> = harvest
+            .scored
+            .iter()
+            .flat_map(|s| s.rewards.iter().copied())
+            .collect();
+        let sizes: Vec<usize> = harvest.scored.iter().map(|s| s.rewards.len()).collect();
+        let steps = step_rewards(&harvest.scored)
+            .map(|s| on_host(&s))
+            .transpose()?;
+        scatter(&self.advantage.of_tokens(&Earned {
+            scores: &scores,
+            group_sizes: &sizes,
+            penalties,
+            steps: steps.as_ref(),
+            greedy: harvest.greedy.as_deref(),
+            running,
+        })?)
+    }
+}
+
+impl State {
+    fn update(&mut self, cfg: &GrpoConfig, harvest: &Harvest, kl: Option<f64>) {
+        let completions: usize = harvest.scored.iter().map(|s| s.rewards.len()).sum();
+        if let Some(kl) = kl {
+            self.kl.update(kl, completions as u64);
+        }
+        if let AdvantageEstimator::Running { decay } = cfg.advantage {
+            self.running = decay * self.running + (1.0 - decay) * harvest.facts.stats.reward;
+        }
+    }
+}
+
+/// What is known of a batch of rollouts, for each token of each completion.
+struct Batch<'a> {
+    groups: &'a [&'a PromptGroup],
+    sampler: &'a PerToken,
+    base: Option<&'a PerToken>,
+    advantages: &'a PerToken,
+    kl_coef: f64,
+}
+
+struct Learned {
+    stats: PolicyStats,
+    ratios: Vec<f64>,
+    metrics: Vec<(&'static str, f64)>,
+}
+
+/// The passes over a batch.
+fn learn(
+    policy: &Transformer,
+    cfg: &GrpoConfig,
+    batch: &Batch<'_>,
+    stepper: &mut Stepper,
+) -> Result<Learned> {
+    let mut learned = Learned {
+        stats: PolicyStats::default(),
+        ratios: Vec::new(),
+        metrics: Vec::new(),
+    };
+    if batch.advantages.iter().all(Vec::is_empty) {
+        // Every completion was cut off: nothing to learn.
+        return Ok(learned);
+    }
+    let micros = micro_batches(batch.groups, cfg.micro_tokens)?;
+    // The first pass runs on the weights that the old policy has.
+    let mut old: PerToken = Vec::new();
+    let mut gap = Mismatch::default();
+    let mut last = None;
+    for epoch in 0..cfg.epochs {
+        let whole_ratios = epoch + 1 == cfg.epochs;
+        for micro in &micros {
+            let packed = micro.pack(batch.groups, policy.device())?;
+            if packed.offsets.num_values() == 0 {
+                if epoch == 0 {
+                    old.extend(micro.completions.clone().map(|_| Vec::new()));
+                }
+                continue;
+            }
+            let now = target_logprobs(policy, &packed, cfg.rollouts.temperature, true)?;
+            if epoch == 0 {
+                old.extend(scatter(&now.logprobs)?);
+            }
+            let list = |lists: &PerToken| of_micro(lists, micro, &packed);
+            let before = match cfg.old {
+                OldPolicy::Sampler => list(batch.sampler)?,
+                OldPolicy::Learner if epoch == 0 => {
+                    now.logprobs.with_values(now.logprobs.values().detach())?
+                }
+                OldPolicy::Learner => list(&old)?,
+            };
+            if whole_ratios {
+                let log_ratio = now.logprobs.values().detach() - before.values();
+                let ratios = log_ratio.exp().to_kind(Kind::Double);
+                learned
+                    .ratios
+                    .extend(Vec::<f64>::try_from(&ratios.to_device(tch::Device::Cpu))?);
+            }
+            let advantages = list(batch.advantages)?;
+            let mut inputs = PolicyInputs::new(&now.logprobs, &before, &advantages);
+            inputs.entropy = now.entropy.as_ref();
+            let weights = match &cfg.correction {
+                Some(c) => Some(c.weights(&before, &list(batch.sampler)?)?),
+                None => None,
+            };
+            inputs.weights = weights.as_ref();
+            let ref_logprobs = batch.base.map(list).transpose()?;
+            if cfg.kl.placement != KlPlacement::InReward && batch.kl_coef > 0.0 {
+                inputs.kl = Some(KlTerm {
+                    ref_logprobs: ref_logprobs.as_ref().ok_or_else(no_reference)?,
+                    penalty: KlPenalty {
+                        coef: batch.kl_coef,
+                        ..cfg.kl
+                    },
+                });
+            }
+            let out = cfg.loss.compute(&inputs)?;
+            learned.stats.merge(&out.stats);
+            stepper.accumulate(out.loss)?;
+        }
+        if epoch == 0 {
+            gap = mismatch(&old, batch.sampler);
+        }
+        last = Some(stepper.apply()?);
+    }
+    if let Some(report) = last {
+        learned.metrics = vec![
+            ("loss", report.loss),
+            ("grad_norm", report.grad_norm),
+            ("lr", report.lr),
+            ("sampler_gap", gap.largest),
+            ("sampler_kl", gap.kl),
+        ];
+    }
+    Ok(learned)
+}
+
+/// The facts of a micro-batch's completions.
+fn of_micro(lists: &PerToken, micro: &Micro, packed: &DeviceBatch) -> Result<Ragged> {
+    let here = lists[micro.completions.clone()].iter();
+    let device = packed.target_ids.device();
+    gather(here, &packed.offsets, Kind::Float, device)
+}
+
+fn no_reference() -> Error {
+    Error::Argument {
+        op: "grpo",
+        what: "a KL penalty needs a reference".into(),
+    }
 }

@@ -29,6 +29,8 @@
 //! ```
 
 pub mod advantage;
+#[cfg(feature = "train")]
+pub mod collect;
 mod error;
 #[cfg(feature = "train")]
 pub mod grpo;
@@ -37,10 +39,20 @@ pub mod kl;
 mod learner;
 pub mod loss;
 #[cfg(feature = "train")]
+pub mod opd;
+#[cfg(feature = "train")]
 pub mod ppo;
+#[cfg(feature = "train")]
+pub mod reference;
+#[cfg(feature = "train")]
+pub mod replay;
 #[cfg(feature = "train")]
 pub mod rollout;
 #[cfg(feature = "train")]
+mod samples;
+#[cfg(feature = "train")]
 pub mod sft;
+#[cfg(feature = "train")]
+pub mod steps;
 
 pub use error::{Error, Result};

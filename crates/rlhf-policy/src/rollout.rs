@@ -4,7 +4,7 @@
 //! Invariant: a prompt draws the same noise whatever batch it is in: the key is
 //! (seed, step, prompt's row, sample, token position).
 
-use rlhf_data::group::{Finish, PromptGroup};
+use rlhf_data::group::{Completion, Finish, PromptGroup};
 use rlhf_data::order::endless;
 use rlhf_data::tokenize::ChatTokenizer;
 use rlhf_model::{
@@ -12,9 +12,10 @@ use rlhf_model::{
     SamplingConfig, Transformer,
 };
 use rlhf_reward::source::{Judged, RewardMix};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::error::Result;
+use crate::error::{Result, ensure};
 
 /// A prompt to draw completions for.
 #[derive(Clone, Debug)]
@@ -66,6 +67,24 @@ pub struct ScoredRollout {
     pub rollout: Rollout,
     /// `[K]` rewards.
     pub rewards: Vec<f64>,
+    /// `[K]` rewards of steps, each with the place of its step's last token in the completion; empty where nobody
+    /// judges steps.
+    pub steps: Vec<StepRewards>,
+}
+
+/// Rewards of a completion's steps: the place of each step's last token in the completion, and the reward.
+pub type StepRewards = Vec<(usize, f64)>;
+
+/// Something that scores the steps of completions (process supervision).
+pub trait StepSource {
+    /// A short name for metrics.
+    fn name(&self) -> &str;
+
+    /// The steps of each completion of each item, in order of places.
+    ///
+    /// # Errors
+    /// Whatever keeps the source from scoring.
+    fn steps(&self, items: &[Judged<'_>]) -> Result<Vec<Vec<StepRewards>>>;
 }
 
 /// The prompts of optimiser step `step`: an endless seeded walk over all of them.
@@ -163,13 +182,62 @@ pub fn score(rollouts: Vec<Rollout>, prompts: &[Prompt], rewards: &RewardMix) ->
     let scored = rollouts
         .into_iter()
         .zip(scores.total)
-        .map(|(rollout, rewards)| ScoredRollout { rollout, rewards })
+        .map(|(rollout, rewards)| ScoredRollout {
+            rollout,
+            rewards,
+            steps: Vec::new(),
+        })
         .collect();
     Ok((scored, scores.part_means))
 }
 
+/// Scores the steps of completions.
+///
+/// # Errors
+/// When the source fails, or names a place outside a completion.
+pub fn score_steps(
+    scored: &mut [ScoredRollout],
+    prompts: &[Prompt],
+    source: &dyn StepSource,
+) -> Result<()> {
+    let items: Vec<Judged<'_>> = scored
+        .iter()
+        .map(|s| Judged {
+            group: &s.rollout.group,
+            prompt: &prompts[s.rollout.prompt].text,
+            texts: &s.rollout.texts,
+            fields: &prompts[s.rollout.prompt].fields,
+        })
+        .collect();
+    let all = source.steps(&items)?;
+    for (s, steps) in scored.iter_mut().zip(all) {
+        let completions = &s.rollout.group.completions;
+        let fits = steps.len() == completions.len()
+            && steps.iter().zip(completions).all(|(steps, c)| {
+                steps
+                    .iter()
+                    .all(|(at, r)| *at < c.ids.len() && r.is_finite())
+            });
+        ensure(fits, "step rewards", || {
+            format!(
+                "`{}` gave a step outside a completion of row {}, or a reward that is not finite",
+                source.name(),
+                s.rollout.group.row
+            )
+        })?;
+        s.steps = steps;
+    }
+    Ok(())
+}
+
+/// Whether the group's rewards differ: without that it carries no gradient.
+#[must_use]
+pub fn has_contrast(scored: &ScoredRollout) -> bool {
+    !scored.rewards.iter().all(|r| *r == scored.rewards[0])
+}
+
 /// Facts about a batch of rollouts, for the log.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RolloutStats {
     /// Mean reward.
     pub reward: f64,
@@ -177,6 +245,10 @@ pub struct RolloutStats {
     pub reward_std: f64,
     /// Mean completion length in tokens.
     pub length: f64,
+    /// Mean length of those that end by themselves; 0 where there is none.
+    pub length_stopped: f64,
+    /// Mean length of those that were cut off; 0 where there is none.
+    pub length_cut: f64,
     /// Share of completions that end by themselves.
     pub stopped: f64,
     /// Share of groups whose rewards are all equal: they carry no gradient.
@@ -198,19 +270,26 @@ pub fn stats(scored: &[ScoredRollout]) -> RolloutStats {
         .collect();
     let n = rewards.len().max(1) as f64;
     let mean = rewards.iter().sum::<f64>() / n;
+    let mean_length = |of: &dyn Fn(&Completion) -> bool| {
+        let lengths: Vec<usize> = completions
+            .iter()
+            .filter(|c| of(c))
+            .map(|c| c.ids.len())
+            .collect();
+        (
+            lengths.iter().sum::<usize>() as f64 / lengths.len().max(1) as f64,
+            lengths.len() as f64,
+        )
+    };
+    let stopped = mean_length(&|c| c.finish == Finish::Stop);
     RolloutStats {
         reward: mean,
         reward_std: (rewards.iter().map(|r| (r - mean).powi(2)).sum::<f64>() / n).sqrt(),
-        length: completions.iter().map(|c| c.ids.len()).sum::<usize>() as f64 / n,
-        stopped: completions
-            .iter()
-            .filter(|c| c.finish == Finish::Stop)
-            .count() as f64
-            / n,
-        no_contrast: scored
-            .iter()
-            .filter(|s| s.rewards.iter().all(|r| *r == s.rewards[0]))
-            .count() as f64
+        length: mean_length(&|_| true).0,
+        length_stopped: stopped.0,
+        length_cut: mean_length(&|c| c.finish != Finish::Stop).0,
+        stopped: stopped.1 / n,
+        no_contrast: scored.iter().filter(|s| !has_contrast(s)).count() as f64
             / scored.len().max(1) as f64,
         tokens: scored.iter().map(|s| s.rollout.group.num_tokens()).sum(),
     }

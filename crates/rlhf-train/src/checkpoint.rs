@@ -110,10 +110,19 @@ impl CheckpointStore {
     /// # Errors
     /// When the folder cannot be listed.
     pub fn find(&self) -> Result<Found> {
+        self.find_up_to(u64::MAX)
+    }
+
+    /// Like [`CheckpointStore::find`], among those of at most `step` finished steps.
+    ///
+    /// # Errors
+    /// When the folder cannot be listed.
+    pub fn find_up_to(&self, step: u64) -> Result<Found> {
         let mut found = Found::default();
         let mut candidates = Vec::new();
         for path in self.named(STEP)? {
             match read_manifest(&path) {
+                Ok(manifest) if manifest.step > step => {}
                 Ok(manifest) => candidates.push((path, manifest)),
                 Err(e) => found.damaged.push((path, e)),
             }

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tch::Tensor;
 
 use crate::checkpoint::CheckpointStore;
 use crate::error::{Error, Result};
@@ -74,6 +75,9 @@ pub struct Session {
     tokens: u64,
     steps: u64,
     recent: VecDeque<Vec<(String, f64)>>,
+    held: Vec<(String, Vec<(String, Tensor)>)>,
+    /// The step that [`Session::due`] was asked for, and the signal it saw.
+    noticed: Option<(u64, Option<Signal>)>,
 }
 
 /// `state.json` of a checkpoint.
@@ -111,7 +115,22 @@ impl Session {
             tokens: 0,
             steps: 0,
             recent: VecDeque::new(),
+            held: Vec::new(),
+            noticed: None,
         })
+    }
+
+    /// Tensors that belong to the training beside the steppers' (those of a reference that moves): they are
+    /// saved with each checkpoint under `name`, and written in place when one is loaded. Call it before
+    /// [`Session::resume`].
+    pub fn hold(&mut self, name: &str, tensors: Vec<(String, Tensor)>) {
+        self.held.push((name.to_owned(), tensors));
+    }
+
+    /// The stage's folder.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.config.dir
     }
 
     /// Loads the latest whole checkpoint into the steppers, each under its own name, and opens the log
@@ -157,6 +176,45 @@ impl Session {
         Ok(restored)
     }
 
+    /// Goes back to the newest whole checkpoint of at most `step` finished steps, for a training that ends itself
+    /// because what came after is not wanted. The log keeps its lines; [`Summary`] is that of the checkpoint.
+    ///
+    /// # Errors
+    /// When there is no such checkpoint, or it is not one of this training.
+    pub fn rewind<E: DeserializeOwned>(
+        &mut self,
+        step: u64,
+        steppers: &mut [(&str, &mut Stepper)],
+    ) -> Result<Restored<E>> {
+        let found = self.store.find_up_to(step)?;
+        let Some((dir, manifest)) = &found.newest else {
+            return Err(Error::Checkpoint {
+                path: self.config.dir.join("checkpoints"),
+                what: format!("none of at most {step} steps is whole"),
+                mend: "begin again with a smaller checkpoint_every",
+            });
+        };
+        let extra = self.load(dir, steppers)?;
+        self.steps = manifest.step;
+        self.began = Instant::now();
+        Ok(Restored {
+            step: manifest.step,
+            extra,
+        })
+    }
+
+    /// Saves a checkpoint before the first step, so that there is one to go back to.
+    ///
+    /// # Errors
+    /// As [`Session::after_step`].
+    pub fn before_first<E: Serialize>(
+        &mut self,
+        steppers: &[(&str, &Stepper)],
+        extra: &E,
+    ) -> Result<()> {
+        self.save(steppers, extra)
+    }
+
     /// Takes over what [`Session::save`] saved in `dir`.
     fn load<E: DeserializeOwned>(
         &mut self,
@@ -176,6 +234,20 @@ impl Session {
             stepper
                 .load_state(&tensors::load(&path)?)
                 .map_err(|e| other(&path, &e))?;
+        }
+        for (name, tensors) in &self.held {
+            let path = dir.join(format!("{name}.safetensors"));
+            let saved = tensors::load(&path)?;
+            let _guard = tch::no_grad_guard();
+            for (key, tensor) in tensors {
+                let from = saved
+                    .get(key)
+                    .filter(|s| s.size() == tensor.size() && s.kind() == tensor.kind())
+                    .ok_or_else(|| {
+                        other(&path, &format!("`{key}` is missing or of another shape"))
+                    })?;
+                tensor.shallow_clone().f_copy_(from)?;
+            }
         }
         self.tokens = saved.tokens;
         self.seconds_before = saved.seconds;
@@ -214,6 +286,16 @@ impl Session {
             .ok_or_else(|| Error::NotResumed(self.config.stage.clone()))
     }
 
+    /// Whether [`Session::after_step`] of `step` will save a checkpoint, for trainings that have to gather what is
+    /// saved. A signal that comes later waits for the next step.
+    pub fn due(&mut self, step: u64) -> bool {
+        let signal = self.config.stop.get();
+        self.noticed = Some((step, signal));
+        signal.is_some()
+            || (step + 1).is_multiple_of(self.config.checkpoint_every.max(1))
+            || step + 1 == self.config.total_steps
+    }
+
     /// After a step: saves a checkpoint when one is due, or a signal came. `extra` is whatever else the
     /// trainer needs to go on; it goes through JSON, bit by bit, so its numbers must be finite.
     ///
@@ -227,7 +309,10 @@ impl Session {
         extra: &E,
     ) -> Result<Flow> {
         self.steps = step + 1;
-        let signal = self.config.stop.get();
+        if !matches!(self.noticed, Some((asked, _)) if asked == step) {
+            self.due(step);
+        }
+        let signal = self.noticed.and_then(|n| n.1);
         let due = self
             .steps
             .is_multiple_of(self.config.checkpoint_every.max(1))
@@ -250,6 +335,9 @@ impl Session {
         self.store.save(self.steps, |dir| {
             for (name, stepper) in steppers {
                 tensors::save(&dir.join(format!("{name}.safetensors")), &stepper.state())?;
+            }
+            for (name, held) in &self.held {
+                tensors::save(&dir.join(format!("{name}.safetensors")), held)?;
             }
             write_synced(&dir.join("state.json"), state.as_bytes())
         })?;
@@ -348,6 +436,36 @@ mod tests {
         let summary = session.finish().unwrap();
         assert_eq!((summary.steps, summary.tokens), (12, 36));
         assert_eq!(summary.last, BTreeMap::from([("loss".to_owned(), 6.5)]));
+    }
+
+    #[test]
+    fn a_training_goes_back_with_all_that_it_holds() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = Tensor::from_slice(&[0.1f32, 0.2]);
+        let mut session = open(dir.path());
+        session.config.keep = 2;
+        session.store = CheckpointStore::new(dir.path().join("checkpoints"), 2);
+        session.hold("reference", vec![("w".into(), held.shallow_clone())]);
+        session.resume::<u64>(&mut []).unwrap();
+        let e = session.rewind::<u64>(3, &mut []).unwrap_err().to_string();
+        assert!(e.contains("at most 3 steps"), "{e}");
+        session.before_first(&[], &7u64).unwrap();
+        for step in 0..3u64 {
+            let _ = held.shallow_clone().fill_(step as f64);
+            session.log(step, 5, &[("loss", step as f64)]).unwrap();
+            session.after_step(step, &[], &step).unwrap();
+        }
+        // After steps 0 … 2 the last two checkpoints are of 2 and 3 finished steps.
+        let back = session.rewind::<u64>(2, &mut []).unwrap();
+        assert_eq!((back.step, back.extra), (2, 1));
+        assert_eq!(Vec::<f32>::try_from(&held).unwrap(), [1.0, 1.0]);
+        let summary = session.finish().unwrap();
+        assert_eq!((summary.steps, summary.tokens), (2, 10));
+        // Another shape is refused by name.
+        let mut session = open(dir.path());
+        session.hold("reference", vec![("w".into(), Tensor::from_slice(&[0f32]))]);
+        let e = session.resume::<u64>(&mut []).unwrap_err().to_string();
+        assert!(e.contains("`w`"), "{e}");
     }
 
     #[test]

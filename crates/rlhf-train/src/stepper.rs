@@ -207,6 +207,14 @@ impl Stepper {
         c.lr * c.schedule.factor(at, c.warmup_steps, c.total_steps)
     }
 
+    /// Begins the optimiser's moments anew, as at the start of a training; the schedule goes on.
+    ///
+    /// # Errors
+    /// When libtorch fails.
+    pub fn forget_moments(&mut self) -> Result<()> {
+        Ok(self.optimizer.forget_moments()?)
+    }
+
     /// Parameters, moments and counters by name, between two steps. The tensors share storage with the
     /// live ones.
     #[must_use]

@@ -103,6 +103,8 @@ pub struct RecipesArgs {
 /// `rlhf recipes show`
 #[derive(Debug, Subcommand)]
 pub enum RecipesAction {
+    /// Print the algorithms that a stage's `preset` can name, what each sets, and its source
+    Presets,
     /// Print a recipe's TOML
     Show {
         /// Its name

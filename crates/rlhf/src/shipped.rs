@@ -37,6 +37,9 @@ pub const SHIPPED: &[Shipped] = &[
     },
 ];
 
+/// The algorithms that `preset = "…"` of a stage can name, as TOML: what each sets, and its source.
+pub const PRESETS: &str = include_str!("../recipes/presets.toml");
+
 /// Finds a shipped recipe.
 #[must_use]
 pub fn find(name: &str) -> Option<&'static Shipped> {

@@ -26,6 +26,10 @@ struct OutlineStage {
 
 /// `rlhf recipes`
 pub(crate) fn recipes(args: &RecipesArgs) -> anyhow::Result<ExitCode> {
+    if let Some(RecipesAction::Presets) = &args.action {
+        print!("{}", shipped::PRESETS);
+        return Ok(ExitCode::SUCCESS);
+    }
     if let Some(RecipesAction::Show { name }) = &args.action {
         let unknown = || {
             usage(
@@ -53,7 +57,9 @@ pub(crate) fn recipes(args: &RecipesArgs) -> anyhow::Result<ExitCode> {
         for (name, title, stages) in rows {
             println!("{name:<18} {title}\n{:<18} {}", "", stages.join(" → "));
         }
-        println!("\nrlhf recipes show NAME   prints one; rlhf run NAME runs it");
+        println!(
+            "\nrlhf recipes show NAME   prints one; rlhf run NAME runs it; rlhf recipes presets prints the algorithms by name"
+        );
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -4,7 +4,9 @@
 //! recipe states them. Knows nothing of files' contents or sizes: that is `plan`. Losses check their own
 //! settings.
 
+mod algorithm;
 mod align;
+mod preset;
 mod stages;
 
 use std::collections::BTreeSet;
@@ -17,7 +19,8 @@ use crate::memory::Memory;
 
 pub use align::{Align, OnlineDpo, Ranked, Replay, Unpaired};
 pub use stages::{
-    Data, Dpo, Eval, Grpo, Optim, Ppo, Reward, RewardPart, Rollouts, Sampling, Server, Sft,
+    Data, Dpo, Eval, Grpo, Opd, Optim, Ppo, Process, Ptx, Reward, RewardPart, Rollouts, Sampling,
+    Server, Sft,
 };
 
 /// A whole recipe.
@@ -96,6 +99,9 @@ pub struct Scratch {
 pub struct Stage {
     /// Its name, also its folder.
     pub name: String,
+    /// The preset that filled it in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub preset: Option<String>,
     /// What it does.
     #[serde(flatten)]
     pub kind: StageKind,
@@ -121,6 +127,8 @@ pub enum StageKind {
     Grpo(Grpo),
     /// Proximal policy optimisation.
     Ppo(Ppo),
+    /// On-policy distillation.
+    Opd(Opd),
     /// Evaluation on held-out data.
     Eval(Eval),
 }
@@ -138,6 +146,7 @@ impl StageKind {
             Self::OnlineDpo(_) => "online_dpo",
             Self::Grpo(_) => "grpo",
             Self::Ppo(_) => "ppo",
+            Self::Opd(_) => "opd",
             Self::Eval(_) => "eval",
         }
     }
@@ -152,6 +161,11 @@ impl Stage {
                     .iter()
                     .filter_map(|p| p.model.as_deref())
                     .map(|m| ("rollouts.reward.model", m)),
+            );
+            into.extend(
+                r.process
+                    .iter()
+                    .map(|p| ("rollouts.process.model", p.model.as_str())),
             );
         }
         let mut names = Vec::new();
@@ -171,7 +185,13 @@ impl Stage {
             }
             StageKind::Ppo(s) => {
                 names.push(("model", s.model.as_str()));
-                names.push(("value_model", s.value_model.as_str()));
+                if s.value_model != SHARED {
+                    names.push(("value_model", s.value_model.as_str()));
+                }
+                rollouts(&s.rollouts, &mut names);
+            }
+            StageKind::Opd(s) => {
+                names.push(("model", s.model.as_str()));
                 rollouts(&s.rollouts, &mut names);
             }
             StageKind::Eval(s) => {
@@ -183,6 +203,9 @@ impl Stage {
         names
     }
 }
+
+/// The value model that is a head on the policy's trunk.
+pub(crate) const SHARED: &str = "shared";
 
 /// A recipe's text with where it came from, and whether its `[smoke]` overlay is wanted.
 #[derive(Clone, Debug)]
@@ -366,6 +389,7 @@ impl Source {
         };
         let name = text(&mut t, "name")?;
         let kind = text(&mut t, "kind")?;
+        let preset = preset::apply(&mut t, &kind, &place)?;
         fn read<T: serde::de::DeserializeOwned>(t: toml::Table, place: &str) -> Result<T, Usage> {
             t.try_into().map_err(|e: toml::de::Error| {
                 usage(
@@ -384,16 +408,17 @@ impl Source {
             "online_dpo" => StageKind::OnlineDpo(read(t, &place)?),
             "grpo" => StageKind::Grpo(read(t, &place)?),
             "ppo" => StageKind::Ppo(read(t, &place)?),
+            "opd" => StageKind::Opd(read(t, &place)?),
             "eval" => StageKind::Eval(read(t, &place)?),
             other => {
                 return Err(usage(
                     format!("unknown kind `{other}`"),
                     &place,
-                    "use one of sft, reward, dpo, unpaired, ranked, online_dpo, grpo, ppo, eval",
+                    "use one of sft, reward, dpo, unpaired, ranked, online_dpo, grpo, ppo, opd, eval",
                 ));
             }
         };
-        Ok(Stage { name, kind })
+        Ok(Stage { name, preset, kind })
     }
 
     fn check(&self, recipe: &Recipe) -> Result<(), Usage> {
@@ -472,10 +497,6 @@ impl Source {
                 "rollouts.prompts_per_step and group_size must be above 0",
             );
             need(
-                !r.reward.is_empty(),
-                "rollouts.reward must have at least one part",
-            );
-            need(
                 r.reward
                     .iter()
                     .all(|p| p.model.is_some() != p.rule.is_some()),
@@ -489,6 +510,21 @@ impl Source {
                 r.sampling.max_new_tokens > 0,
                 "rollouts.sampling.max_new_tokens must be above 0",
             );
+            need(
+                !(r.record && r.replay.is_some()),
+                "rollouts.record: replayed rollouts are recorded already; leave one of record and replay out",
+            );
+            need(
+                r.samples.is_none_or(|s| s.every > 0 && s.prompts > 0),
+                "rollouts.samples: every and prompts must be above 0",
+            );
+            need(
+                r.ahead == 0 || r.server.is_none(),
+                "rollouts.ahead draws with the policy's own weights; leave `ahead` or `server` out",
+            );
+            if let Err(e) = r.rules().check(r.sampling.max_new_tokens) {
+                need(false, &e.to_string());
+            }
         };
         match &stage.kind {
             StageKind::Sft(s) => {
@@ -549,10 +585,7 @@ impl Source {
                 optim(&s.optim);
                 memory(&s.memory, &mut need);
                 rollouts(&s.rollouts, &mut need);
-                need(
-                    s.rollouts.group_size > 1,
-                    "group_size must be at least 2: one completion has no group to compare with",
-                );
+                algorithm::grpo(s, &mut need);
                 if let Err(e) = s.loss.check() {
                     need(false, &format!("loss: {e}"));
                 }
@@ -576,6 +609,19 @@ impl Source {
                     (0.0..=1.0).contains(&s.gamma) && (0.0..=1.0).contains(&s.gae_lambda),
                     "gamma and gae_lambda lie in 0 to 1",
                 );
+                algorithm::ppo(s, &mut need);
+            }
+            StageKind::Opd(s) => {
+                optim(&s.optim);
+                memory(&s.memory, &mut need);
+                rollouts(&s.rollouts, &mut need);
+                need(
+                    s.steps > 0 && s.epochs > 0,
+                    "steps and epochs must be above 0",
+                );
+                if let Err(e) = s.objective.check() {
+                    need(false, &format!("objective: {e}"));
+                }
             }
             StageKind::Eval(s) => {
                 need(!s.models.is_empty(), "models must name at least one stage");

@@ -4,11 +4,15 @@ use rlhf_data::tokenize::{Truncation, Turns};
 use rlhf_dpo::loss::{Divergence, PreferenceLoss, PreferenceMix, WeightedLoss};
 use rlhf_kernels::optim::AdamWConfig;
 use rlhf_model::DecoderWeights;
-use rlhf_policy::advantage::AdvantageEstimator;
+use rlhf_policy::advantage::{AdvantageEstimator, Whitening};
+use rlhf_policy::collect::{Dynamic, Overlong, Samples};
+use rlhf_policy::grpo::{AdaptiveKl, OldPolicy};
 use rlhf_policy::kl::{KlController, KlPenalty};
 use rlhf_policy::loss::PolicyLoss;
 use rlhf_policy::loss::clipped::Clip;
 use rlhf_policy::loss::mismatch::Correction;
+use rlhf_policy::opd::Objective;
+use rlhf_policy::reference::ReferencePolicy;
 use rlhf_reward::source::Rule;
 use rlhf_train::lr_schedule::LrSchedule;
 use serde::{Deserialize, Serialize};
@@ -248,9 +252,48 @@ pub struct Rollouts {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub server: Option<Server>,
     /// The reward: a weighted sum.
+    #[serde(default)]
     pub reward: Vec<RewardPart>,
     /// Added to the score of a completion that was cut off before its end-of-sequence token.
+    #[serde(default)]
     pub missing_eos_penalty: f64,
+    /// Rewards of the steps of a completion, beside those of the whole:
+    /// `{ model = "rm", ends = ["\n"], weight = 1.0 }`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub process: Option<Process>,
+    /// Draw until `prompts_per_step` groups have rewards that differ: `{ max_rounds = 4 }`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dynamic: Option<Dynamic>,
+    /// Take from the reward of completions that come near the limit: `{ buffer = 16, penalty = 1.0 }`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlong: Option<Overlong>,
+    /// Completions that were cut off teach nothing.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub filter_cut: bool,
+    /// Draw so many steps ahead of the learner, on a thread of its own.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub ahead: u64,
+    /// Record what each step learns from, in the stage's folder `rollouts/`.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub record: bool,
+    /// Learn from recorded rollouts instead of drawing: an earlier stage with `record = true`, or a folder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replay: Option<String>,
+    /// Keep samples in the stage's `samples.parquet`: `{ every = 10, prompts = 4 }`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub samples: Option<Samples>,
+}
+
+/// A reward model that judges steps.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Process {
+    /// A reward-model stage.
+    pub model: String,
+    /// Texts that end a step.
+    pub ends: Vec<String>,
+    /// What its number is multiplied by.
+    pub weight: f64,
 }
 
 /// Group-relative policy optimisation.
@@ -272,8 +315,22 @@ pub struct Grpo {
     /// The surrogate, by its name in docs/losses.md: `{ kind = "clipped", clip = { … }, ratio = "token",
     /// reduction = { kind = "token" } }`.
     pub loss: PolicyLoss,
-    /// The penalty on the distance from the reference.
+    /// The penalty on the distance from the reference; its coefficient is where `adaptive_kl` begins.
     pub kl: KlPenalty,
+    /// Lets the coefficient follow a KL aimed at: `{ target = 6.0, horizon = 10000.0 }`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adaptive_kl: Option<AdaptiveKl>,
+    /// Ends the training when the KL from the reference exceeds so many nats a completion; the result is the last
+    /// checkpoint before that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_kl: Option<f64>,
+    /// What becomes of the reference: `{ kind = "fixed" }`, `{ kind = "none" }`, `{ kind = "sync", every = 64, mix = 0.6 }`,
+    /// `{ kind = "reset", every = 200 }`, `{ kind = "ema", decay = 0.99 }`.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub reference: ReferencePolicy,
+    /// What the ratio is against: the `learner`'s probabilities at the start of the batch, or the `sampler`'s.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub old: OldPolicy,
     /// Weights of the policy's probabilities over the sampler's, where the two differ (`weights = "bf16"`, a
     /// server): `{ level = "token", bound = { kind = "truncate", max = 2.0 } }`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -291,7 +348,7 @@ pub struct Grpo {
 pub struct Ppo {
     /// `init` or an earlier stage: policy and reference.
     pub model: String,
-    /// The value model begins as this reward model or policy stage.
+    /// The value model begins as this reward model or policy stage; `shared` puts a head on the policy's trunk.
     pub value_model: String,
     /// Prompts, sampling and reward.
     pub rollouts: Rollouts,
@@ -312,13 +369,77 @@ pub struct Ppo {
     pub gamma: f64,
     /// GAE's λ.
     pub gae_lambda: f64,
+    /// What is done to advantages over the batch: `remove_mean`, `keep_mean` or `none`.
+    #[serde(default = "remove_mean")]
+    pub whitening: Whitening,
+    /// Bring rewards of tokens to a deviation of 1 about their mean first.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub whiten_rewards: bool,
     /// Weight of the KL penalty in the reward of each token, fixed or adaptive.
     pub kl: KlController,
-    /// Learning rate of the value model.
-    pub value_lr: f64,
+    /// As in GRPO.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_kl: Option<f64>,
+    /// As in GRPO.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub reference: ReferencePolicy,
+    /// Learning rate of the value model; not with `value_model = "shared"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value_lr: Option<f64>,
+    /// Weight of the value's loss, with `value_model = "shared"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value_coef: Option<f64>,
+    /// Text mixed in (PPO-ptx).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ptx: Option<Ptx>,
     /// Steps at the start in which only the value model learns.
     pub value_warmup_steps: u64,
     /// The policy's optimiser.
+    pub optim: Optim,
+    /// How memory is saved.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub memory: Memory,
+}
+
+fn remove_mean() -> Whitening {
+    Whitening::RemoveMean
+}
+
+/// Text mixed into PPO.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ptx {
+    /// Demonstrations or texts.
+    pub data: Data,
+    /// What of them is trained.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub turns: Turns,
+    /// Rows a minibatch.
+    pub batch_size: usize,
+    /// Weight of −log π meant over their trained tokens.
+    pub coef: f64,
+}
+
+/// On-policy distillation.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Opd {
+    /// `init` or an earlier stage: the student.
+    pub model: String,
+    /// `init`, an earlier stage, or a model folder with the same tokenizer.
+    pub teacher: String,
+    /// Prompts and sampling; rewards are only logged.
+    pub rollouts: Rollouts,
+    /// Batches of rollouts.
+    pub steps: u64,
+    /// Passes over each batch of rollouts.
+    pub epochs: u64,
+    /// Packed tokens a micro-batch.
+    pub micro_tokens: usize,
+    /// How the student is brought to the teacher: `{ kind = "sampled", loss = { … }, discount = 0.0 }` or
+    /// `{ kind = "exact", divergence = { kind = "reverse_kl" } }`.
+    pub objective: Objective,
+    /// The optimiser.
     pub optim: Optim,
     /// How memory is saved.
     #[serde(default, skip_serializing_if = "is_default")]

@@ -248,6 +248,7 @@ fn training_files(ctx: &Context<'_>) -> Vec<String> {
             StageKind::OnlineDpo(s) => Some(s.rollouts.data.path.clone()),
             StageKind::Grpo(s) => Some(s.rollouts.data.path.clone()),
             StageKind::Ppo(s) => Some(s.rollouts.data.path.clone()),
+            StageKind::Opd(s) => Some(s.rollouts.data.path.clone()),
             StageKind::Eval(_) => None,
         })
         .collect()

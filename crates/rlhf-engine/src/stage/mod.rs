@@ -111,6 +111,7 @@ impl Context<'_> {
             StageKind::OnlineDpo(s) => online::run(self, &stage.name, s),
             StageKind::Grpo(s) => policy::grpo(self, &stage.name, s),
             StageKind::Ppo(s) => policy::ppo(self, &stage.name, s),
+            StageKind::Opd(s) => policy::opd(self, &stage.name, s),
             StageKind::Eval(s) => eval::run(self, &stage.name, s),
         }
     }
@@ -129,6 +130,15 @@ impl Context<'_> {
             ("init", Some(from)) => from.clone(),
             _ => self.dir.join(name).join("model"),
         }
+    }
+
+    /// The folder of a model that is `init`, a stage, or lies elsewhere.
+    pub(crate) fn model_or_folder(&self, name: &str) -> PathBuf {
+        let stage = |s: &Stage| s.name == name;
+        if name == "init" || self.recipe.stages.iter().any(stage) {
+            return self.model_dir(name);
+        }
+        crate::recipe::resolve(name, self.inputs.shared())
     }
 
     fn load_options(&self, kind: Kind) -> LoadOptions {
@@ -250,12 +260,22 @@ impl Context<'_> {
     }
 
     pub(crate) fn session(&self, name: &str, steps: u64) -> anyhow::Result<Session> {
+        self.session_keeping(name, steps, 2)
+    }
+
+    /// As [`Context::session`], with so many checkpoints kept.
+    pub(crate) fn session_keeping(
+        &self,
+        name: &str,
+        steps: u64,
+        keep: usize,
+    ) -> anyhow::Result<Session> {
         let config = SessionConfig {
             dir: self.dir.join(name),
             stage: name.to_owned(),
             total_steps: steps,
             checkpoint_every: self.recipe.run.checkpoint_every,
-            keep: 2,
+            keep,
             stop: self.stop.clone(),
         };
         Ok(Session::open(config)?)

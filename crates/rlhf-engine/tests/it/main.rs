@@ -6,6 +6,7 @@
     reason = "tests"
 )]
 
+mod algorithms;
 mod align;
 mod cli;
 mod recipes;

@@ -53,17 +53,20 @@ fn tiny(out: &Path, more: &[&str]) -> std::process::Command {
 fn metrics(out: &Path) -> Vec<String> {
     ["sft", "rm", "grpo", "ppo", "dpo"]
         .iter()
-        .flat_map(|stage| {
-            let text = std::fs::read_to_string(out.join(stage).join("metrics.jsonl")).unwrap();
-            text.lines()
-                .map(|line| {
-                    let mut v: serde_json::Value = serde_json::from_str(line).unwrap();
-                    v.as_object_mut().unwrap().remove("seconds");
-                    v.to_string()
-                })
-                .collect::<Vec<_>>()
-        })
+        .flat_map(|stage| metrics_of(out, stage))
         .collect()
+}
+
+/// metrics.jsonl of a stage without its times.
+pub(crate) fn metrics_of(out: &Path, stage: &str) -> Vec<String> {
+    let text = std::fs::read_to_string(out.join(stage).join("metrics.jsonl")).unwrap();
+    let line = |line: &str| {
+        let mut v: serde_json::Value = serde_json::from_str(line).unwrap();
+        let map = v.as_object_mut().unwrap();
+        map.retain(|key, _| key != "seconds" && !key.ends_with("per_second"));
+        v.to_string()
+    };
+    text.lines().map(line).collect()
 }
 
 fn lines(out: &Path, stage: &str) -> usize {

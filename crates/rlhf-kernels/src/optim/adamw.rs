@@ -168,6 +168,20 @@ impl AdamW {
             .collect()
     }
 
+    /// Begins the moments and their counts anew at 0.
+    ///
+    /// # Errors
+    /// When libtorch fails.
+    pub fn forget_moments(&mut self) -> Result<()> {
+        let _guard = tch::no_grad_guard();
+        for slot in &self.slots {
+            for tensor in [&slot.first, &slot.second, &slot.steps] {
+                let _ = tensor.shallow_clone().f_zero_()?;
+            }
+        }
+        Ok(())
+    }
+
     /// One step with the learning rate `lr`. A parameter without a gradient is left alone.
     ///
     /// # Errors

@@ -262,6 +262,11 @@ pub enum PolicyLoss {
         /// How tokens' losses are put together.
         reduction: Reduction,
     },
+    /// [`smooth::reinforce`].
+    Reinforce {
+        /// How tokens' losses are put together.
+        reduction: Reduction,
+    },
     /// [`smooth::gmpo`].
     Gmpo {
         /// The lower bound of log ρ, negated.
@@ -307,6 +312,7 @@ impl PolicyLoss {
                 reduction,
             } => smooth::sapo(inputs, temperature, ratio, reduction),
             Self::Vespo { weight, reduction } => smooth::vespo(inputs, weight, reduction),
+            Self::Reinforce { reduction } => smooth::reinforce(inputs, reduction),
             Self::Gmpo {
                 epsilon_low,
                 epsilon_high,

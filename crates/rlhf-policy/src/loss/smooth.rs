@@ -6,6 +6,23 @@ use crate::error::{Result, ensure};
 use crate::loss::step::Step;
 use crate::loss::{PolicyInputs, PolicyOutput, RatioLevel, Reduction};
 
+/// Per token: L = −w · A · log π, then reduced.
+///
+/// REINFORCE (Williams 1992): the policy gradient itself, without a ratio, so that only the first step on a batch
+/// is right. With [`Reduction::SequenceSum`] it is the gradient of whole completions, as in RLOO (Ahmadian et al.
+/// 2024, arXiv 2402.14740) and ReMax (arXiv 2310.10505).
+///
+/// # Shapes
+/// All of `inputs` `[M]` with the same offsets. Differentiable in `inputs.logprobs` only.
+///
+/// # Errors
+/// When offsets differ or the KL term belongs in the reward.
+pub fn reinforce(inputs: &PolicyInputs<'_>, reduction: Reduction) -> Result<PolicyOutput> {
+    let step = Step::new("reinforce", inputs, RatioLevel::Token)?;
+    let losses = -&step.advantages * &step.logprobs;
+    step.finish(inputs.weights, &losses, reduction, NO_BOUNDS)
+}
+
 /// Per token: L = −w · sg(clip(ρ, least, most)) · A · log π, then reduced.
 ///
 /// CISPO, MiniMax 2025 (arXiv 2506.13585), equations 4 and 5: the importance weight is bounded, the gradient

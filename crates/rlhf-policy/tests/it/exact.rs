@@ -5,7 +5,7 @@
 //! J = E_π[r] − β KL(π‖π₀) is known exactly, and so is its gradient.
 
 use rlhf_kernels::{LossSum, Offsets, Ragged};
-use rlhf_policy::advantage::{self, AdvantageEstimator, StdScope, Whitening};
+use rlhf_policy::advantage::{self, AdvantageEstimator, Earned, StdScope, Whitening};
 use rlhf_policy::kl::{KlEstimator, KlPenalty, KlPlacement};
 use rlhf_policy::loss::ppo::{self, ScorePlace};
 use rlhf_policy::loss::{
@@ -383,6 +383,7 @@ fn every_surrogate_is_the_truth_at_the_sampler() {
             weight: GammaWeight::default(),
             reduction: sum,
         },
+        PolicyLoss::Reinforce { reduction: sum },
         // LUSPO: a completion's mean ratio, times its length.
         PolicyLoss::Clipped {
             clip: Clip::symmetric(0.2),
@@ -614,4 +615,84 @@ fn in_the_loss_the_right_choices_descend_kl_at_held_prefixes() {
     }
     // Which is not all of it: only the reward also weighs where a token leads.
     assert!(largest_gap(&held, &problem.truth(0.0, BETA)) > 1e-2);
+}
+
+/// The expected gradient over batches of `size` completions, whose tokens an estimator judges with the KL in the
+/// reward and, on request, a step's reward at each first token.
+fn of_tokens(problem: &Problem, size: u32, estimator: AdvantageEstimator, steps: bool) -> Vec<f64> {
+    problem.expected(size, |group| {
+        let scores: Vec<f64> = group.iter().map(|&s| problem.rewards[s]).collect();
+        let logprobs = problem.policy.select(&problem.policy.logprobs, group);
+        let reference = problem.reference.select(&problem.reference.logprobs, group);
+        let k1 = (logprobs.values() - reference.values()).detach();
+        let penalties = logprobs.with_values(k1 * BETA).unwrap();
+        let judged: Vec<f64> = group
+            .iter()
+            .flat_map(|&s| (0..problem.policy.completions[s].len()).map(move |t| (s, t)))
+            .map(|(s, t)| {
+                if t == 0 {
+                    first_step(problem, s)
+                } else {
+                    f64::NAN
+                }
+            })
+            .collect();
+        let judged = logprobs.with_values(Tensor::from_slice(&judged)).unwrap();
+        let advantages = estimator.of_tokens(&Earned {
+            scores: &scores,
+            group_sizes: &[group.len()],
+            penalties: &penalties,
+            steps: steps.then_some(&judged),
+            greedy: Some(&[0.8]),
+            running: -0.3,
+        });
+        let old = logprobs.with_values(logprobs.values().detach()).unwrap();
+        let loss = PolicyLoss::Reinforce {
+            reduction: Reduction::SequenceSum {},
+        };
+        let advantages = advantages.unwrap();
+        let inputs = PolicyInputs::new(&logprobs, &old, &advantages);
+        loss.compute(&inputs).unwrap().loss
+    })
+}
+
+/// A reward of the first token, whatever follows.
+fn first_step(problem: &Problem, completion: usize) -> f64 {
+    [0.9, -0.4, 1.3][problem.policy.completions[completion][0] as usize]
+}
+
+#[test]
+fn every_baseline_leaves_the_regularised_gradient_as_it_is() {
+    let problem = Problem::two_tokens();
+    let mut with_steps = Problem::two_tokens();
+    for s in 0..with_steps.rewards.len() {
+        with_steps.rewards[s] += first_step(&problem, s);
+    }
+    for estimator in [
+        AdvantageEstimator::Plain {},
+        AdvantageEstimator::Running { decay: 0.9 },
+        AdvantageEstimator::Greedy {},
+        AdvantageEstimator::LeaveOneOut {},
+    ] {
+        let got = of_tokens(&problem, 2, estimator, false);
+        assert_equal(&got, &problem.truth(1.0, BETA));
+        let got = of_tokens(&problem, 2, estimator, true);
+        assert_equal(&got, &with_steps.truth(1.0, BETA));
+    }
+    // A mean that includes the completion itself takes its share.
+    let got = of_tokens(&problem, 2, AdvantageEstimator::BatchCentered {}, false);
+    assert_equal(&got, &problem.truth(0.5, BETA * 0.5));
+}
+
+#[test]
+fn reinforce_plus_plus_points_near_the_truth_and_not_along_it() {
+    let problem = Problem::two_tokens();
+    let plus = AdvantageEstimator::ReinforcePlusPlus {
+        group_baseline: false,
+    };
+    let cosine = cosine(
+        &of_tokens(&problem, 3, plus, false),
+        &problem.truth(1.0, BETA),
+    );
+    assert!(cosine > 0.8 && cosine < 1.0 - 1e-4, "{cosine}");
 }

@@ -14,4 +14,5 @@ mod golden;
 )]
 mod golden_io;
 mod gradcheck;
+mod opd;
 mod props;

@@ -1,7 +1,7 @@
 //! The report of a run: one self-contained HTML file.
 //!
 //! Invariant: it is made of the run's files alone (`run.json`, `plan.json`, `recipe.toml`, each stage's
-//! `metrics.jsonl` and `eval.json`), so it can be built again at any time; no script, no outside
+//! `metrics.jsonl`, `samples.parquet` and `eval.json`), so it can be built again at any time; no script, no outside
 //! address; whatever a model or a data set wrote is escaped. It knows no model and computes no metric.
 
 mod behind;
@@ -13,6 +13,7 @@ mod results;
 mod rewards;
 mod samples;
 mod training;
+mod training_samples;
 mod verdict;
 
 use std::path::{Path, PathBuf};
@@ -25,6 +26,7 @@ use crate::results::{Evaluation, RunSummary};
 use crate::usage::usage;
 use html::Palette;
 use metrics::Metrics;
+use training_samples::Written;
 
 /// Everything that a report shows.
 #[derive(Debug)]
@@ -34,6 +36,8 @@ pub(crate) struct Material {
     pub(crate) evaluations: Vec<(String, Evaluation)>,
     /// Each stage's metrics, in the order of `run.stages`.
     pub(crate) metrics: Vec<Metrics>,
+    /// What stages wrote while they were trained, by their names.
+    pub(crate) written: Vec<(String, Vec<Written>)>,
     /// `recipe.toml` and `plan.json` as they are, where they are.
     pub(crate) recipe: Option<String>,
     pub(crate) plan: Option<String>,
@@ -58,12 +62,17 @@ pub fn build(dir: &Path) -> anyhow::Result<PathBuf> {
     }
     let run: RunSummary = read(&run_file)?;
     let (mut evaluations, mut metrics) = (Vec::<(String, Evaluation)>::new(), Vec::new());
+    let mut written = Vec::new();
     for stage in &run.stages {
         let folder = dir.join(&stage.name);
         if folder.join("eval.json").is_file() {
             evaluations.push((stage.name.clone(), read(&folder.join("eval.json"))?));
         }
         metrics.push(Metrics::read(&folder.join("metrics.jsonl"))?);
+        let samples = folder.join("samples.parquet");
+        if samples.is_file() {
+            written.push((stage.name.clone(), training_samples::read(&samples)?));
+        }
     }
     let names = evaluations.iter().map(|e| e.1.baseline.clone());
     let names = names.chain(
@@ -76,6 +85,7 @@ pub fn build(dir: &Path) -> anyhow::Result<PathBuf> {
     let material = Material {
         evaluations,
         metrics,
+        written,
         recipe: text("recipe.toml"),
         plan: text("plan.json"),
         palette,

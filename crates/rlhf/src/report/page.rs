@@ -1,7 +1,7 @@
 //! The whole page: its sections in order, and the way to them.
 
 use super::html::escape;
-use super::{Material, behind, results, rewards, samples, training, verdict};
+use super::{Material, behind, results, rewards, samples, training, training_samples, verdict};
 
 const STYLE: &str = include_str!("style.css");
 
@@ -34,6 +34,7 @@ pub(crate) fn page(m: &Material) -> anyhow::Result<String> {
     sections.extend(samples::section(m)?);
     sections.extend(rewards::reward_model(m)?);
     sections.push(training::section(m)?);
+    sections.extend(training_samples::section(m)?);
     sections.push(behind::time(m)?);
     sections.push(behind::repeat(m)?);
     let nav: String = sections

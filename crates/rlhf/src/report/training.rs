@@ -54,6 +54,18 @@ const MORE: &[Group] = &[
     ),
     ("clipped share of the value", &[("value_clip_fraction", "")]),
     (
+        "ratio to the old policy, quantiles",
+        &[("ratio_p01", "1 %"), ("ratio_p99", "99 %")],
+    ),
+    (
+        "length by end",
+        &[("length_stopped", "ends itself"), ("length_cut", "cut off")],
+    ),
+    (
+        "advantage",
+        &[("advantage_min", "least"), ("advantage_max", "largest")],
+    ),
+    (
         "share of completions that end themselves",
         &[("stopped", "")],
     ),
