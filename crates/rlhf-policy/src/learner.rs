@@ -162,14 +162,19 @@ pub(crate) fn silence_cut(scored: &mut [ScoredRollout]) {
 /// Mean over completions of Σ (log π − log π₀): the KL in nats a completion, estimated by k1.
 pub(crate) fn mean_kl(policy: &PerToken, reference: &PerToken) -> f64 {
     let sum: f64 = policy.iter().flatten().sum::<f64>() - reference.iter().flatten().sum::<f64>();
-    sum / policy.len().max(1) as f64
+    sum / speaking(policy)
+}
+
+/// Completions with trained tokens, at least 1.
+fn speaking(lists: &PerToken) -> f64 {
+    lists.iter().filter(|l| !l.is_empty()).count().max(1) as f64
 }
 
 /// Mean over completions of Σ k3, k3 = π₀/π − 1 − log(π₀/π): never negative, the same in expectation.
 pub(crate) fn mean_k3(policy: &PerToken, reference: &PerToken) -> f64 {
     let k3 = |(p, q): (&f64, &f64)| (q - p).exp_m1() + (p - q);
     let both = policy.iter().flatten().zip(reference.iter().flatten());
-    both.map(k3).sum::<f64>() / policy.len().max(1) as f64
+    both.map(k3).sum::<f64>() / speaking(policy)
 }
 
 /// The values at the given shares of the sorted ones, linearly between; NaN of none.

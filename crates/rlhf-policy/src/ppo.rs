@@ -197,20 +197,18 @@ fn run(
             session.rewind::<State>(before, &mut learners.steppers_mut())?;
             return Ok(Flow::Continue);
         }
-        // Drawn by weights that the policy no longer has: its own probabilities are the old ones.
-        let old = if harvest.version == step {
-            sampler.clone()
-        } else {
-            logprobs_of(policy, &groups, temperature, cfg.micro_tokens, device)?
-        };
-        let gap = mismatch(&old, &sampler);
-        log.add(&[("sampler_gap", gap.largest), ("sampler_kl", gap.kl)]);
+        // The ratio is against whoever drew, so that it mends what ahead of its time was drawn by older weights.
+        if harvest.version != step {
+            let now = logprobs_of(policy, &groups, temperature, cfg.micro_tokens, device)?;
+            let gap = mismatch(&now, &sampler);
+            log.add(&[("sampler_gap", gap.largest), ("sampler_kl", gap.kl)]);
+        }
         let known = know(
             policy,
             &learners.value,
             &harvest,
             &groups,
-            old,
+            sampler.clone(),
             base.as_ref(),
             state.kl.coef(),
             cfg,
@@ -366,7 +364,8 @@ fn learn(
             }
             if let (Some(ptx), true) = (learners.ptx, learn_policy) {
                 let turn = (step * cfg.epochs + epoch) * cfg.minibatches as u64 + turn as u64;
-                let (sum, n) = mix_in(policy, &ptx, cfg, turn, tokens, learners.policy_stepper)?;
+                let how = (cfg.rollouts.seed, cfg.micro_tokens);
+                let (sum, n) = mix_in(policy, &ptx, how, turn, tokens, learners.policy_stepper)?;
                 seen.ptx = (seen.ptx.0 + sum, seen.ptx.1 + n);
             }
             if learn_policy || matches!(learners.value, Value::Shared { .. }) {
@@ -387,14 +386,14 @@ fn learn(
 fn mix_in(
     policy: &rlhf_model::Transformer,
     ptx: &Ptx<'_>,
-    cfg: &PpoConfig,
+    (seed, micro_tokens): (u64, usize),
     turn: u64,
     tokens: usize,
     stepper: &mut Stepper,
 ) -> Result<(f64, f64)> {
     let first = turn * ptx.batch_size as u64;
     let rows: Vec<&PromptGroup> = (first..first + ptx.batch_size as u64)
-        .map(|i| &ptx.data[endless(cfg.rollouts.seed, ptx.data.len(), i)])
+        .map(|i| &ptx.data[endless(seed, ptx.data.len(), i)])
         .collect();
     let own: usize = rows
         .iter()
@@ -402,7 +401,7 @@ fn mix_in(
         .map(rlhf_data::group::Completion::trained_tokens)
         .sum();
     let mut total = 0.0;
-    for micro in micro_batches(&rows, cfg.micro_tokens)? {
+    for micro in micro_batches(&rows, micro_tokens)? {
         let batch = micro.pack(&rows, policy.device())?;
         let logprobs = target_logprobs(policy, &batch, 1.0, false)?.logprobs;
         let sum = -logprobs.values().sum(logprobs.values().kind());
@@ -513,4 +512,64 @@ fn pick<'a>(groups: &[&'a PromptGroup], chosen: &[usize]) -> (Vec<&'a PromptGrou
         .flat_map(|&i| first[i]..first[i + 1])
         .collect();
     (chosen.iter().map(|&i| groups[i]).collect(), completions)
+}
+
+#[cfg(test)]
+mod tests {
+    use rlhf_data::group::{Completion, Finish};
+    use rlhf_kernels::optim::AdamWConfig;
+    use rlhf_model::{Config, Transformer};
+    use rlhf_train::StepperConfig;
+    use rlhf_train::lr_schedule::LrSchedule;
+
+    use super::*;
+
+    fn text(n: u32) -> PromptGroup {
+        PromptGroup {
+            row: u64::from(n),
+            prompt: vec![1],
+            completions: vec![Completion::whole((2..2 + n).collect(), Finish::Stop)],
+        }
+    }
+
+    /// The loss of a step is that of its own tokens, plus γ times a mean over the text's tokens, however the text is
+    /// split.
+    #[test]
+    fn text_mixed_in_has_a_divisor_of_its_own() {
+        let data = [text(2), text(5), text(3)];
+        let mut losses = Vec::new();
+        for micro_tokens in [6, 64] {
+            let policy =
+                Transformer::init(Config::new(16, 8, 1, 2, 16), 5, Device::Cpu, Kind::Double);
+            let policy = policy.unwrap();
+            let config = StepperConfig {
+                lr: 0.0,
+                schedule: LrSchedule::Constant {},
+                warmup_steps: 0,
+                total_steps: 1,
+                max_grad_norm: None,
+                max_bad_steps: 1,
+            };
+            let mut stepper = Stepper::new(policy.parameters(), AdamWConfig::default(), config);
+            let ptx = Ptx {
+                data: &data,
+                batch_size: 3,
+                coef: 4.0,
+            };
+            // The step's own part: a sum of 10 over 5 tokens.
+            let own = LossSum {
+                sum: policy.parameters()[0].1.sum(Kind::Double) * 0.0 + 10.0,
+                weight: 5.0,
+            };
+            stepper.accumulate(own).unwrap();
+            let (sum, n) = mix_in(&policy, &ptx, (9, micro_tokens), 0, 5, &mut stepper).unwrap();
+            assert_eq!(n, 10.0);
+            let report = stepper.apply().unwrap();
+            assert!((report.loss - (2.0 + 4.0 * sum / n)).abs() < 1e-12);
+            assert!(sum / n > 1.0);
+            losses.push((report.loss, report.grad_norm));
+        }
+        assert!((losses[0].0 - losses[1].0).abs() < 1e-12);
+        assert!((losses[0].1 - losses[1].1).abs() < 1e-10, "{losses:?}");
+    }
 }
