@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use crate::collect::{Facts, Harvest};
 use crate::error::{Error, Result};
-use crate::rollout::{Prompt, Rollout, ScoredRollout};
+use crate::rollout::{Prompt, Rollout, ScoredRollout, StepRewards};
 
 /// A group as it is kept.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -208,7 +208,7 @@ pub fn replay(
         let what = format!("step {step} was not recorded");
         return Err(bad(&path, &what, "lower `steps` to what was recorded"));
     }
-    let mut groups: Vec<(Kept, Vec<f64>, Vec<Vec<(usize, f64)>>)> = Vec::new();
+    let mut groups: Vec<(Kept, Vec<f64>, Vec<StepRewards>)> = Vec::new();
     let (mut greedy, mut facts) = (Vec::new(), None);
     for read in source::rows(&path)? {
         let read = read?;

@@ -112,10 +112,10 @@ fn fill(stage: &mut Table, preset: Table) {
     for (key, value) in preset {
         match (stage.get_mut(&key), value) {
             (None, value) => drop(stage.insert(key, value)),
-            (Some(Value::Table(own)), Value::Table(value)) => {
-                if own.get("kind").is_none_or(|k| Some(k) == value.get("kind")) {
-                    fill(own, value);
-                }
+            (Some(Value::Table(own)), Value::Table(value))
+                if own.get("kind").is_none_or(|k| Some(k) == value.get("kind")) =>
+            {
+                fill(own, value);
             }
             _ => {}
         }
