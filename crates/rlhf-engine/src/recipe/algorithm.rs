@@ -157,6 +157,26 @@ pub(super) fn ppo(s: &Ppo, need: &mut dyn FnMut(bool, &str)) {
     reference(s.reference, s.kl.coef(), s.max_kl, &s.memory, need);
 }
 
+/// Online direct alignment draws and scores, and knows nothing of what else rollouts can have.
+pub(super) fn online(r: &Rollouts, need: &mut dyn FnMut(bool, &str)) {
+    need(
+        !r.reward.is_empty(),
+        "rollouts.reward must have at least one part",
+    );
+    let others = r.dynamic.is_some()
+        || r.overlong.is_some()
+        || r.filter_cut
+        || r.ahead > 0
+        || r.record
+        || r.replay.is_some()
+        || r.samples.is_some()
+        || r.process.is_some();
+    need(
+        !others,
+        "rollouts: dynamic, overlong, filter_cut, ahead, record, replay, samples and process are for stages of kind grpo, ppo and opd",
+    );
+}
+
 fn reference(
     policy: ReferencePolicy,
     coef: f64,

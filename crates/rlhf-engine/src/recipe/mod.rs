@@ -570,6 +570,7 @@ impl Source {
             StageKind::OnlineDpo(s) => {
                 optim(&s.optim);
                 rollouts(&s.rollouts, &mut need);
+                algorithm::online(&s.rollouts, &mut need);
                 let problem = s.problem();
                 need(problem.is_none(), &problem.unwrap_or_default());
             }
