@@ -31,6 +31,8 @@
 pub mod advantage;
 #[cfg(feature = "train")]
 pub mod collect;
+#[cfg(feature = "train")]
+pub mod control;
 mod error;
 #[cfg(feature = "train")]
 pub mod grpo;

@@ -12,6 +12,7 @@
 //! | right or wrong answers | [`outcome`] |
 //! | right or wrong steps | [`process`] |
 //! | labels that disagree | [`distributional`] |
+//! | comparisons of clips, rewards of steps | [`segments`] |
 //!
 //! ```
 //! use rlhf_reward::bradley_terry::{self, BradleyTerry};
@@ -37,6 +38,7 @@ pub mod pairs;
 pub mod plackett_luce;
 pub mod process;
 pub mod regression;
+pub mod segments;
 #[cfg(feature = "train")]
 pub mod source;
 #[cfg(feature = "train")]

@@ -6,6 +6,8 @@
     reason = "tests"
 )]
 
+mod control;
+mod control_exact;
 mod exact;
 mod golden;
 #[allow(

@@ -240,3 +240,46 @@ fn the_variance_is_how_far_labels_disagree() {
     });
     assert!((fit[0] - 3.0).abs() < 1e-6 && (fit[1].exp() - 14.0 / 3.0).abs() < 1e-6);
 }
+
+/// All ordered pairs of clips of two steps over four kinds of steps, each at the probability that the true
+/// rewards give it: the fit gives the rewards of the steps back, up to a constant.
+#[test]
+fn all_pairs_of_clips_recover_the_rewards_of_steps() {
+    use rlhf_reward::segments::{self, Comparisons};
+    let truth = &TRUE[..4];
+    let clips: Vec<(i64, i64)> = (0..4).flat_map(|a| (a..4).map(move |b| (a, b))).collect();
+    let steps: Vec<i64> = clips.iter().flat_map(|&(a, b)| [a, b]).collect();
+    let steps = Tensor::from_slice(&steps);
+    let offsets = Offsets::from_lengths(&vec![2; clips.len()]).unwrap();
+    let sum = |c: &(i64, i64)| truth[c.0 as usize] + truth[c.1 as usize];
+    for error_rate in [0.0, 0.1] {
+        let (mut first, mut second, mut preference) = (Vec::new(), Vec::new(), Vec::new());
+        for (i, a) in clips.iter().enumerate() {
+            for (j, b) in clips.iter().enumerate().filter(|(j, _)| *j != i) {
+                first.push(i as i64);
+                second.push(j as i64);
+                let p = sigmoid(sum(a) - sum(b));
+                preference.push((1.0 - error_rate) * p + error_rate / 2.0);
+            }
+        }
+        let (first, second) = (Tensor::from_slice(&first), Tensor::from_slice(&second));
+        let preference = Tensor::from_slice(&preference);
+        let rewards = descend(&[1.0, -1.0, 0.5, 0.0], 1.0, |r| {
+            let rewards = Ragged::new(r.index_select(0, &steps), offsets.clone()).unwrap();
+            let compared = Comparisons {
+                first: &first,
+                second: &second,
+                preference: &preference,
+                weights: None,
+            };
+            let out = segments::loss(&rewards, &compared, error_rate).unwrap();
+            out.sum / out.weight
+        });
+        let distance = distance_up_to_a_constant(&rewards, truth);
+        println!("clips at error {error_rate}: {distance:.1e}");
+        assert!(distance < 1e-6, "{rewards:?}");
+        // Of one length, so that the constant is free: it stays where the start had it.
+        let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
+        assert!((mean(&rewards) - 0.125).abs() < 1e-6);
+    }
+}

@@ -201,3 +201,28 @@ fn distributional() {
             .sum
     });
 }
+
+#[test]
+fn segments() {
+    use rlhf_reward::segments::{self, Comparisons};
+    // Clips of one, two and three steps, each in two comparisons.
+    let offsets = Offsets::from_lengths(&[1, 2, 3]).unwrap();
+    let (first, second) = (
+        Tensor::from_slice(&[0i64, 1, 2]),
+        Tensor::from_slice(&[1i64, 2, 0]),
+    );
+    let preference = Tensor::from_slice(&[1.0, 0.5, 0.0]);
+    let weights = Tensor::from_slice(&[1.0, 2.0, 0.3]);
+    for error_rate in [0.0, 0.1] {
+        check(&X, |x| {
+            let rewards = Ragged::new(x.shallow_clone(), offsets.clone()).unwrap();
+            let compared = Comparisons {
+                first: &first,
+                second: &second,
+                preference: &preference,
+                weights: Some(&weights),
+            };
+            segments::loss(&rewards, &compared, error_rate).unwrap().sum
+        });
+    }
+}
