@@ -43,7 +43,8 @@ type Shelf<T> = RefCell<HashMap<String, Rc<Table<T>>>>;
 
 /// All inputs of a run.
 pub(crate) struct Inputs {
-    tokenizer: ChatTokenizer,
+    /// Absent where the run has no language model.
+    tokenizer: Option<ChatTokenizer>,
     shared: PathBuf,
     context: usize,
     sft: Shelf<PromptGroup>,
@@ -54,7 +55,7 @@ pub(crate) struct Inputs {
 }
 
 impl Inputs {
-    pub(crate) fn new(tokenizer: ChatTokenizer, shared: &Path, context: usize) -> Self {
+    pub(crate) fn new(tokenizer: Option<ChatTokenizer>, shared: &Path, context: usize) -> Self {
         Self {
             tokenizer,
             shared: shared.to_owned(),
@@ -67,8 +68,15 @@ impl Inputs {
         }
     }
 
-    pub(crate) fn tokenizer(&self) -> &ChatTokenizer {
-        &self.tokenizer
+    pub(crate) fn tokenizer(&self) -> anyhow::Result<&ChatTokenizer> {
+        self.tokenizer.as_ref().ok_or_else(|| {
+            usage(
+                "the run has no language model",
+                "the recipe",
+                "add [init], which names one",
+            )
+            .into()
+        })
     }
 
     /// Where files named `shared:…` lie.
@@ -78,7 +86,7 @@ impl Inputs {
 
     /// Demonstrations.
     pub(crate) fn sft(&self, data: &Data, turns: Turns) -> anyhow::Result<Rc<Table<PromptGroup>>> {
-        let tokenizer = self.tokenizer.clone().with_turns(turns);
+        let tokenizer = self.tokenizer()?.clone().with_turns(turns);
         self.cached(
             &self.sft,
             (data, turns),
@@ -103,7 +111,7 @@ impl Inputs {
                     None => records(path, data)?,
                 };
                 let records = records.take(data.limit.unwrap_or(usize::MAX));
-                let mut stream = self.tokenizer.preference_stream(records, limits);
+                let mut stream = self.tokenizer()?.preference_stream(records, limits);
                 let rows = stream.by_ref().collect::<Result<Vec<_>, _>>()?;
                 Ok((rows, stream.report().clone(), stream.rows() as usize))
             },
@@ -150,7 +158,7 @@ impl Inputs {
             (data, Turns::default()),
             |path, limits| {
                 let records = collect::<UnpairedRecord>(records(path, data)?, data.limit)?;
-                let (groups, report) = self.tokenizer.unpaired_groups(&records, limits)?;
+                let (groups, report) = self.tokenizer()?.unpaired_groups(&records, limits)?;
                 let label = |g: PromptGroup| {
                     let good = records[g.row as usize].label;
                     (g, good)
@@ -172,7 +180,7 @@ impl Inputs {
             (data, Turns::default()),
             |path, limits| {
                 let records = collect::<RankedRecord>(records(path, data)?, data.limit)?;
-                let (groups, report) = self.tokenizer.ranked_groups(&records, limits)?;
+                let (groups, report) = self.tokenizer()?.ranked_groups(&records, limits)?;
                 Ok((groups, report, records.len()))
             },
             PromptGroup::num_tokens,
@@ -181,6 +189,7 @@ impl Inputs {
 
     /// Prompts.
     pub(crate) fn prompts(&self, data: &Data) -> anyhow::Result<Rc<Table<Prompt>>> {
+        let tokenizer = self.tokenizer()?;
         self.cached(
             &self.prompts,
             (data, Turns::default()),
@@ -189,7 +198,7 @@ impl Inputs {
                 let mut report = TokenizeReport::default();
                 let mut rows = Vec::new();
                 for (row, record) in records.iter().enumerate() {
-                    let ids = match self.tokenizer.prompt_within(&record.prompt, limits)? {
+                    let ids = match tokenizer.prompt_within(&record.prompt, limits)? {
                         Outcome::Kept(ids) => ids,
                         Outcome::Truncated(ids) => {
                             report.shortened_prompts += 1;

@@ -21,22 +21,27 @@ pub(crate) struct Plan {
     pub recipe_arg: String,
     /// The recipe after overlays.
     pub recipe: Recipe,
-    /// The model's `config.json`.
+    /// The model's `config.json`; null without a language model.
     pub model: serde_json::Value,
-    /// Weights of the model.
+    /// Weights of the model; without a language model those of the largest policy.
     pub parameters: u64,
     /// Bytes of weights, gradients, AdamW's two moments and a reference copy, all f32.
     pub training_bytes: u64,
-    /// The folder of the initial model, when it is not made from scratch.
-    #[serde(skip)]
-    pub init_from: Option<PathBuf>,
-    /// The tokenizer's folder.
-    #[serde(skip)]
-    pub tokenizer_dir: PathBuf,
     /// The data.
     pub data: Vec<Facts>,
-    /// The model's shape.
+    /// The language model that the run begins with, if any stage has one.
     #[serde(skip)]
+    pub base: Option<Base>,
+}
+
+/// The language model that a run begins with.
+#[derive(Debug)]
+pub(crate) struct Base {
+    /// Its folder, when it is not made from scratch.
+    pub from: Option<PathBuf>,
+    /// The tokenizer's folder.
+    pub tokenizer_dir: PathBuf,
+    /// Its shape.
     pub config: Config,
 }
 
@@ -47,15 +52,14 @@ pub(crate) fn resolve(
     recipe: Recipe,
     shared: &Path,
 ) -> anyhow::Result<(Plan, Inputs)> {
-    let init_from = recipe
-        .init
-        .from
-        .as_ref()
-        .map(|p| recipe::resolve(p, shared));
-    let tokenizer_dir = tokenizer_dir(&recipe.init, init_from.as_deref(), shared)?;
+    let Some(init) = &recipe.init else {
+        return Ok(without_model(name, recipe_arg, recipe, shared));
+    };
+    let from = init.from.as_ref().map(|p| recipe::resolve(p, shared));
+    let tokenizer_dir = tokenizer_dir(init, from.as_deref(), shared)?;
     let tokenizer = ChatTokenizer::load(&tokenizer_dir)
         .with_context(|| format!("loading the tokenizer of {}", tokenizer_dir.display()))?;
-    let config = match (&init_from, &recipe.init.scratch) {
+    let config = match (&from, &init.scratch) {
         (Some(dir), _) => {
             Config::load(dir).with_context(|| format!("reading the model in {}", dir.display()))?
         }
@@ -76,7 +80,8 @@ pub(crate) fn resolve(
         )
         .into());
     }
-    let inputs = Inputs::new(tokenizer, shared, config.max_position_embeddings as usize);
+    let context = config.max_position_embeddings as usize;
+    let inputs = Inputs::new(Some(tokenizer), shared, context);
     read_all(&recipe, &inputs)?;
     let parameters = config.num_parameters() as u64;
     let plan = Plan {
@@ -85,13 +90,36 @@ pub(crate) fn resolve(
         model: config.to_json(),
         parameters,
         training_bytes: parameters * 4 * 5,
-        init_from,
-        tokenizer_dir,
         data: inputs.facts(),
-        config,
+        base: Some(Base {
+            from,
+            tokenizer_dir,
+            config,
+        }),
         recipe,
     };
     Ok((plan, inputs))
+}
+
+/// The plan of a recipe that has control alone: no model, no tokenizer, no data.
+fn without_model(name: &str, recipe_arg: &str, recipe: Recipe, shared: &Path) -> (Plan, Inputs) {
+    let of = |s: &recipe::Stage| match &s.kind {
+        StageKind::Control(c) => c.parameters() as u64,
+        _ => 0,
+    };
+    let parameters = recipe.stages.iter().map(of).max().unwrap_or(0);
+    let plan = Plan {
+        name: name.into(),
+        recipe_arg: recipe_arg.into(),
+        model: serde_json::Value::Null,
+        parameters,
+        // Policy and value function with gradients and moments.
+        training_bytes: parameters * 4 * 4 * 2,
+        data: Vec::new(),
+        base: None,
+        recipe,
+    };
+    (plan, Inputs::new(None, shared, 0))
 }
 
 fn tokenizer_dir(init: &Init, from: Option<&Path>, shared: &Path) -> anyhow::Result<PathBuf> {
@@ -176,6 +204,7 @@ fn read_all(recipe: &Recipe, inputs: &Inputs) -> anyhow::Result<()> {
                     }
                 }
                 StageKind::Opd(s) => drop(inputs.prompts(&s.rollouts.data)?),
+                StageKind::Control(_) => {}
                 StageKind::Eval(s) => {
                     s.prompts.as_ref().map(|d| inputs.prompts(d)).transpose()?;
                     s.pairs.as_ref().map(|d| inputs.preference(d)).transpose()?;
@@ -189,6 +218,14 @@ fn read_all(recipe: &Recipe, inputs: &Inputs) -> anyhow::Result<()> {
 }
 
 impl Plan {
+    /// The language model that the run begins with.
+    pub(crate) fn base(&self) -> anyhow::Result<&Base> {
+        self.base.as_ref().ok_or_else(|| {
+            let mend = "add [init], which names one";
+            usage("the run has no language model", &self.name, mend).into()
+        })
+    }
+
     /// The plan as lines for a person.
     pub(crate) fn describe(&self) -> String {
         let mut out = format!(
@@ -241,6 +278,7 @@ fn steps(kind: &StageKind) -> String {
             "{} steps of {} × {} completions, taught by {}",
             s.steps, s.rollouts.prompts_per_step, s.rollouts.group_size, s.teacher
         ),
+        StageKind::Control(s) => format!("{} steps of {} environments", s.steps, s.environments),
         StageKind::Eval(s) => format!("{} against {}", s.models.join(", "), s.baseline),
     }
 }

@@ -150,11 +150,14 @@ fn prepare(dir: &Path, source: &Source, plan: &Plan, args: &RunArgs) -> anyhow::
 /// Random weights become a model folder like any other.
 fn init(dir: &Path, plan: &Plan, device: Device) -> anyhow::Result<()> {
     let target = dir.join("init").join("model");
-    if plan.init_from.is_some() || target.join("config.json").exists() {
+    let Some(base) = plan.base.as_ref().filter(|b| b.from.is_none()) else {
+        return Ok(());
+    };
+    if target.join("config.json").exists() {
         return Ok(());
     }
     let model = Transformer::init(
-        plan.config.clone(),
+        base.config.clone(),
         plan.recipe.run.seed,
         device,
         Kind::Float,
@@ -162,7 +165,7 @@ fn init(dir: &Path, plan: &Plan, device: Device) -> anyhow::Result<()> {
     std::fs::create_dir_all(dir.join("init"))
         .with_context(|| format!("cannot make {}", target.display()))?;
     model.save(&target)?;
-    copy_tokenizer(&plan.tokenizer_dir, &target)?;
+    copy_tokenizer(&base.tokenizer_dir, &target)?;
     Ok(())
 }
 

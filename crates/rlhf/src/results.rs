@@ -100,6 +100,7 @@ const fn measure(key: &'static str, heading: &'static str, percent: bool) -> Mea
 
 /// All measures, in the order of tables.
 pub const MEASURES: &[Measure] = &[
+    measure("return", "mean return", false),
     measure("gold", "gold score", false),
     measure("win_rate", "win rate", true),
     measure("kl", "KL, nats", false),

@@ -20,6 +20,18 @@ pub const SHIPPED: &[Shipped] = &[
         text: include_str!("../recipes/stories.toml"),
     },
     Shipped {
+        name: "cartpole",
+        text: include_str!("../recipes/cartpole.toml"),
+    },
+    Shipped {
+        name: "christiano2017",
+        text: include_str!("../recipes/christiano2017.toml"),
+    },
+    Shipped {
+        name: "thermostat",
+        text: include_str!("../recipes/thermostat.toml"),
+    },
+    Shipped {
         name: "smollm2-persona",
         text: include_str!("../recipes/smollm2-persona.toml"),
     },

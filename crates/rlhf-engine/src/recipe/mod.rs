@@ -6,6 +6,7 @@
 
 mod algorithm;
 mod align;
+mod control;
 mod preset;
 mod stages;
 
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::memory::Memory;
 
 pub use align::{Align, OnlineDpo, Ranked, Replay, Unpaired};
+pub use control::{Control, Predictor};
 pub use stages::{
     Data, Dpo, Eval, Grpo, Opd, Optim, Ppo, Process, Ptx, Reward, RewardPart, Rollouts, Sampling,
     Server, Sft,
@@ -28,8 +30,9 @@ pub use stages::{
 pub struct Recipe {
     /// What the run is.
     pub run: Run,
-    /// The model that it begins with.
-    pub init: Init,
+    /// The model that it begins with; absent where no stage has a language model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init: Option<Init>,
     /// The stages, in order.
     pub stages: Vec<Stage>,
 }
@@ -129,6 +132,8 @@ pub enum StageKind {
     Ppo(Ppo),
     /// On-policy distillation.
     Opd(Opd),
+    /// Classic control, without a language model.
+    Control(Box<Control>),
     /// Evaluation on held-out data.
     Eval(Eval),
 }
@@ -147,6 +152,7 @@ impl StageKind {
             Self::Grpo(_) => "grpo",
             Self::Ppo(_) => "ppo",
             Self::Opd(_) => "opd",
+            Self::Control(_) => "control",
             Self::Eval(_) => "eval",
         }
     }
@@ -194,6 +200,7 @@ impl Stage {
                 names.push(("model", s.model.as_str()));
                 rollouts(&s.rollouts, &mut names);
             }
+            StageKind::Control(_) => {}
             StageKind::Eval(s) => {
                 names.extend(s.models.iter().map(|m| ("models", m.as_str())));
                 names.push(("baseline", s.baseline.as_str()));
@@ -351,7 +358,7 @@ impl Source {
         #[serde(deny_unknown_fields)]
         struct Head {
             run: Run,
-            init: Init,
+            init: Option<Init>,
         }
         let head: Head = table.try_into().map_err(|e: toml::de::Error| {
             usage(
@@ -409,12 +416,13 @@ impl Source {
             "grpo" => StageKind::Grpo(read(t, &place)?),
             "ppo" => StageKind::Ppo(read(t, &place)?),
             "opd" => StageKind::Opd(read(t, &place)?),
+            "control" => StageKind::Control(read(t, &place)?),
             "eval" => StageKind::Eval(read(t, &place)?),
             other => {
                 return Err(usage(
                     format!("unknown kind `{other}`"),
                     &place,
-                    "use one of sft, reward, dpo, unpaired, ranked, online_dpo, grpo, ppo, opd, eval",
+                    "use one of sft, reward, dpo, unpaired, ranked, online_dpo, grpo, ppo, opd, control, eval",
                 ));
             }
         };
@@ -429,21 +437,10 @@ impl Source {
                 "give the steps between checkpoints, 1 or more",
             ));
         }
-        if recipe.init.from.is_some() == recipe.init.scratch.is_some() {
-            return Err(usage(
-                "[init] needs either `from` (a model folder) or `scratch` (a shape), not both",
-                &self.origin,
-                "keep one of them",
-            ));
-        }
-        if recipe.init.scratch.is_some() && recipe.init.tokenizer.is_none() {
-            return Err(usage(
-                "[init] from scratch needs a `tokenizer`",
-                &self.origin,
-                "name a folder with tokenizer.json",
-            ));
-        }
-        let mut known: BTreeSet<&str> = BTreeSet::from(["init"]);
+        self.check_init(recipe)?;
+        let mut names: BTreeSet<&str> = BTreeSet::from(["init"]);
+        // What later stages can take a language model from.
+        let mut known = names.clone();
         for stage in &recipe.stages {
             let place = format!("{}, stage `{}`", self.origin, stage.name);
             let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
@@ -465,9 +462,53 @@ impl Source {
                 }
             }
             self.check_numbers(stage, &place)?;
-            if !known.insert(&stage.name) {
+            if !names.insert(&stage.name) {
                 return Err(usage("two stages have this name", &place, "rename one"));
             }
+            if !matches!(stage.kind, StageKind::Control(_)) {
+                known.insert(&stage.name);
+            }
+        }
+        Ok(())
+    }
+
+    /// A language model is named where a stage needs one, and nowhere else.
+    fn check_init(&self, recipe: &Recipe) -> Result<(), Usage> {
+        let of_language = |s: &&Stage| !matches!(s.kind, StageKind::Control(_));
+        let init = match (&recipe.init, recipe.stages.iter().find(of_language)) {
+            (Some(init), Some(_)) => init,
+            (None, None) => return Ok(()),
+            (None, Some(stage)) => {
+                return Err(usage(
+                    format!(
+                        "there is no [init], the model that stage `{}` needs",
+                        stage.name
+                    ),
+                    &self.origin,
+                    "add [init] with `from` (a model folder) or `scratch` (a shape)",
+                ));
+            }
+            (Some(_), None) => {
+                return Err(usage(
+                    "[init] names a language model, and no stage has one",
+                    &self.origin,
+                    "leave [init] out",
+                ));
+            }
+        };
+        if init.from.is_some() == init.scratch.is_some() {
+            return Err(usage(
+                "[init] needs either `from` (a model folder) or `scratch` (a shape), not both",
+                &self.origin,
+                "keep one of them",
+            ));
+        }
+        if init.scratch.is_some() && init.tokenizer.is_none() {
+            return Err(usage(
+                "[init] from scratch needs a `tokenizer`",
+                &self.origin,
+                "name a folder with tokenizer.json",
+            ));
         }
         Ok(())
     }
@@ -623,6 +664,12 @@ impl Source {
                 if let Err(e) = s.objective.check() {
                     need(false, &format!("objective: {e}"));
                 }
+            }
+            StageKind::Control(s) => {
+                optim(&s.optim);
+                s.predictor.iter().for_each(|p| optim(&p.optim));
+                let problem = s.problem();
+                need(problem.is_none(), &problem.unwrap_or_default());
             }
             StageKind::Eval(s) => {
                 need(!s.models.is_empty(), "models must name at least one stage");

@@ -60,7 +60,7 @@ pub(super) fn samples<'a>(
     let (wanted, test) = wanted.zip(test)?;
     Some(Samples {
         groups: &groups[..groups.len().min(wanted)],
-        tokenizer: ctx.tokenizer(),
+        tokenizer: ctx.tokenizer()?,
         max_new_tokens: test.max_completion,
         dir,
     })

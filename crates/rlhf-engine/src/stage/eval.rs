@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use rlhf_data::text_stats::distinct_n;
+use rlhf_data::tokenize::ChatTokenizer;
 use rlhf_dpo::train::{PairSums, evaluate, pair_sums};
 use rlhf_reward::source::RewardSource;
 use rlhf_reward::train::pair_scores;
@@ -47,7 +48,7 @@ pub(super) fn run(ctx: &Context<'_>, name: &str, s: &Eval) -> anyhow::Result<End
             // A seed of its own: the noise of training must not be met again.
             let cfg = rollout_config(ctx.recipe.run.seed ^ 0x6576_616c, sampling, 1, 1);
             let judges = Judges {
-                tokenizer: ctx.tokenizer(),
+                tokenizer: ctx.tokenizer()?,
                 baseline: &baseline,
                 gold: s.judge.as_ref(),
                 reward: reward.as_ref().map(|r| r as &dyn RewardSource),
@@ -83,7 +84,7 @@ pub(super) fn run(ctx: &Context<'_>, name: &str, s: &Eval) -> anyhow::Result<End
     found.checks = checks(ctx, s, &found);
     if let Some(data) = &s.prompts {
         let prompts = ctx.inputs.prompts(data)?;
-        found.samples = samples(ctx, &prompts.rows, &written, s.samples);
+        found.samples = samples(ctx.tokenizer()?, &prompts.rows, &written, s.samples);
     }
     write_json(&ctx.dir.join(name).join("eval.json"), &found)?;
     ctx.say(&terminal::evaluation(&found));
@@ -249,13 +250,13 @@ fn training_files(ctx: &Context<'_>) -> Vec<String> {
             StageKind::Grpo(s) => Some(s.rollouts.data.path.clone()),
             StageKind::Ppo(s) => Some(s.rollouts.data.path.clone()),
             StageKind::Opd(s) => Some(s.rollouts.data.path.clone()),
-            StageKind::Eval(_) => None,
+            StageKind::Control(_) | StageKind::Eval(_) => None,
         })
         .collect()
 }
 
 fn samples(
-    ctx: &Context<'_>,
+    tokenizer: &ChatTokenizer,
     prompts: &[rlhf_policy::rollout::Prompt],
     written: &[(String, Written)],
     n: usize,
@@ -270,9 +271,7 @@ fn samples(
             answers: written
                 .iter()
                 .map(|(model, w)| {
-                    let pieces = ctx
-                        .tokenizer()
-                        .pieces(&w.rollouts[i].group.completions[0].ids);
+                    let pieces = tokenizer.pieces(&w.rollouts[i].group.completions[0].ids);
                     let tokens = pieces
                         .into_iter()
                         .zip(&w.logprobs[i])

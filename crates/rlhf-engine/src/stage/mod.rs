@@ -5,6 +5,7 @@
 //! used by itself.
 
 mod align;
+mod control;
 mod eval;
 pub(crate) mod measure;
 mod online;
@@ -26,7 +27,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::inputs::Inputs;
 use crate::memory::Memory;
-use crate::plan::Plan;
+use crate::plan::{Base, Plan};
 use crate::recipe::{Optim, Recipe, RewardPart, Stage, StageKind};
 use rlhf::exit::Interrupted;
 use rlhf::files::write_json;
@@ -112,6 +113,7 @@ impl Context<'_> {
             StageKind::Grpo(s) => policy::grpo(self, &stage.name, s),
             StageKind::Ppo(s) => policy::ppo(self, &stage.name, s),
             StageKind::Opd(s) => policy::opd(self, &stage.name, s),
+            StageKind::Control(s) => control::run(self, &stage.name, s),
             StageKind::Eval(s) => eval::run(self, &stage.name, s),
         }
     }
@@ -126,8 +128,13 @@ impl Context<'_> {
 
     /// The folder of the model that a stage name stands for.
     pub(crate) fn model_dir(&self, name: &str) -> PathBuf {
-        match (name, &self.plan.init_from) {
-            ("init", Some(from)) => from.clone(),
+        match (name, &self.plan.base) {
+            (
+                "init",
+                Some(Base {
+                    from: Some(from), ..
+                }),
+            ) => from.clone(),
             _ => self.dir.join(name).join("model"),
         }
     }
@@ -244,14 +251,7 @@ impl Context<'_> {
         memory: &Memory,
         steps: u64,
     ) -> Stepper {
-        let config = StepperConfig {
-            lr: optim.lr,
-            schedule: optim.schedule,
-            warmup_steps: optim.warmup_steps,
-            total_steps: steps,
-            max_grad_norm: Some(optim.max_grad_norm),
-            max_bad_steps: 5,
-        };
+        let config = stepper_config(optim, steps);
         let adamw = AdamWConfig {
             narrow: memory.weights.step(),
             ..optim.adamw()
@@ -310,17 +310,35 @@ impl Context<'_> {
             model.save_adapter(&self.dir.join(name).join("adapter"), None)?;
         }
         model.save(&dir)?;
-        copy_tokenizer(&self.plan.tokenizer_dir, &dir)?;
+        copy_tokenizer(&self.plan.base()?.tokenizer_dir, &dir)?;
         Ok(())
     }
 
-    pub(crate) fn tokenizer(&self) -> &ChatTokenizer {
+    pub(crate) fn tokenizer(&self) -> anyhow::Result<&ChatTokenizer> {
         self.inputs.tokenizer()
     }
 }
 
+fn stepper_config(optim: &Optim, steps: u64) -> StepperConfig {
+    StepperConfig {
+        lr: optim.lr,
+        schedule: optim.schedule,
+        warmup_steps: optim.warmup_steps,
+        total_steps: steps,
+        max_grad_norm: Some(optim.max_grad_norm),
+        max_bad_steps: 5,
+    }
+}
+
 fn headline(done: &StageSummary) -> String {
-    let keys = ["accuracy", "test_accuracy", "reward", "kl", "loss"];
+    let keys = [
+        "accuracy",
+        "test_accuracy",
+        "test_return",
+        "reward",
+        "kl",
+        "loss",
+    ];
     let shown: Vec<String> = keys
         .iter()
         .filter_map(|k| done.last.get(*k).map(|v| format!("{k} {v:.3}")))

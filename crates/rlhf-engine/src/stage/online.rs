@@ -24,7 +24,7 @@ pub(super) fn run(ctx: &Context<'_>, name: &str, s: &OnlineDpo) -> anyhow::Resul
         s.rollouts.missing_eos_penalty,
         s.micro_tokens,
     )?;
-    let tokenizer = ctx.tokenizer();
+    let tokenizer = ctx.tokenizer()?;
     let scorer = |candidates: &[Candidates<'_>]| -> Result<Vec<Vec<f64>>, ScorerError> {
         let texts = candidates
             .iter()

@@ -91,7 +91,7 @@ fn steps<'a>(
     Some(ModelSteps {
         name: p.model.clone(),
         model,
-        tokenizer: ctx.tokenizer(),
+        tokenizer: ctx.tokenizer()?,
         ends: p.ends.clone(),
         weight: p.weight,
         micro_tokens,
@@ -156,7 +156,7 @@ pub(super) fn grpo(ctx: &Context<'_>, name: &str, s: &Grpo) -> anyhow::Result<En
     let players = Players {
         policy: &policy,
         reference: reference.as_ref(),
-        tokenizer: ctx.tokenizer(),
+        tokenizer: ctx.tokenizer()?,
         prompts: &prompts.rows,
         rewards: &rewards,
         steps: steps.as_ref().map(|s| s as &dyn StepSource),
@@ -226,7 +226,7 @@ pub(super) fn ppo(ctx: &Context<'_>, name: &str, s: &Ppo) -> anyhow::Result<Ende
     let players = Players {
         policy: &policy,
         reference: reference.as_ref(),
-        tokenizer: ctx.tokenizer(),
+        tokenizer: ctx.tokenizer()?,
         prompts: &prompts.rows,
         rewards: &rewards,
         steps: steps.as_ref().map(|s| s as &dyn StepSource),
@@ -318,7 +318,7 @@ pub(super) fn opd(ctx: &Context<'_>, name: &str, s: &Opd) -> anyhow::Result<Ende
     let players = Players {
         policy: &policy,
         reference: None,
-        tokenizer: ctx.tokenizer(),
+        tokenizer: ctx.tokenizer()?,
         prompts: &prompts.rows,
         rewards: &rewards,
         steps: None,

@@ -61,7 +61,7 @@ pub(super) fn reward(ctx: &Context<'_>, name: &str, s: &Reward) -> anyhow::Resul
         .last
         .insert("test_accuracy".into(), right / pairs.len().max(1) as f64);
     model.save(&ctx.model_dir(name))?;
-    rlhf_model::copy_tokenizer(&ctx.plan.tokenizer_dir, &ctx.model_dir(name))?;
+    rlhf_model::copy_tokenizer(&ctx.plan.base()?.tokenizer_dir, &ctx.model_dir(name))?;
     Ok(ended)
 }
 

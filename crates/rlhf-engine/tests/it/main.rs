@@ -9,6 +9,7 @@
 mod algorithms;
 mod align;
 mod cli;
+mod control;
 mod recipes;
 mod runs;
 

@@ -33,6 +33,7 @@ fn every_shipped_recipe_parses_with_and_without_its_overlay() {
                     StageKind::Grpo(s) => s.steps,
                     StageKind::Ppo(s) => s.steps,
                     StageKind::Opd(s) => s.steps,
+                    StageKind::Control(s) => s.steps,
                     StageKind::Eval(_) => 0,
                 })
                 .sum::<u64>()

@@ -24,6 +24,7 @@ const TABLES: [(&str, &[&str]); 2] = [
     (
         "How good",
         &[
+            "return",
             "gold",
             "win_rate",
             "reward",
@@ -39,7 +40,11 @@ const TABLES: [(&str, &[&str]); 2] = [
 ];
 
 /// What the keys mean.
-const MEANING: [(&str, &str); 11] = [
+const MEANING: [(&str, &str); 12] = [
+    (
+        "return",
+        "mean sum of an episode's rewards, over episodes that no training has seen",
+    ),
     (
         "gold",
         "score of the gold judge, which no model was trained on",
@@ -103,6 +108,7 @@ pub(crate) fn sections(m: &Material) -> Result<Vec<Section>, std::fmt::Error> {
 
 fn column(key: &str) -> Column<'_> {
     let up = [
+        "return",
         "gold",
         "win_rate",
         "reward",

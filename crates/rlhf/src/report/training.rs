@@ -15,6 +15,7 @@ type Group = (&'static str, &'static [(&'static str, &'static str)]);
 
 /// What a reader looks at first.
 const MAIN: &[Group] = &[
+    ("mean return of the last 100 episodes", &[("return", "")]),
     ("loss", &[("loss", "")]),
     ("reward", &[("reward", "")]),
     ("KL, nats a completion", &[("kl", "")]),
@@ -74,6 +75,11 @@ const MORE: &[Group] = &[
     ("mean ratio to the old policy", &[("ratio_mean", "")]),
     ("KL to the old policy", &[("approx_kl", "")]),
     ("KL coefficient", &[("kl_coef", "")]),
+    ("comparisons asked so far", &[("comparisons", "")]),
+    ("share of ties among them", &[("ties", "")]),
+    ("loss of the reward predictors", &[("reward_loss", "")]),
+    ("steps in environments so far", &[("environment_steps", "")]),
+    ("episodes so far", &[("episodes", "")]),
     ("gap between sampler and learner", &[("sampler_gap", "")]),
 ];
 

@@ -9,7 +9,7 @@ use crate::results::{Check, Evaluation, MEASURES, ModelRow};
 use crate::terminal;
 
 /// The measures that decide, the most telling first.
-const DECIDING: [&str; 3] = ["gold", "likelier", "reward"];
+const DECIDING: [&str; 4] = ["return", "gold", "likelier", "reward"];
 
 /// How a model compares with the baseline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -175,10 +175,10 @@ fn lead(
         out,
         "<p class=\"lead\">Measured by {heading} on {} held-out {}. Highest: {} with <b>{}</b> (95 % interval {} to {}), against <b>{}</b> ({} to {}) for {}",
         own.n,
-        if key == "likelier" {
-            "pairs"
-        } else {
-            "prompts"
+        match key {
+            "likelier" => "pairs",
+            "return" => "episodes",
+            _ => "prompts",
         },
         escape(&row.name),
         show(own.value),
