@@ -56,6 +56,13 @@ fn is_input(cause: &(dyn std::error::Error + 'static)) -> bool {
         || cause
             .downcast_ref::<rlhf_model::Error>()
             .is_some_and(rlhf_model::Error::is_input)
+        || cause
+            .downcast_ref::<rlhf_reward::Error>()
+            .is_some_and(rlhf_reward::Error::is_input)
+        // What a transparent error holds is no cause of it.
+        || cause
+            .downcast_ref::<rlhf_policy::Error>()
+            .is_some_and(|e| matches!(e, rlhf_policy::Error::Reward(e) if e.is_input()))
 }
 
 /// The device that was asked for. Must come before anything else of libtorch.

@@ -21,6 +21,26 @@ pub enum Error {
     /// Groups do not hold exactly two completions.
     #[error("expected groups of exactly two completions: chosen and rejected")]
     NotPairs,
+    /// A verifier cannot work with its settings or with the data.
+    #[cfg(feature = "verify")]
+    #[error("verifier `{verifier}`: {what}")]
+    Verifier {
+        /// Which.
+        verifier: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// A judge cannot work with its settings or with the data.
+    #[cfg(feature = "judge")]
+    #[error("judge: {what}")]
+    Judge {
+        /// What is wrong.
+        what: String,
+    },
+    /// A judge's server cannot be asked.
+    #[cfg(feature = "judge")]
+    #[error(transparent)]
+    Endpoint(#[from] rlhf_endpoint::Error),
     /// A kernel failed.
     #[error(transparent)]
     Kernel(#[from] rlhf_kernels::Error),
@@ -39,6 +59,24 @@ pub enum Error {
     #[cfg(feature = "train")]
     #[error(transparent)]
     Train(#[from] rlhf_train::Error),
+}
+
+impl Error {
+    /// Whether what was given is at fault, not the program or the machine.
+    #[must_use]
+    pub fn is_input(&self) -> bool {
+        match self {
+            #[cfg(feature = "verify")]
+            Self::Verifier { .. } => true,
+            #[cfg(feature = "judge")]
+            Self::Judge { .. } => true,
+            #[cfg(feature = "train")]
+            Self::Data(e) => e.is_input(),
+            #[cfg(feature = "train")]
+            Self::Model(e) => e.is_input(),
+            _ => false,
+        }
+    }
 }
 
 /// The crate's result.

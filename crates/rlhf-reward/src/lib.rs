@@ -14,6 +14,8 @@
 //! | labels that disagree | [`distributional`] |
 //! | comparisons of clips, rewards of steps | [`segments`] |
 //!
+//! `verify` has rules that look at completions, `judge` models that do; both are sources of rewards.
+//!
 //! ```
 //! use rlhf_reward::bradley_terry::{self, BradleyTerry};
 //! use tch::Tensor;
@@ -32,6 +34,8 @@ mod checks;
 pub mod difference;
 pub mod distributional;
 mod error;
+#[cfg(feature = "judge")]
+pub mod judge;
 pub mod ordinal;
 pub mod outcome;
 pub mod pairs;
@@ -43,5 +47,7 @@ pub mod segments;
 pub mod source;
 #[cfg(feature = "train")]
 pub mod train;
+#[cfg(feature = "verify")]
+pub mod verify;
 
 pub use error::{Error, Result};

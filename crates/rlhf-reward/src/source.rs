@@ -35,6 +35,12 @@ pub trait RewardSource {
     /// Whatever keeps the source from scoring; the run stops, so a source that can lose single
     /// rows deals with them itself.
     fn scores(&self, items: &[Judged<'_>]) -> Result<Vec<Vec<f64>>>;
+
+    /// What it counted since it was last asked (rows without a verdict, what a judge cost), by name, for the
+    /// log.
+    fn counted(&self) -> Vec<(String, f64)> {
+        Vec::new()
+    }
 }
 
 /// A rule that scores text.
@@ -251,6 +257,9 @@ impl RewardMix {
             }
             out.part_means
                 .push((source.name().to_owned(), sum / count.max(1) as f64));
+            let counted = source.counted().into_iter();
+            out.part_means
+                .extend(counted.map(|(what, n)| (format!("{}_{what}", source.name()), n)));
         }
         Ok(out)
     }

@@ -7,6 +7,7 @@
 mod algorithm;
 mod align;
 mod control;
+mod judges;
 mod preset;
 mod stages;
 
@@ -20,6 +21,7 @@ use crate::memory::Memory;
 
 pub use align::{Align, OnlineDpo, Ranked, Replay, Unpaired};
 pub use control::{Control, Predictor};
+pub use judges::{JudgePart, Style};
 pub use stages::{
     Data, Dpo, Eval, Grpo, Opd, Optim, Ppo, Process, Ptx, Reward, RewardPart, Rollouts, Sampling,
     Server, Sft,
@@ -173,6 +175,8 @@ impl Stage {
                     .iter()
                     .map(|p| ("rollouts.process.model", p.model.as_str())),
             );
+            let judges = r.reward.iter().filter_map(|p| p.judge.as_ref()?.stage());
+            into.extend(judges.map(|m| ("rollouts.reward.judge.model", m)));
         }
         let mut names = Vec::new();
         match &self.kind {
@@ -537,12 +541,8 @@ impl Source {
                 r.prompts_per_step > 0 && r.group_size > 0,
                 "rollouts.prompts_per_step and group_size must be above 0",
             );
-            need(
-                r.reward
-                    .iter()
-                    .all(|p| p.model.is_some() != p.rule.is_some()),
-                "each part of rollouts.reward has either `model` or `rule`",
-            );
+            let problem = r.reward.iter().find_map(RewardPart::problem);
+            need(problem.is_none(), &problem.unwrap_or_default());
             need(
                 r.sampling.temperature > 0.0,
                 "rollouts.sampling.temperature must be above 0: greedy draws give no gradient",

@@ -14,9 +14,11 @@ use rlhf_policy::loss::mismatch::Correction;
 use rlhf_policy::opd::Objective;
 use rlhf_policy::reference::ReferencePolicy;
 use rlhf_reward::source::Rule;
+use rlhf_reward::verify::{Check, Pool, PoolConfig};
 use rlhf_train::lr_schedule::LrSchedule;
 use serde::{Deserialize, Serialize};
 
+use super::judges::JudgePart;
 use crate::memory::{Memory, is_default};
 
 /// The optimiser of a stage.
@@ -232,8 +234,46 @@ pub struct RewardPart {
     /// A rule.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rule: Option<Rule>,
+    /// A verifier, by its name in docs/verifiers.md: `{ kind = "math", answer = "answer" }`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verifier: Option<Check>,
+    /// How the verifier is run: `{ workers = 4, deadline_s = 10.0, failure_score = 0.0 }`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<PoolConfig>,
+    /// A judge: `{ url = "http://localhost:8000/v1", model = "…", style = "rubric" }`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub judge: Option<JudgePart>,
     /// Its weight in the sum.
     pub weight: f64,
+}
+
+impl RewardPart {
+    /// What makes no sense, if anything.
+    pub(crate) fn problem(&self) -> Option<String> {
+        let given = [
+            self.model.is_some(),
+            self.rule.is_some(),
+            self.verifier.is_some(),
+            self.judge.is_some(),
+        ];
+        if given.iter().filter(|g| **g).count() != 1 {
+            return Some(
+                "each part of rollouts.reward has one of `model`, `rule`, `verifier` and `judge`"
+                    .into(),
+            );
+        }
+        if self.pool.is_some() && self.verifier.is_none() {
+            return Some("`pool` belongs to a part with a `verifier`".into());
+        }
+        if let Some(check) = &self.verifier {
+            let built = check
+                .build()
+                .and_then(|v| Pool::new(v, self.pool.unwrap_or_default()));
+            return built.err().map(|e| format!("rollouts.reward: {e}"));
+        }
+        let judge = self.judge.as_ref()?;
+        judge.problem().map(|p| format!("rollouts.reward: {p}"))
+    }
 }
 
 /// What GRPO and PPO share.

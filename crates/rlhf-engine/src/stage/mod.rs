@@ -7,6 +7,7 @@
 mod align;
 mod control;
 mod eval;
+mod judges;
 pub(crate) mod measure;
 mod online;
 mod policy;
@@ -217,6 +218,10 @@ impl Context<'_> {
     ) -> anyhow::Result<RewardMix> {
         let mut mix = RewardMix::new(missing_eos_penalty);
         for part in parts {
+            if let Some(source) = self.verdict_source(part, micro_tokens)? {
+                mix.push(part.weight, source);
+                continue;
+            }
             match (&part.model, &part.rule) {
                 (Some(name), _) => mix.push(
                     part.weight,
@@ -225,7 +230,7 @@ impl Context<'_> {
                 (None, Some(rule)) => mix.push(part.weight, Box::new(rule.clone())),
                 (None, None) => {
                     return Err(usage(
-                        "a reward part without model or rule",
+                        "a reward part without model, rule, verifier or judge",
                         "the recipe",
                         "give one",
                     )

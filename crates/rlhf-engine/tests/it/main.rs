@@ -10,6 +10,7 @@ mod algorithms;
 mod align;
 mod cli;
 mod control;
+mod judged;
 mod recipes;
 mod runs;
 

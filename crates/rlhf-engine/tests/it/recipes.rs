@@ -120,6 +120,37 @@ fn wrong_values_are_refused_before_anything_runs() {
         let e = parse(&text, &[set]).unwrap_err();
         assert!(e.to_string().contains(word), "{set}: {e}");
     }
+    for (part, word) in [
+        ("verifier = { kind = \"mth\" }", "mth"),
+        ("verifier = { kind = \"math\", anser = \"a\" }", "anser"),
+        (
+            "verifier = { kind = \"regex\", pattern = \"(\" }",
+            "`pattern`",
+        ),
+        (
+            "verifier = { kind = \"code\", command = [] }",
+            "`command` is empty",
+        ),
+        (
+            "verifier = { kind = \"math\" }, pool = { deadline_s = 0.0 }",
+            "deadline_s",
+        ),
+        ("verifier = { kind = \"math\" }, model = \"rm\"", "one of"),
+        ("pool = { workers = 1 }, model = \"rm\"", "`pool`"),
+        ("judge = { model = \"sft\" }", "pairwise"),
+        (
+            "judge = { model = \"later\", style = \"pairwise\" }",
+            "`later`",
+        ),
+        (
+            "judge = { url = \"http://h/v1\", model = \"m\", settings = { prompts = { rating = \"x\" } } }",
+            "{prompt}",
+        ),
+    ] {
+        let set = format!("stages.grpo.rollouts.reward=[{{ {part}, weight = 1.0 }}]");
+        let e = parse(&text, &[&set]).unwrap_err();
+        assert!(e.to_string().contains(word), "{set}: {e}");
+    }
     assert!(parse("not toml [", &[]).is_err());
     assert!(
         parse("[run]\ntitle='x'", &[])

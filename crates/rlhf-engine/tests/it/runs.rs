@@ -39,7 +39,7 @@ const TINY: &[&str] = &[
     "stages.eval.samples=2",
 ];
 
-fn tiny(out: &Path, more: &[&str]) -> std::process::Command {
+pub(crate) fn tiny(out: &Path, more: &[&str]) -> std::process::Command {
     let mut c = rlhf();
     c.args(["run", "quickstart", "--out"]).arg(out);
     for set in TINY {

@@ -15,4 +15,8 @@ mod golden;
 #[path = "../../../rlhf-policy/tests/it/golden_io.rs"]
 mod golden_io;
 mod gradcheck;
+#[cfg(all(feature = "judge", feature = "train"))]
+mod judge;
 mod props;
+#[cfg(feature = "verify")]
+mod verify;
