@@ -18,12 +18,12 @@ const SHORTENED: &[&str] = &[
     "mr", "mrs", "ms", "dr", "prof", "sr", "jr", "st", "vs", "e.g", "i.e", "inc", "ltd", "co",
     "corp", "u.s", "u.k", "u.n", "no", "vol", "fig", "jan", "feb", "mar", "apr", "jun", "jul",
     "aug", "sep", "sept", "oct", "nov", "dec", "a.m", "p.m", "gen", "col", "lt", "capt", "sen",
-    "rep", "gov", "rev", "mt", "ph.d", "dept", "est", "approx", "al", "p.s",
+    "rep", "gov", "rev", "mt", "ph.d", "dept", "est", "approx", "al",
 ];
 
 /// How many sentences a text has: one ends after `.`, `!` or `?` (and closing quotes and brackets) when white
-/// space follows; after a full stop not before a small letter, nor after an abbreviation or an initial. On 789
-/// real texts that is NLTK's number in 98 of 100.
+/// space follows, but not after an abbreviation or an initial, nor after an ellipsis before a small letter. On
+/// 789 real texts that is NLTK's number in 776.
 pub(super) fn sentences(text: &str) -> usize {
     let text = text.trim();
     if text.is_empty() {
@@ -54,9 +54,9 @@ pub(super) fn sentences(text: &str) -> usize {
         }
         let after = text[end..].trim_start();
         let begins_small = after.chars().next().is_some_and(char::is_lowercase);
-        if (c == '.' && (begins_small || is_shortened(&text[word_start..i], after)))
-            || after.is_empty()
-        {
+        let trails_off = text[i + 1..end].starts_with('.') && begins_small;
+        let goes_on = c == '.' && (trails_off || is_shortened(&text[word_start..i], after));
+        if goes_on || after.is_empty() {
             continue;
         }
         count += 1;
