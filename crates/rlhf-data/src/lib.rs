@@ -24,6 +24,7 @@ pub mod seed;
 pub mod source;
 pub mod stats;
 pub mod synth;
+pub mod synthetic;
 pub mod text_stats;
 pub mod tokenize;
 

@@ -111,7 +111,7 @@ enum Fault {
 }
 
 /// Numbers drawn one after the other for one purpose of one row.
-struct Draw {
+pub(super) struct Draw {
     stream: Stream,
     row: u64,
     part: u32,
@@ -119,7 +119,7 @@ struct Draw {
 }
 
 impl Draw {
-    fn new(seed: u64, row: u64, part: u32) -> Self {
+    pub(super) fn new(seed: u64, row: u64, part: u32) -> Self {
         Self {
             stream: Stream::new(seed, Purpose::Synth),
             row,
@@ -128,19 +128,19 @@ impl Draw {
         }
     }
 
-    fn below(&mut self, n: usize) -> usize {
+    pub(super) fn below(&mut self, n: usize) -> usize {
         let drawn = self.stream.below(n as u64, self.row, self.part, self.next);
         self.next += 1;
         drawn as usize
     }
 
-    fn chance(&mut self, probability: f64) -> bool {
+    pub(super) fn chance(&mut self, probability: f64) -> bool {
         let drawn = self.stream.uniform(self.row, self.part, self.next);
         self.next += 1;
         drawn < probability
     }
 
-    fn pick<'a>(&mut self, from: &[&'a str]) -> &'a str {
+    pub(super) fn pick<'a>(&mut self, from: &[&'a str]) -> &'a str {
         from[self.below(from.len())]
     }
 

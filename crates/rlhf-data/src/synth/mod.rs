@@ -8,6 +8,7 @@ mod columns;
 pub mod grammar;
 pub mod help;
 pub mod lexicon;
+pub mod tasks;
 pub mod vocabulary;
 
 use crate::error::{Error, Result};
@@ -86,7 +87,9 @@ pub fn build(seed: u64) -> Result<Vec<DataFile>> {
     let texts = task.sft_texts();
     let tokenizer = vocabulary::train(&texts)?;
     let mut files = task.files()?;
-    files.extend(vocabulary::files(&tokenizer)?);
+    files.extend(vocabulary::files("help", &tokenizer)?);
+    files.extend(tasks::Tasks::generate(seed).files()?);
+    files.extend(vocabulary::files("tasks", &vocabulary::bytes()?)?);
     let card = card::render(&task, &tokenizer, &files)?;
     files.push(DataFile {
         path: "README.md".to_owned(),

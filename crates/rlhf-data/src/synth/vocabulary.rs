@@ -54,6 +54,24 @@ fn failed(error: tokenizers::Error) -> Error {
 /// # Errors
 /// [`crate::Error::Invalid`] where the trainer fails.
 pub fn train(texts: &[&str]) -> Result<Tokenizer> {
+    let lexicon: String = [NAMES, THINGS, CLOTHES, CITIES, DAYS]
+        .concat()
+        .iter()
+        .map(|word| format!(" {word}"))
+        .collect();
+    let lexicon = std::iter::repeat_n(lexicon.as_str(), LEXICON_REPEATS);
+    trained(texts.iter().copied().chain(lexicon), VOCABULARY)
+}
+
+/// A tokenizer of bytes: a letter a token.
+///
+/// # Errors
+/// [`crate::Error::Invalid`] where the trainer fails.
+pub fn bytes() -> Result<Tokenizer> {
+    trained(std::iter::empty(), SPECIAL_TOKENS.len() + 256)
+}
+
+fn trained<'a>(texts: impl Iterator<Item = &'a str> + Send, size: usize) -> Result<Tokenizer> {
     let byte_level = ByteLevel::new(false, true, true);
     let pre_tokenizer = PreTokenizerWrapper::Sequence(Sequence::new(vec![
         PreTokenizerWrapper::Digits(Digits::new(true)),
@@ -72,28 +90,20 @@ pub fn train(texts: &[&str]) -> Result<Tokenizer> {
         .to_vec();
     let mut trainer = BpeTrainer::builder()
         .show_progress(false)
-        .vocab_size(VOCABULARY)
+        .vocab_size(size)
         .min_frequency(2)
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .special_tokens(special)
         .build();
-    let lexicon: String = [NAMES, THINGS, CLOTHES, CITIES, DAYS]
-        .concat()
-        .iter()
-        .map(|word| format!(" {word}"))
-        .collect();
-    let lexicon = std::iter::repeat_n(lexicon.as_str(), LEXICON_REPEATS);
-    tokenizer
-        .train(&mut trainer, texts.iter().copied().chain(lexicon))
-        .map_err(failed)?;
+    tokenizer.train(&mut trainer, texts).map_err(failed)?;
     Ok(tokenizer.into())
 }
 
-/// `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`.
+/// `tokenizer.json`, `tokenizer_config.json` and `generation_config.json` of `task`.
 ///
 /// # Errors
 /// [`crate::Error::Invalid`] where the tokenizer cannot be written as JSON.
-pub fn files(tokenizer: &Tokenizer) -> Result<Vec<DataFile>> {
+pub fn files(task: &str, tokenizer: &Tokenizer) -> Result<Vec<DataFile>> {
     let decoder: BTreeMap<String, serde_json::Value> = SPECIAL_TOKENS
         .iter()
         .enumerate()
@@ -124,7 +134,7 @@ pub fn files(tokenizer: &Tokenizer) -> Result<Vec<DataFile>> {
     let mut text = tokenizer.to_string(true).map_err(failed)?;
     text.push('\n');
     let file = |name: &str, bytes| DataFile {
-        path: format!("help/tokenizer/{name}"),
+        path: format!("{task}/tokenizer/{name}"),
         bytes,
     };
     Ok(vec![

@@ -26,6 +26,7 @@ mod records;
 mod stats;
 mod stream;
 mod synth;
+mod synthetic;
 mod templates;
 mod tokenizers;
 

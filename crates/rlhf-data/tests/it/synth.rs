@@ -101,7 +101,8 @@ fn names_below(root: &Path) -> BTreeSet<PathBuf> {
 #[test]
 fn training_the_tokenizer_twice_gives_the_same_file() {
     let texts = task().sft_texts();
-    let file = |texts: &[&str]| vocabulary::files(&vocabulary::train(texts).unwrap()).unwrap();
+    let file =
+        |texts: &[&str]| vocabulary::files("help", &vocabulary::train(texts).unwrap()).unwrap();
     assert_eq!(file(&texts), file(&texts));
 }
 
