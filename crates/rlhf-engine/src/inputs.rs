@@ -4,19 +4,23 @@
 //! found at once and not after an hour of training.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::{Arc, Mutex};
 
 use anyhow::Context as _;
 use rlhf_data::conversation::Text;
 use rlhf_data::group::PromptGroup;
 use rlhf_data::import::{self, Format, Manifest};
-use rlhf_data::record::{PreferenceRecord, PromptRecord, RankedRecord, Record, UnpairedRecord};
+use rlhf_data::record::{
+    Fault, PreferenceRecord, PromptRecord, RankedRecord, Record, SftRecord, UnpairedRecord,
+};
 use rlhf_data::source;
 use rlhf_data::tokenize::{ChatTokenizer, Limits, Outcome, TokenizeReport, Turns};
 use rlhf_policy::rollout::Prompt;
 use serde::Serialize;
+use serde_json::{Map, Value};
 
 use crate::recipe::{self, Data};
 use rlhf::usage;
@@ -25,6 +29,8 @@ use rlhf::usage;
 #[derive(Debug)]
 pub(crate) struct Table<T> {
     pub rows: Vec<T>,
+    /// The weight of each row, where any is not 1.
+    pub weights: Option<Vec<f64>>,
     pub facts: Facts,
 }
 
@@ -46,6 +52,8 @@ pub(crate) struct Inputs {
     /// Absent where the run has no language model.
     tokenizer: Option<ChatTokenizer>,
     shared: PathBuf,
+    /// Where stages write.
+    run_dir: PathBuf,
     context: usize,
     sft: Shelf<PromptGroup>,
     preference: Shelf<PromptGroup>,
@@ -55,10 +63,16 @@ pub(crate) struct Inputs {
 }
 
 impl Inputs {
-    pub(crate) fn new(tokenizer: Option<ChatTokenizer>, shared: &Path, context: usize) -> Self {
+    pub(crate) fn new(
+        tokenizer: Option<ChatTokenizer>,
+        shared: &Path,
+        run_dir: &Path,
+        context: usize,
+    ) -> Self {
         Self {
             tokenizer,
             shared: shared.to_owned(),
+            run_dir: run_dir.to_owned(),
             context,
             sft: Shelf::default(),
             preference: Shelf::default(),
@@ -91,10 +105,26 @@ impl Inputs {
             &self.sft,
             (data, turns),
             |path, limits| {
-                let records = records(path, data)?.take(data.limit.unwrap_or(usize::MAX));
+                let seen = Arc::new(Mutex::new(Vec::new()));
+                let weights = Arc::clone(&seen);
+                let records = records::<Weighted>(path, data)?
+                    .take(data.limit.unwrap_or(usize::MAX))
+                    .map(move |r| {
+                        r.map(|Weighted { record, weight }| {
+                            lock(&weights).push(weight);
+                            record
+                        })
+                    });
                 let mut stream = tokenizer.sft_stream(records, limits);
-                let rows = stream.by_ref().collect::<Result<Vec<_>, _>>()?;
-                Ok((rows, stream.report().clone(), stream.rows() as usize))
+                let mut rows = stream.by_ref().collect::<Result<Vec<_>, _>>()?;
+                let weights = lock(&seen);
+                let weight = |g: &PromptGroup| weights[g.row as usize];
+                rows.retain(|g| weight(g) > 0.0);
+                let weights = rows.iter().map(weight).collect();
+                Ok(Read {
+                    weights: Some(weights),
+                    ..Read::new(rows, stream.report().clone(), stream.rows() as usize)
+                })
             },
             PromptGroup::num_tokens,
         )
@@ -113,7 +143,11 @@ impl Inputs {
                 let records = records.take(data.limit.unwrap_or(usize::MAX));
                 let mut stream = self.tokenizer()?.preference_stream(records, limits);
                 let rows = stream.by_ref().collect::<Result<Vec<_>, _>>()?;
-                Ok((rows, stream.report().clone(), stream.rows() as usize))
+                Ok(Read::new(
+                    rows,
+                    stream.report().clone(),
+                    stream.rows() as usize,
+                ))
             },
             PromptGroup::num_tokens,
         )
@@ -122,7 +156,7 @@ impl Inputs {
     /// By how much the chosen of each pair of [`Inputs::preference`] scores higher than the rejected: columns
     /// `score_chosen` and `score_rejected`, or `margin`.
     pub(crate) fn scores(&self, data: &Data) -> anyhow::Result<Vec<f64>> {
-        let path = recipe::resolve(&data.path, &self.shared);
+        let path = self.path(data);
         let limit = data.limit.unwrap_or(usize::MAX);
         let gaps: Vec<Option<f64>> = match format(data)? {
             Some(format) => import::preferences(&path, format)?
@@ -163,7 +197,7 @@ impl Inputs {
                     let good = records[g.row as usize].label;
                     (g, good)
                 };
-                Ok((
+                Ok(Read::new(
                     groups.into_iter().map(label).collect(),
                     report,
                     records.len(),
@@ -181,7 +215,7 @@ impl Inputs {
             |path, limits| {
                 let records = collect::<RankedRecord>(records(path, data)?, data.limit)?;
                 let (groups, report) = self.tokenizer()?.ranked_groups(&records, limits)?;
-                Ok((groups, report, records.len()))
+                Ok(Read::new(groups, report, records.len()))
             },
             PromptGroup::num_tokens,
         )
@@ -216,27 +250,47 @@ impl Inputs {
                         fields: record.fields.clone(),
                     });
                 }
-                Ok((rows, report, records.len()))
+                Ok(Read::new(rows, report, records.len()))
             },
             |p| p.ids.len(),
         )
+    }
+
+    /// The prompts as the file has them, by row.
+    pub(crate) fn prompt_texts(&self, data: &Data) -> anyhow::Result<BTreeMap<u64, Text>> {
+        let records = collect::<PromptRecord>(records(&self.path(data), data)?, data.limit)?;
+        Ok((0..).zip(records.into_iter().map(|r| r.prompt)).collect())
+    }
+
+    /// The file that a recipe means: `stage:NAME` is `selected.parquet` of that stage's folder, `stage:NAME/X` its
+    /// `X.parquet`.
+    fn path(&self, data: &Data) -> PathBuf {
+        match data.path.strip_prefix("stage:") {
+            Some(rest) => {
+                let (stage, file) = rest.split_once('/').unwrap_or((rest, "selected"));
+                self.run_dir.join(stage).join(format!("{file}.parquet"))
+            }
+            None => recipe::resolve(&data.path, &self.shared),
+        }
     }
 
     fn cached<T>(
         &self,
         shelf: &Shelf<T>,
         (data, turns): (&Data, Turns),
-        read: impl FnOnce(&Path, &Limits) -> anyhow::Result<(Vec<T>, TokenizeReport, usize)>,
+        read: impl FnOnce(&Path, &Limits) -> anyhow::Result<Read<T>>,
         tokens: fn(&T) -> usize,
     ) -> anyhow::Result<Rc<Table<T>>> {
         let key = serde_json::to_string(&(data, turns))?;
         if let Some(table) = shelf.borrow().get(&key) {
             return Ok(table.clone());
         }
-        let path = recipe::resolve(&data.path, &self.shared);
+        let path = self.path(data);
         let place = path.display().to_string();
         if !path.is_file() {
-            let mend = if data.path.starts_with("shared:") {
+            let mend = if data.stage().is_some() {
+                "name a stage that writes rows, and a file of its folder".to_owned()
+            } else if data.path.starts_with("shared:") {
                 "set RLHF_SHARED to the folder that holds it".to_owned()
             } else if let Some(name) = &data.dataset {
                 let m = Manifest::named(name)?;
@@ -264,7 +318,12 @@ impl Inputs {
             truncation: data.truncation,
             ..Limits::new(data.max_prompt, data.max_completion)
         };
-        let (rows, report, read_rows) = read(&path, &limits)?;
+        let Read {
+            rows,
+            weights,
+            report,
+            read: read_rows,
+        } = read(&path, &limits)?;
         if rows.is_empty() {
             let what = if read_rows == 0 {
                 "no rows".to_owned()
@@ -286,7 +345,12 @@ impl Inputs {
             dropped: serde_json::to_value(&report)?,
             tokens: rows.iter().map(tokens).sum(),
         };
-        let table = Rc::new(Table { rows, facts });
+        let weights = weights.filter(|w| w.iter().any(|w| *w != 1.0));
+        let table = Rc::new(Table {
+            rows,
+            weights,
+            facts,
+        });
         shelf.borrow_mut().insert(key, table.clone());
         Ok(table)
     }
@@ -320,6 +384,66 @@ impl Inputs {
         }
         seen
     }
+}
+
+/// What was read of a file.
+struct Read<T> {
+    rows: Vec<T>,
+    weights: Option<Vec<f64>>,
+    report: TokenizeReport,
+    /// How many rows the file has.
+    read: usize,
+}
+
+impl<T> Read<T> {
+    fn new(rows: Vec<T>, report: TokenizeReport, read: usize) -> Self {
+        Self {
+            rows,
+            weights: None,
+            report,
+            read,
+        }
+    }
+}
+
+/// A demonstration with the column `weight`; of all else that may stand beside it nothing is asked.
+struct Weighted {
+    record: SftRecord,
+    weight: f64,
+}
+
+impl Record for Weighted {
+    const KIND: &'static str = SftRecord::KIND;
+
+    fn from_row(mut row: Map<String, Value>) -> Result<Self, Fault> {
+        let weight = match row.remove("weight") {
+            None | Some(Value::Null) => 1.0,
+            Some(v) => v
+                .as_f64()
+                .filter(|w| *w >= 0.0 && w.is_finite())
+                .ok_or_else(|| Fault {
+                    rule: "weight",
+                    column: "weight".into(),
+                    what: format!("{v}, expected a number of at least 0"),
+                    mend: "correct the weight or drop the column".into(),
+                })?,
+        };
+        Ok(Self {
+            record: SftRecord::from_row(row)?,
+            weight,
+        })
+    }
+
+    fn to_row(&self) -> Map<String, Value> {
+        let mut row = self.record.to_row();
+        row.insert("weight".into(), self.weight.into());
+        row
+    }
+}
+
+fn lock<T>(of: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // A list that is only added to is whole at every moment.
+    of.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 type Records<R> = Box<dyn Iterator<Item = rlhf_data::Result<R>> + Send>;

@@ -3,6 +3,7 @@
 //! Two layers of configuration: [`recipe`] is what the user typed, `plan` what it means. `stage` runs
 //! the plan.
 
+mod author;
 pub mod engine;
 #[allow(unsafe_code, reason = "the binary's calls into the C library")]
 mod ffi;

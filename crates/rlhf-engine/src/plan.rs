@@ -8,7 +8,7 @@ use rlhf_model::Config;
 use serde::Serialize;
 
 use crate::inputs::{Facts, Inputs};
-use crate::recipe::{self, Init, Recipe, Scratch, StageKind};
+use crate::recipe::{self, Data, Init, Recipe, Scratch, StageKind};
 use rlhf::terminal;
 use rlhf::usage;
 
@@ -51,9 +51,10 @@ pub(crate) fn resolve(
     recipe_arg: &str,
     recipe: Recipe,
     shared: &Path,
+    run_dir: &Path,
 ) -> anyhow::Result<(Plan, Inputs)> {
     let Some(init) = &recipe.init else {
-        return Ok(without_model(name, recipe_arg, recipe, shared));
+        return Ok(without_model(name, recipe_arg, recipe, shared, run_dir));
     };
     let from = init.from.as_ref().map(|p| recipe::resolve(p, shared));
     let tokenizer_dir = tokenizer_dir(init, from.as_deref(), shared)?;
@@ -81,7 +82,7 @@ pub(crate) fn resolve(
         .into());
     }
     let context = config.max_position_embeddings as usize;
-    let inputs = Inputs::new(Some(tokenizer), shared, context);
+    let inputs = Inputs::new(Some(tokenizer), shared, run_dir, context);
     read_all(&recipe, &inputs)?;
     let parameters = config.num_parameters() as u64;
     let plan = Plan {
@@ -102,7 +103,13 @@ pub(crate) fn resolve(
 }
 
 /// The plan of a recipe that has control alone: no model, no tokenizer, no data.
-fn without_model(name: &str, recipe_arg: &str, recipe: Recipe, shared: &Path) -> (Plan, Inputs) {
+fn without_model(
+    name: &str,
+    recipe_arg: &str,
+    recipe: Recipe,
+    shared: &Path,
+    run_dir: &Path,
+) -> (Plan, Inputs) {
     let of = |s: &recipe::Stage| match &s.kind {
         StageKind::Control(c) => c.parameters() as u64,
         _ => 0,
@@ -119,7 +126,7 @@ fn without_model(name: &str, recipe_arg: &str, recipe: Recipe, shared: &Path) ->
         base: None,
         recipe,
     };
-    (plan, Inputs::new(None, shared, 0))
+    (plan, Inputs::new(None, shared, run_dir, 0))
 }
 
 fn tokenizer_dir(init: &Init, from: Option<&Path>, shared: &Path) -> anyhow::Result<PathBuf> {
@@ -164,53 +171,77 @@ fn from_scratch(s: &Scratch, tokenizer: &ChatTokenizer) -> anyhow::Result<Config
     Ok(config)
 }
 
+/// Reads all tables but those that a stage is still to write.
 fn read_all(recipe: &Recipe, inputs: &Inputs) -> anyhow::Result<()> {
+    let there = |d: &&Data| d.stage().is_none();
+    let prompts = |d: &Data| {
+        Some(d)
+            .filter(there)
+            .map_or(Ok(()), |d| inputs.prompts(d).map(drop))
+    };
+    let pairs = |d: &Data| {
+        Some(d)
+            .filter(there)
+            .map_or(Ok(()), |d| inputs.preference(d).map(drop))
+    };
+    let sft = |d: &Data, turns| {
+        Some(d)
+            .filter(there)
+            .map_or(Ok(()), |d| inputs.sft(d, turns).map(drop))
+    };
     for stage in &recipe.stages {
         let read = || -> anyhow::Result<()> {
             match &stage.kind {
-                StageKind::Sft(s) => drop(inputs.sft(&s.data, s.turns)?),
+                StageKind::Sft(s) => {
+                    sft(&s.data, s.turns)?;
+                    s.test.as_ref().map_or(Ok(()), |t| sft(t, s.turns))
+                }
                 StageKind::Reward(s) => {
-                    inputs.preference(&s.data)?;
-                    inputs.preference(&s.test)?;
+                    pairs(&s.data)?;
+                    pairs(&s.test)
                 }
                 StageKind::Dpo(s) => {
-                    for data in std::iter::once(&s.data).chain(&s.test) {
+                    for data in std::iter::once(&s.data).chain(&s.test).filter(there) {
                         inputs.preference(data)?;
                         if s.asks_scores() {
                             inputs.scores(data)?;
                         }
                     }
+                    Ok(())
                 }
                 StageKind::Unpaired(s) => {
                     inputs.unpaired(&s.data)?;
                     s.test.as_ref().map(|t| inputs.unpaired(t)).transpose()?;
+                    Ok(())
                 }
                 StageKind::Ranked(s) => {
                     inputs.ranked(&s.data)?;
                     s.test.as_ref().map(|t| inputs.ranked(t)).transpose()?;
+                    Ok(())
                 }
                 StageKind::OnlineDpo(s) => {
-                    inputs.prompts(&s.rollouts.data)?;
-                    s.replay
-                        .as_ref()
-                        .map(|r| inputs.preference(&r.data))
-                        .transpose()?;
+                    prompts(&s.rollouts.data)?;
+                    s.replay.as_ref().map_or(Ok(()), |r| pairs(&r.data))
                 }
-                StageKind::Grpo(s) => drop(inputs.prompts(&s.rollouts.data)?),
+                StageKind::Rejection(s) => prompts(&s.data),
+                StageKind::SelfInstruct(s) => prompts(&s.data),
+                StageKind::Critique(s) => {
+                    let file = recipe::resolve(&s.principles, inputs.shared());
+                    rlhf_data::synthetic::critique::read_principles(&file)?;
+                    prompts(&s.data)
+                }
+                StageKind::Grpo(s) => prompts(&s.rollouts.data),
                 StageKind::Ppo(s) => {
-                    inputs.prompts(&s.rollouts.data)?;
-                    if let Some(p) = &s.ptx {
-                        inputs.sft(&p.data, p.turns)?;
-                    }
+                    prompts(&s.rollouts.data)?;
+                    s.ptx.as_ref().map_or(Ok(()), |p| sft(&p.data, p.turns))
                 }
-                StageKind::Opd(s) => drop(inputs.prompts(&s.rollouts.data)?),
-                StageKind::Control(_) => {}
+                StageKind::Opd(s) => prompts(&s.rollouts.data),
+                StageKind::Control(_) => Ok(()),
                 StageKind::Eval(s) => {
-                    s.prompts.as_ref().map(|d| inputs.prompts(d)).transpose()?;
-                    s.pairs.as_ref().map(|d| inputs.preference(d)).transpose()?;
+                    s.prompts.as_ref().map_or(Ok(()), prompts)?;
+                    s.pairs.as_ref().map_or(Ok(()), pairs)
                 }
             }
-            Ok(())
         };
         read().with_context(|| format!("data of stage `{}`", stage.name))?;
     }
@@ -279,6 +310,12 @@ fn steps(kind: &StageKind) -> String {
             s.steps, s.rollouts.prompts_per_step, s.rollouts.group_size, s.teacher
         ),
         StageKind::Control(s) => format!("{} steps of {} environments", s.steps, s.environments),
+        StageKind::SelfInstruct(s) => format!(
+            "up to {} rounds of {} lists",
+            s.settings.rounds, s.settings.lists
+        ),
+        StageKind::Critique(s) => format!("{} revisions of each answer", s.settings.rounds),
+        StageKind::Rejection(s) => format!("{} completions of each prompt", s.samples),
         StageKind::Eval(s) => format!("{} against {}", s.models.join(", "), s.baseline),
     }
 }

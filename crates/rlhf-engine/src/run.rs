@@ -43,7 +43,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     }
     let dir = folder(args, &source.name)?;
     let device = engine::device(args.device)?;
-    let (plan, inputs) = plan::resolve(&source.name, &args.recipe, recipe.clone(), &shared)?;
+    let (plan, inputs) = plan::resolve(&source.name, &args.recipe, recipe.clone(), &shared, &dir)?;
     if !args.json {
         eprintln!("{}", plan.describe().trim_end());
     }

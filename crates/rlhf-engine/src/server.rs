@@ -12,19 +12,24 @@ use rlhf_model::{
 use crate::recipe::Server;
 use crate::stage::measure::logprobs_of;
 
-/// A sampler that asks `server` for completions of the model with configuration `config`.
-pub(crate) fn sampler(server: &Server, config: &Config) -> anyhow::Result<ServerSampler> {
-    let mut endpoint = EndpointConfig::new(&server.url, &server.model);
-    if let Some(name) = &server.key_env {
-        let key = std::env::var(name).map_err(|_| {
+/// The key of a server, where it has one.
+pub(crate) fn key(server: &Server) -> anyhow::Result<Option<String>> {
+    let read = |name: &String| {
+        std::env::var(name).map_err(|_| {
             usage(
                 format!("the environment has no `{name}`, which is to hold the server's key"),
                 &server.url,
                 format!("set {name}, or leave the key's name out"),
             )
-        })?;
-        endpoint.key = Some(key);
-    }
+        })
+    };
+    Ok(server.key_env.as_ref().map(read).transpose()?)
+}
+
+/// A sampler that asks `server` for completions of the model with configuration `config`.
+pub(crate) fn sampler(server: &Server, config: &Config) -> anyhow::Result<ServerSampler> {
+    let mut endpoint = EndpointConfig::new(&server.url, &server.model);
+    endpoint.key = key(server)?;
     let endpoint = Endpoint::new(endpoint).map_err(rlhf_model::Error::from)?;
     let logprobs = if server.processed_logprobs {
         ServerLogprobs::Sampled

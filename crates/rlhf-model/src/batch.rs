@@ -30,6 +30,8 @@ pub struct DeviceBatch {
     pub max_token_id: i64,
     /// The largest position, for checks against a context length.
     pub max_position: i64,
+    /// Added to the embeddings of the rows, `[N, H]`: noise in training (NEFTune).
+    pub embedding_noise: Option<Tensor>,
 }
 
 impl DeviceBatch {
@@ -67,6 +69,7 @@ impl DeviceBatch {
             last_rows: upload(&batch.last_rows(), device)?,
             max_token_id: max_token_id.unwrap_or(-1),
             max_position: batch.positions.iter().copied().max().unwrap_or(-1),
+            embedding_noise: None,
         })
     }
 

@@ -219,8 +219,19 @@ impl Trunk {
         layout: &AttentionLayout,
         capture: &mut dyn FnMut(&Tensor, &Tensor),
     ) -> Result<Tensor> {
+        let x = self.embed(token_ids, positions)?;
+        self.above(x, positions, layout, capture)
+    }
+
+    /// [`Trunk::forward`] of rows that are embedded already.
+    fn above(
+        &self,
+        mut x: Tensor,
+        positions: &Tensor,
+        layout: &AttentionLayout,
+        capture: &mut dyn FnMut(&Tensor, &Tensor),
+    ) -> Result<Tensor> {
         let angles = self.angles(positions);
-        let mut x = self.embed(token_ids, positions)?;
         if self.recompute_every > 0 && grad_enabled() {
             return Ok(self.norm.forward(&self.recomputed(x, angles, layout)?));
         }
@@ -262,12 +273,18 @@ impl Trunk {
     /// [`Trunk::forward`] of a batch, checked against vocabulary and context.
     pub(crate) fn hidden(&self, batch: &DeviceBatch) -> Result<Tensor> {
         batch.check(self.config.vocab_size, self.config.max_position_embeddings)?;
-        self.forward(
-            &batch.token_ids,
-            &batch.positions,
-            &batch.layout,
-            &mut |_, _| {},
-        )
+        let mut x = self.embed(&batch.token_ids, &batch.positions)?;
+        if let Some(noise) = &batch.embedding_noise {
+            if noise.size() != x.size() {
+                return Err(Error::Shape {
+                    op: "embedding noise",
+                    expected: format!("{:?}", x.size()),
+                    found: noise.size(),
+                });
+            }
+            x = x + noise.to_kind(self.kind());
+        }
+        self.above(x, &batch.positions, &batch.layout, &mut |_, _| {})
     }
 
     /// The matrices of all layers.

@@ -33,6 +33,8 @@ pub mod advantage;
 pub mod collect;
 #[cfg(feature = "train")]
 pub mod control;
+#[cfg(feature = "train")]
+pub mod environment;
 mod error;
 #[cfg(feature = "train")]
 pub mod grpo;
@@ -46,6 +48,7 @@ pub mod opd;
 pub mod ppo;
 #[cfg(feature = "train")]
 pub mod reference;
+pub mod rejection;
 #[cfg(feature = "train")]
 pub mod replay;
 #[cfg(feature = "train")]

@@ -57,6 +57,11 @@ pub enum Rule {
     },
     /// The rubric of the shipped help task, 0 to 1: its gold judge.
     Help {},
+    /// 1 where the completion, white space around it left out, is the text in the row's `field`; else 0.
+    Exact {
+        /// The column with the answer.
+        field: String,
+    },
 }
 
 impl Rule {
@@ -87,6 +92,16 @@ impl Rule {
                 count(positive) as f64 - count(negative) as f64
             }
             Self::Help {} => rubric::judge(prompt, completion, fields)?.score,
+            Self::Exact { field } => {
+                let answer = fields.get(field).and_then(Value::as_str);
+                let answer = answer.ok_or_else(|| Error::Argument {
+                    op: "exact",
+                    what: format!(
+                        "the row has no text in `{field}`; name the column with the answer"
+                    ),
+                })?;
+                f64::from(u8::from(completion.trim() == answer.trim()))
+            }
         })
     }
 }
@@ -96,6 +111,7 @@ impl RewardSource for Rule {
         match self {
             Self::Words { .. } => "words",
             Self::Help {} => "help",
+            Self::Exact { .. } => "exact",
         }
     }
 
@@ -282,6 +298,21 @@ mod tests {
             1.0
         );
         assert_eq!(rule.score("", "funny sadness", &Map::new()).unwrap(), 0.0);
+    }
+
+    #[test]
+    fn exact_is_equality_but_for_white_space_around() {
+        let rule = Rule::Exact {
+            field: "answer".into(),
+        };
+        let mut fields = Map::new();
+        fields.insert("answer".into(), "sun cat".into());
+        let score = |text: &str| rule.score("", text, &fields).unwrap();
+        assert_eq!(score(" sun cat\n"), 1.0);
+        assert_eq!(score("sun  cat"), 0.0);
+        assert_eq!(score("sun cat."), 0.0);
+        let e = rule.score("", "x", &Map::new()).unwrap_err().to_string();
+        assert!(e.contains("`answer`"), "{e}");
     }
 
     #[test]

@@ -109,6 +109,7 @@ pub const MEASURES: &[Measure] = &[
     measure("stopped", "ends itself", true),
     measure("distinct1", "distinct-1", false),
     measure("distinct2", "distinct-2", false),
+    measure("distinct_words", "distinct words", true),
     measure("likelier", "chosen likelier", true),
     measure("pair_accuracy", "pairs right", true),
     measure("margin", "pair margin", false),

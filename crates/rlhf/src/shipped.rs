@@ -28,6 +28,14 @@ pub const SHIPPED: &[Shipped] = &[
         text: include_str!("../recipes/christiano2017.toml"),
     },
     Shipped {
+        name: "overoptimisation",
+        text: include_str!("../recipes/overoptimisation.toml"),
+    },
+    Shipped {
+        name: "tasks",
+        text: include_str!("../recipes/tasks.toml"),
+    },
+    Shipped {
         name: "thermostat",
         text: include_str!("../recipes/thermostat.toml"),
     },

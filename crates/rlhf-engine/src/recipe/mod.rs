@@ -18,13 +18,14 @@ use rlhf::{Usage, shipped, usage};
 use serde::{Deserialize, Serialize};
 
 use crate::memory::Memory;
+use rlhf_policy::rejection::Selection;
 
 pub use align::{Align, OnlineDpo, Ranked, Replay, Unpaired};
 pub use control::{Control, Predictor};
 pub use judges::{JudgePart, Style};
 pub use stages::{
-    Data, Dpo, Eval, Grpo, Opd, Optim, Ppo, Process, Ptx, Reward, RewardPart, Rollouts, Sampling,
-    Server, Sft,
+    Critique, Data, Dpo, Eval, Grpo, Opd, Optim, Ppo, Process, Ptx, Rejection, Reward, RewardPart,
+    Rollouts, Sampling, SelfInstruct, Server, Sft, Writer,
 };
 
 /// A whole recipe.
@@ -136,6 +137,12 @@ pub enum StageKind {
     Opd(Opd),
     /// Classic control, without a language model.
     Control(Box<Control>),
+    /// Rejection sampling.
+    Rejection(Rejection),
+    /// New tasks by Self-Instruct.
+    SelfInstruct(SelfInstruct),
+    /// Better answers by critique and revision.
+    Critique(Critique),
     /// Evaluation on held-out data.
     Eval(Eval),
 }
@@ -155,6 +162,9 @@ impl StageKind {
             Self::Ppo(_) => "ppo",
             Self::Opd(_) => "opd",
             Self::Control(_) => "control",
+            Self::Rejection(_) => "rejection",
+            Self::SelfInstruct(_) => "self_instruct",
+            Self::Critique(_) => "critique",
             Self::Eval(_) => "eval",
         }
     }
@@ -177,17 +187,35 @@ impl Stage {
             );
             let judges = r.reward.iter().filter_map(|p| p.judge.as_ref()?.stage());
             into.extend(judges.map(|m| ("rollouts.reward.judge.model", m)));
+            into.extend(r.data.stage().map(|s| ("rollouts.data", s)));
         }
         let mut names = Vec::new();
         match &self.kind {
-            StageKind::Sft(s) => names.push(("model", s.model.as_str())),
-            StageKind::Reward(s) => names.push(("model", s.model.as_str())),
-            StageKind::Dpo(s) => names.push(("model", s.model.as_str())),
+            StageKind::Sft(s) => {
+                names.push(("model", s.model.as_str()));
+                names.extend(s.data.stage().map(|n| ("data", n)));
+            }
+            StageKind::Reward(s) => {
+                names.push(("model", s.model.as_str()));
+                names.extend(s.data.stage().map(|n| ("data", n)));
+            }
+            StageKind::Dpo(s) => {
+                names.push(("model", s.model.as_str()));
+                names.extend(s.data.stage().map(|n| ("data", n)));
+            }
             StageKind::Unpaired(s) => names.push(("model", s.model.as_str())),
             StageKind::Ranked(s) => names.push(("model", s.model.as_str())),
             StageKind::OnlineDpo(s) => {
                 names.push(("model", s.model.as_str()));
                 rollouts(&s.rollouts, &mut names);
+            }
+            StageKind::Rejection(s) => {
+                names.push(("model", s.model.as_str()));
+                names.extend(s.data.stage().map(|n| ("data", n)));
+                let models = s.reward.iter().filter_map(|p| p.model.as_deref());
+                names.extend(models.map(|m| ("reward.model", m)));
+                let judges = s.reward.iter().filter_map(|p| p.judge.as_ref()?.stage());
+                names.extend(judges.map(|m| ("reward.judge.model", m)));
             }
             StageKind::Grpo(s) => {
                 names.push(("model", s.model.as_str()));
@@ -205,6 +233,14 @@ impl Stage {
                 rollouts(&s.rollouts, &mut names);
             }
             StageKind::Control(_) => {}
+            StageKind::SelfInstruct(s) => {
+                names.extend(s.writer.model.as_deref().map(|m| ("writer.model", m)));
+                names.extend(s.data.stage().map(|n| ("data", n)));
+            }
+            StageKind::Critique(s) => {
+                names.extend(s.writer.model.as_deref().map(|m| ("writer.model", m)));
+                names.extend(s.data.stage().map(|n| ("data", n)));
+            }
             StageKind::Eval(s) => {
                 names.extend(s.models.iter().map(|m| ("models", m.as_str())));
                 names.push(("baseline", s.baseline.as_str()));
@@ -421,12 +457,15 @@ impl Source {
             "ppo" => StageKind::Ppo(read(t, &place)?),
             "opd" => StageKind::Opd(read(t, &place)?),
             "control" => StageKind::Control(read(t, &place)?),
+            "rejection" => StageKind::Rejection(read(t, &place)?),
+            "self_instruct" => StageKind::SelfInstruct(read(t, &place)?),
+            "critique" => StageKind::Critique(read(t, &place)?),
             "eval" => StageKind::Eval(read(t, &place)?),
             other => {
                 return Err(usage(
                     format!("unknown kind `{other}`"),
                     &place,
-                    "use one of sft, reward, dpo, unpaired, ranked, online_dpo, grpo, ppo, opd, control, eval",
+                    "use one of sft, reward, dpo, unpaired, ranked, online_dpo, grpo, ppo, opd, control, rejection, self_instruct, critique, eval",
                 ));
             }
         };
@@ -575,6 +614,14 @@ impl Source {
                     s.batch_size > 0 && s.steps > 0,
                     "steps and batch_size must be above 0",
                 );
+                need(
+                    s.neftune_alpha.is_none_or(|a| a > 0.0 && a.is_finite()),
+                    "neftune_alpha must be above 0; leave it out for no noise",
+                );
+                need(
+                    s.test.is_some() || s.test_every.is_none(),
+                    "test_every needs test",
+                );
             }
             StageKind::Reward(s) => {
                 optim(&s.optim);
@@ -670,6 +717,38 @@ impl Source {
                 s.predictor.iter().for_each(|p| optim(&p.optim));
                 let problem = s.problem();
                 need(problem.is_none(), &problem.unwrap_or_default());
+            }
+            StageKind::Rejection(s) => {
+                need(
+                    s.samples > 0 && s.prompts_at_once > 0,
+                    "samples and prompts_at_once must be above 0",
+                );
+                need(
+                    s.sampling.max_new_tokens > 0,
+                    "sampling.max_new_tokens must be above 0",
+                );
+                need(!s.reward.is_empty(), "reward must have at least one part");
+                let problem = s.reward.iter().find_map(RewardPart::problem);
+                need(problem.is_none(), &problem.unwrap_or_default());
+                let (keep, most) = match s.select {
+                    Selection::TopPerPrompt { keep } => (keep, s.samples),
+                    Selection::TopOverall { keep } => (keep, usize::MAX),
+                };
+                need(
+                    (1..=most).contains(&keep),
+                    "select.keep must be above 0, and for each prompt at most `samples`",
+                );
+            }
+            StageKind::SelfInstruct(SelfInstruct { writer, .. })
+            | StageKind::Critique(Critique { writer, .. }) => {
+                need(
+                    writer.model.is_some() != writer.server.is_some(),
+                    "writer has either `model` or `server`",
+                );
+                need(
+                    writer.max_sequences > 0,
+                    "writer.max_sequences must be above 0",
+                );
             }
             StageKind::Eval(s) => {
                 need(!s.models.is_empty(), "models must name at least one stage");

@@ -1,5 +1,6 @@
 //! What a recipe says of each kind of stage.
 
+use rlhf_data::synthetic::{critique, self_instruct};
 use rlhf_data::tokenize::{Truncation, Turns};
 use rlhf_dpo::loss::{Divergence, PreferenceLoss, PreferenceMix, WeightedLoss};
 use rlhf_kernels::optim::AdamWConfig;
@@ -8,11 +9,12 @@ use rlhf_policy::advantage::{AdvantageEstimator, Whitening};
 use rlhf_policy::collect::{Dynamic, Overlong, Samples};
 use rlhf_policy::grpo::{AdaptiveKl, OldPolicy};
 use rlhf_policy::kl::{KlController, KlPenalty};
-use rlhf_policy::loss::PolicyLoss;
 use rlhf_policy::loss::clipped::Clip;
 use rlhf_policy::loss::mismatch::Correction;
+use rlhf_policy::loss::{PolicyLoss, SftLoss};
 use rlhf_policy::opd::Objective;
 use rlhf_policy::reference::ReferencePolicy;
+use rlhf_policy::rejection::{Match, Selection};
 use rlhf_reward::source::Rule;
 use rlhf_reward::verify::{Check, Pool, PoolConfig};
 use rlhf_train::lr_schedule::LrSchedule;
@@ -60,7 +62,8 @@ impl Optim {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Data {
-    /// A file: Parquet, Arrow, JSON Lines, JSON, CSV.
+    /// A file: Parquet, Arrow, JSON Lines, JSON, CSV; `shared:FILE` lies in the shared folder; `stage:NAME` is
+    /// what a stage before wrote.
     pub path: String,
     /// The well-known dataset that the file is of, in its own columns: a name of `datasets/manifests`, or
     /// a manifest's file. Without it the file has the columns of its kind (docs/data.md).
@@ -79,6 +82,15 @@ pub struct Data {
     pub limit: Option<usize>,
 }
 
+impl Data {
+    /// The stage that writes the file (`stage:NAME`, `stage:NAME/FILE`), where one does.
+    #[must_use]
+    pub fn stage(&self) -> Option<&str> {
+        let rest = self.path.strip_prefix("stage:")?;
+        Some(rest.split_once('/').map_or(rest, |(name, _)| name))
+    }
+}
+
 /// Supervised fine-tuning.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -90,6 +102,18 @@ pub struct Sft {
     /// What of them is trained: the assistant's `last` turn, `all` its turns, or `everything`.
     #[serde(default, skip_serializing_if = "is_default")]
     pub turns: Turns,
+    /// What is minimised: `{ kind = "nll" }` or `{ kind = "dft" }`.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub loss: SftLoss,
+    /// Noise of this α on the embeddings (NEFTune, arXiv 2310.05914); 5 to 15 in the paper.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub neftune_alpha: Option<f64>,
+    /// Held-out demonstrations, looked at after training, and after every `test_every` steps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub test: Option<Data>,
+    /// Look at the held-out demonstrations after every so many steps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub test_every: Option<u64>,
     /// Optimiser steps.
     pub steps: u64,
     /// Rows a step.
@@ -382,6 +406,92 @@ pub struct Grpo {
     pub memory: Memory,
 }
 
+/// Rejection sampling: draw, score, keep. A later stage reads what was kept as `path = "stage:NAME"`, and as
+/// many completions drawn by lot as `path = "stage:NAME/control"`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rejection {
+    /// `init` or an earlier stage: who draws.
+    pub model: String,
+    /// Prompts.
+    pub data: Data,
+    /// Completions of each prompt.
+    pub samples: usize,
+    /// Prompts drawn together; what was drawn is kept each time.
+    #[serde(default = "default_prompts_at_once")]
+    pub prompts_at_once: usize,
+    /// How they are drawn.
+    pub sampling: Sampling,
+    /// The reward: a weighted sum.
+    pub reward: Vec<RewardPart>,
+    /// Added to the score of a completion that was cut off before its end-of-sequence token.
+    pub missing_eos_penalty: f64,
+    /// What is kept: `{ kind = "top_per_prompt", keep = 1 }` or `{ kind = "top_overall", keep = 100 }`.
+    pub select: Selection,
+    /// The control has as many completions of each prompt (`"per_prompt"`) or in all (`"overall"`).
+    #[serde(default = "default_control")]
+    pub control: Match,
+    /// A gold judge, for the curve of best-of-n.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub judge: Option<Rule>,
+    /// Packed tokens a batch of a reward model.
+    pub micro_tokens: usize,
+}
+
+fn default_prompts_at_once() -> usize {
+    64
+}
+
+fn default_control() -> Match {
+    Match::PerPrompt
+}
+
+/// Who writes synthetic data: a stage's model, or a chat model behind a server.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Writer {
+    /// `init` or an earlier stage.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// An OpenAI-compatible server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<Server>,
+    /// Sequences of a model here that are decoded together.
+    #[serde(default = "default_max_sequences")]
+    pub max_sequences: usize,
+}
+
+fn default_max_sequences() -> usize {
+    64
+}
+
+/// Self-Instruct: new tasks from a few, with instances. A later stage reads the rows as `path = "stage:NAME"`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SelfInstruct {
+    /// Who writes.
+    pub writer: Writer,
+    /// Seed tasks: prompts.
+    pub data: Data,
+    /// `{ rounds, lists, rows, shown_seeds, shown_own, max_rouge, max_tokens, temperature }`.
+    pub settings: self_instruct::SelfInstruct,
+}
+
+/// Critique and revision by principles. A later stage reads the rows as `path = "stage:NAME"`, the pairs as
+/// `path = "stage:NAME/preferences"`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Critique {
+    /// Who writes.
+    pub writer: Writer,
+    /// Prompts to be answered.
+    pub data: Data,
+    /// A TOML file of `[[principles]]` with `name`, `critique` and `revision`.
+    pub principles: String,
+    /// `{ rounds, max_tokens, temperature }`.
+    pub settings: critique::Critique,
+}
+
 /// Proximal policy optimisation.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -515,6 +625,10 @@ pub struct Eval {
     /// The least distinct-2 as a share of the baseline's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_distinct2: Option<f64>,
+    /// The least share of a completion's words that differ, on average: it falls when texts become lists of the
+    /// words that a reward likes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_distinct_words: Option<f64>,
     /// Packed tokens a batch.
     pub micro_tokens: usize,
     /// Prompts shown in the report.

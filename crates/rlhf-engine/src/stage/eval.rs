@@ -56,6 +56,10 @@ pub(super) fn run(ctx: &Context<'_>, name: &str, s: &Eval) -> anyhow::Result<End
             };
             let w = write(&model, &prompts.rows, &cfg, judges)?;
             measure(&w, ctx.recipe.run.seed, &mut measures);
+            if s.min_distinct_words.is_some() {
+                let shares: Vec<f64> = w.texts().iter().map(|t| distinct(&[t], 1)).collect();
+                measures.insert("distinct_words".into(), mean(&shares));
+            }
             written.push((model_name.clone(), w));
         }
         if let Some((base, pairs)) = &base_sums {
@@ -136,7 +140,16 @@ fn measure(w: &Written, seed: u64, into: &mut BTreeMap<String, Interval>) {
         put("reward", mean(r));
     }
     if let Some(gold) = &w.gold {
-        put("gold", mean(gold));
+        // A judge that says right or wrong gives a share.
+        let decided = gold.iter().all(|g| *g == 0.0 || *g == 1.0);
+        put(
+            "gold",
+            if decided {
+                share(gold.iter().sum(), gold.len())
+            } else {
+                mean(gold)
+            },
+        );
     }
 }
 
@@ -202,6 +215,17 @@ fn checks(ctx: &Context<'_>, s: &Eval, found: &Evaluation) -> Vec<Check> {
                 ok: kl.value <= max,
             });
         }
+        if let (Some(min), Some(own)) = (s.min_distinct_words, row.measures.get("distinct_words")) {
+            checks.push(Check {
+                what: format!(
+                    "at least {:.0} % of {}'s words differ",
+                    min * 100.0,
+                    row.name
+                ),
+                found: format!("{:.1} % of a completion's", own.value * 100.0),
+                ok: own.value >= min,
+            });
+        }
         if let (Some(min), Some((own, base))) = (s.min_distinct2, both("distinct2")) {
             checks.push(Check {
                 what: format!(
@@ -250,6 +274,9 @@ fn training_files(ctx: &Context<'_>) -> Vec<String> {
             StageKind::Grpo(s) => Some(s.rollouts.data.path.clone()),
             StageKind::Ppo(s) => Some(s.rollouts.data.path.clone()),
             StageKind::Opd(s) => Some(s.rollouts.data.path.clone()),
+            StageKind::Rejection(s) => Some(s.data.path.clone()),
+            StageKind::SelfInstruct(s) => Some(s.data.path.clone()),
+            StageKind::Critique(s) => Some(s.data.path.clone()),
             StageKind::Control(_) | StageKind::Eval(_) => None,
         })
         .collect()

@@ -13,6 +13,8 @@ mod online;
 mod policy;
 mod preference;
 mod reference;
+mod rejection;
+mod synthetic;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -23,7 +25,7 @@ use rlhf_data::tokenize::ChatTokenizer;
 use rlhf_kernels::optim::AdamWConfig;
 use rlhf_model::{LoadOptions, ScalarModel, Transformer, copy_tokenizer};
 use rlhf_reward::source::{ModelSource, RewardMix};
-use rlhf_train::{Flow, Session, SessionConfig, Stepper, StepperConfig, StopFlag};
+use rlhf_train::{Flow, Session, SessionConfig, Signal, Stepper, StepperConfig, StopFlag};
 use tch::{Device, Kind, Tensor};
 
 use crate::inputs::Inputs;
@@ -115,6 +117,9 @@ impl Context<'_> {
             StageKind::Ppo(s) => policy::ppo(self, &stage.name, s),
             StageKind::Opd(s) => policy::opd(self, &stage.name, s),
             StageKind::Control(s) => control::run(self, &stage.name, s),
+            StageKind::Rejection(s) => rejection::run(self, &stage.name, s),
+            StageKind::SelfInstruct(s) => synthetic::self_instruct(self, &stage.name, s),
+            StageKind::Critique(s) => synthetic::critique(self, &stage.name, s),
             StageKind::Eval(s) => eval::run(self, &stage.name, s),
         }
     }
@@ -147,6 +152,18 @@ impl Context<'_> {
             return self.model_dir(name);
         }
         crate::recipe::resolve(name, self.inputs.shared())
+    }
+
+    /// The optimiser steps that the model of a stage name has had in that stage, where it is known.
+    pub(crate) fn policy_version(&self, name: &str) -> Option<u64> {
+        let text = std::fs::read_to_string(self.dir.join(name).join("done.json")).ok()?;
+        let done: StageSummary = serde_json::from_str(&text).ok()?;
+        Some(done.steps)
+    }
+
+    /// A digest of the weights and the configuration of the model of a stage name.
+    pub(crate) fn model_digest(&self, name: &str) -> anyhow::Result<String> {
+        Ok(reference::model_digest(&self.model_dir(name))?)
     }
 
     fn load_options(&self, kind: Kind) -> LoadOptions {
@@ -286,18 +303,23 @@ impl Context<'_> {
         Ok(Session::open(config)?)
     }
 
+    /// The error that a signal makes of a run.
+    pub(crate) fn interrupted(&self, signal: Signal) -> anyhow::Error {
+        Interrupted {
+            code: signal.exit_code(),
+            go_on: format!(
+                "rlhf run {} --out {} --resume",
+                self.plan.recipe_arg,
+                self.dir.display()
+            ),
+        }
+        .into()
+    }
+
     /// Turns a trainer's end into an error when a signal stopped it.
     pub(crate) fn finish(&self, flow: Flow, session: Session) -> anyhow::Result<Ended> {
         if let Flow::Stop(signal) = flow {
-            return Err(Interrupted {
-                code: signal.exit_code(),
-                go_on: format!(
-                    "rlhf run {} --out {} --resume",
-                    self.plan.recipe_arg,
-                    self.dir.display()
-                ),
-            }
-            .into());
+            return Err(self.interrupted(signal));
         }
         let summary = session.finish()?;
         Ok(Ended {

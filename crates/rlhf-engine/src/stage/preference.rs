@@ -2,7 +2,7 @@
 
 use rlhf_dpo::train::{self as dpo_train, DpoConfig, HeldOut, PairData, PairSums};
 use rlhf_model::CausalLm as _;
-use rlhf_policy::sft::{self as sft_train, SftConfig};
+use rlhf_policy::sft::{self as sft_train, Demonstrations, HeldOut as HeldOutRows, SftConfig};
 use rlhf_reward::train::{self as reward_train, RewardConfig};
 
 use super::align::samples;
@@ -18,11 +18,28 @@ pub(super) fn sft(ctx: &Context<'_>, name: &str, s: &Sft) -> anyhow::Result<Ende
         steps: s.steps,
         batch_size: s.batch_size,
         micro_tokens: s.micro_tokens,
+        loss: s.loss,
+        neftune_alpha: s.neftune_alpha,
+    };
+    let test = s.test.as_ref().map(|t| ctx.inputs.sft(t, s.turns));
+    let test = test.transpose()?;
+    let demonstrations = Demonstrations {
+        rows: &data.rows,
+        weights: data.weights.as_deref(),
+        held_out: test.as_ref().map(|t| HeldOutRows {
+            rows: &t.rows,
+            every: s.test_every.unwrap_or(u64::MAX),
+        }),
     };
     let mut stepper = ctx.stepper(model.parameters(), &s.optim, &s.memory, s.steps);
     let mut session = ctx.session(name, s.steps)?;
-    let flow = sft_train::train(&model, &data.rows, &cfg, &mut stepper, &mut session)?;
-    let ended = ctx.finish(flow, session)?;
+    let flow = sft_train::train(&model, &demonstrations, &cfg, &mut stepper, &mut session)?;
+    let mut ended = ctx.finish(flow, session)?;
+    if let Some(t) = &test {
+        // Not the mean over the last steps, of which few had a look.
+        let loss = sft_train::evaluate(&model, &t.rows, s.micro_tokens)?;
+        ended.last.insert("test_loss".into(), loss);
+    }
     ctx.save_policy(name, &model)?;
     Ok(ended)
 }

@@ -30,20 +30,35 @@ pub(super) struct Asked<'a> {
     pub(super) met: Option<(u64, u64)>,
 }
 
+/// Hashes of the files of a model folder on which its answers depend.
+fn file_hashes(model: &Path) -> anyhow::Result<Vec<String>> {
+    let mut files: Vec<PathBuf> = std::fs::read_dir(model)
+        .and_then(|all| all.map(|e| e.map(|e| e.path())).collect())
+        .with_context(|| format!("reading {}", model.display()))?;
+    files.sort();
+    let weighs = |f: &&PathBuf| {
+        f.extension().is_some_and(|e| e == "safetensors") || f.ends_with("config.json")
+    };
+    let weighty = files.iter().filter(weighs);
+    weighty.map(|f| Ok(rlhf_train::hash_file(f)?)).collect()
+}
+
+/// A digest of a model folder.
+pub(super) fn model_digest(model: &Path) -> anyhow::Result<String> {
+    let mut digest = Sha256::new();
+    for hash in file_hashes(model)? {
+        digest.update(hash);
+    }
+    Ok(format!("{:x}", digest.finalize()))
+}
+
 impl Asked<'_> {
     fn key(&self) -> anyhow::Result<String> {
         let mut digest = Sha256::new();
         // Of a sum for each completion; the first form had a row for each pair.
         digest.update("completions");
-        let mut files: Vec<PathBuf> = std::fs::read_dir(self.model)
-            .and_then(|all| all.map(|e| e.map(|e| e.path())).collect())
-            .with_context(|| format!("reading {}", self.model.display()))?;
-        files.sort();
-        let weighs = |f: &&PathBuf| {
-            f.extension().is_some_and(|e| e == "safetensors") || f.ends_with("config.json")
-        };
-        for file in files.iter().filter(weighs) {
-            digest.update(rlhf_train::hash_file(file)?);
+        for hash in file_hashes(self.model)? {
+            digest.update(hash);
         }
         let m = self.memory;
         let settings = (m.weights, m.int8_base, self.micro_tokens, self.met);

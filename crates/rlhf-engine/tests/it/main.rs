@@ -12,7 +12,9 @@ mod cli;
 mod control;
 mod judged;
 mod recipes;
+mod rejection;
 mod runs;
+mod synthetic;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

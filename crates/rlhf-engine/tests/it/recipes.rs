@@ -34,7 +34,7 @@ fn every_shipped_recipe_parses_with_and_without_its_overlay() {
                     StageKind::Ppo(s) => s.steps,
                     StageKind::Opd(s) => s.steps,
                     StageKind::Control(s) => s.steps,
-                    StageKind::Eval(_) => 0,
+                    _ => 0,
                 })
                 .sum::<u64>()
         };
@@ -102,6 +102,10 @@ fn wrong_values_are_refused_before_anything_runs() {
         ("stages.dpo.patience=2", "test_every"),
         ("stages.sft.steps=0", "steps"),
         ("stages.sft.optim.lr=0.0", "lr"),
+        ("stages.sft.neftune_alpha=0.0", "neftune_alpha"),
+        ("stages.sft.test_every=5", "needs test"),
+        ("stages.sft.loss={ kind = \"dfft\" }", "dfft"),
+        ("stages.dpo.data.path=\"stage:later\"", "`later`"),
         ("stages.grpo.rollouts.group_size=1", "group_size"),
         (
             "stages.grpo.loss={ kind = \"cispo\", max_ratio = 0.2, ratio = \"token\", reduction = { kind = \"token\" } }",
@@ -158,4 +162,54 @@ fn wrong_values_are_refused_before_anything_runs() {
             .cause
             .contains("no stages")
     );
+}
+
+#[test]
+fn a_stage_reads_what_an_earlier_one_kept() {
+    let text = |select: &str, path: &str| {
+        format!(
+            r#"
+[run]
+title = "t"
+seed = 1
+checkpoint_every = 5
+[init]
+from = "x"
+[[stages]]
+name = "bon"
+kind = "rejection"
+model = "init"
+data = {{ path = "p.jsonl", max_prompt = 8, max_completion = 8 }}
+samples = 4
+sampling = {{ temperature = 1.0, max_new_tokens = 8, max_sequences = 8 }}
+reward = [{{ rule = {{ kind = "exact", field = "answer" }}, weight = 1.0 }}]
+missing_eos_penalty = 0.0
+select = {select}
+micro_tokens = 64
+[[stages]]
+name = "again"
+kind = "sft"
+model = "init"
+data = {{ path = "{path}", max_prompt = 8, max_completion = 8 }}
+steps = 1
+batch_size = 1
+micro_tokens = 64
+optim = {{ lr = 1e-3, schedule = {{ kind = "constant" }}, warmup_steps = 0, weight_decay = 0.0, max_grad_norm = 1.0 }}
+"#
+        )
+    };
+    let best = r#"{ kind = "top_per_prompt", keep = 1 }"#;
+    let recipe = parse(&text(best, "stage:bon"), &[]).unwrap();
+    assert!(matches!(&recipe.stages[1].kind, StageKind::Sft(s) if s.data.stage() == Some("bon")));
+    assert!(parse(&text(best, "stage:bon/control"), &[]).is_ok());
+    let e = parse(&text(best, "stage:worse"), &[]).unwrap_err();
+    assert!(e.cause.contains("`worse`"), "{e}");
+    for (select, word) in [
+        (r#"{ kind = "top_per_prompt", keep = 5 }"#, "keep"),
+        (r#"{ kind = "top_overall", keep = 0 }"#, "keep"),
+        (r#"{ kind = "top_of_all", keep = 1 }"#, "top_of_all"),
+    ] {
+        let e = parse(&text(select, "stage:bon"), &[]).unwrap_err();
+        assert!(e.to_string().contains(word), "{select}: {e}");
+    }
 }

@@ -11,12 +11,14 @@ pub mod ppo;
 pub mod select;
 pub mod smooth;
 mod step;
+pub mod supervised;
 
 use rlhf_kernels::{LossSum, Offsets, Ragged};
 use tch::{Kind, Tensor};
 
 pub use clipped::Clip;
 pub use smooth::{GammaWeight, Gate};
+pub use supervised::SftLoss;
 
 use crate::error::Result;
 use crate::kl::KlPenalty;

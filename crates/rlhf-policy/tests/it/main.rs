@@ -8,6 +8,7 @@
 
 mod control;
 mod control_exact;
+mod environment;
 mod exact;
 mod golden;
 #[allow(
@@ -18,3 +19,5 @@ mod golden_io;
 mod gradcheck;
 mod opd;
 mod props;
+mod rejection;
+mod sft;

@@ -35,12 +35,19 @@ const TABLES: [(&str, &[&str]); 2] = [
     ),
     (
         "What it costs, and how the text changed",
-        &["kl", "length", "stopped", "distinct1", "distinct2"],
+        &[
+            "kl",
+            "length",
+            "stopped",
+            "distinct1",
+            "distinct2",
+            "distinct_words",
+        ],
     ),
 ];
 
 /// What the keys mean.
-const MEANING: [(&str, &str); 12] = [
+const MEANING: [(&str, &str); 13] = [
     (
         "return",
         "mean sum of an episode's rewards, over episodes that no training has seen",
@@ -70,6 +77,10 @@ const MEANING: [(&str, &str); 12] = [
     (
         "distinct2",
         "different pairs of neighbouring words as a share of all",
+    ),
+    (
+        "distinct_words",
+        "share of a completion's own words that differ, on average",
     ),
     (
         "likelier",
