@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use rlhf_data::group::PromptGroup;
+use rlhf_data::tokenize::ChatTokenizer;
 use rlhf_dpo::train::rankings::{self, RankedConfig, RankedData};
 use rlhf_dpo::train::thumbs::{self, ThumbConfig, ThumbData, ThumbSums};
 use rlhf_dpo::train::{HeldOut, Samples, TrainConfig, completion_sums, met_sums};
@@ -51,7 +52,7 @@ fn sums<L>(
 
 /// The answers that are wanted at every look at held-out `groups`.
 pub(super) fn samples<'a>(
-    ctx: &'a Context<'_>,
+    tokenizer: &'a ChatTokenizer,
     wanted: Option<usize>,
     test: Option<&Data>,
     groups: &'a [PromptGroup],
@@ -60,7 +61,7 @@ pub(super) fn samples<'a>(
     let (wanted, test) = wanted.zip(test)?;
     Some(Samples {
         groups: &groups[..groups.len().min(wanted)],
-        tokenizer: ctx.tokenizer()?,
+        tokenizer,
         max_new_tokens: test.max_completion,
         dir,
     })
@@ -95,7 +96,7 @@ pub(super) fn unpaired(ctx: &Context<'_>, name: &str, s: &Unpaired) -> anyhow::R
         .as_ref()
         .map(|(groups, _)| reference_sums(groups, &thumbs::at_once(groups, &cfg), true))
         .transpose()?;
-    let dir = ctx.dir.join(name);
+    let (dir, tokenizer) = (ctx.dir.join(name), ctx.tokenizer()?);
     let held_out = test.as_ref().zip(test_reference.as_ref());
     let held_out = held_out.map(|((groups, desirable), reference)| HeldOut {
         data: ThumbData {
@@ -105,7 +106,7 @@ pub(super) fn unpaired(ctx: &Context<'_>, name: &str, s: &Unpaired) -> anyhow::R
         },
         every: s.test_every.unwrap_or(s.steps),
         patience: s.patience,
-        samples: samples(ctx, s.samples, s.test.as_ref(), groups, &dir),
+        samples: samples(tokenizer, s.samples, s.test.as_ref(), groups, &dir),
     });
     let data = ThumbData {
         groups: &groups,
@@ -137,7 +138,7 @@ pub(super) fn ranked(ctx: &Context<'_>, name: &str, s: &Ranked) -> anyhow::Resul
         .as_ref()
         .map(|t| sums(ctx, s, &cfg, &model, &t.rows, true))
         .transpose()?;
-    let dir = ctx.dir.join(name);
+    let (dir, tokenizer) = (ctx.dir.join(name), ctx.tokenizer()?);
     let held_out = test.as_ref().zip(test_reference.as_ref());
     let held_out = held_out.map(|(test, reference)| HeldOut {
         data: RankedData {
@@ -146,7 +147,7 @@ pub(super) fn ranked(ctx: &Context<'_>, name: &str, s: &Ranked) -> anyhow::Resul
         },
         every: s.test_every.unwrap_or(s.steps),
         patience: s.patience,
-        samples: samples(ctx, s.samples, s.test.as_ref(), &test.rows, &dir),
+        samples: samples(tokenizer, s.samples, s.test.as_ref(), &test.rows, &dir),
     });
     let data = RankedData {
         groups: &data.rows,

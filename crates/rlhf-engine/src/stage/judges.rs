@@ -31,7 +31,7 @@ impl Context<'_> {
             let question = judge.settings.prompts.custom_pair();
             let local = LocalJudge::new(
                 model,
-                self.tokenizer().clone(),
+                self.tokenizer()?.clone(),
                 self.device,
                 micro_tokens,
                 question,

@@ -86,16 +86,18 @@ fn steps<'a>(
     r: &Rollouts,
     judge: Option<&'a ScalarModel>,
     micro_tokens: usize,
-) -> Option<ModelSteps<'a>> {
-    let (p, model) = (r.process.as_ref()?, judge?);
-    Some(ModelSteps {
+) -> anyhow::Result<Option<ModelSteps<'a>>> {
+    let Some((p, model)) = r.process.as_ref().zip(judge) else {
+        return Ok(None);
+    };
+    Ok(Some(ModelSteps {
         name: p.model.clone(),
         model,
         tokenizer: ctx.tokenizer()?,
         ends: p.ends.clone(),
         weight: p.weight,
         micro_tokens,
-    })
+    }))
 }
 
 /// The reference π₀, and a session that holds it where it moves.
@@ -122,7 +124,7 @@ pub(super) fn grpo(ctx: &Context<'_>, name: &str, s: &Grpo) -> anyhow::Result<En
     let learner = (&policy, s.steps);
     let (reference, mut session) = tied(ctx, name, learner, s.reference, s.rollouts.ahead)?;
     let judge = judge(ctx, &s.rollouts)?;
-    let steps = steps(ctx, &s.rollouts, judge.as_ref(), s.micro_tokens);
+    let steps = steps(ctx, &s.rollouts, judge.as_ref(), s.micro_tokens)?;
     let prompts = ctx.inputs.prompts(&s.rollouts.data)?;
     let rewards = ctx.rewards(
         &s.rollouts.reward,
@@ -184,7 +186,7 @@ pub(super) fn ppo(ctx: &Context<'_>, name: &str, s: &Ppo) -> anyhow::Result<Ende
     let learner = (&policy, s.steps);
     let (reference, mut session) = tied(ctx, name, learner, s.reference, s.rollouts.ahead)?;
     let judge = judge(ctx, &s.rollouts)?;
-    let steps = steps(ctx, &s.rollouts, judge.as_ref(), s.micro_tokens);
+    let steps = steps(ctx, &s.rollouts, judge.as_ref(), s.micro_tokens)?;
     let prompts = ctx.inputs.prompts(&s.rollouts.data)?;
     let rewards = ctx.rewards(
         &s.rollouts.reward,

@@ -142,7 +142,7 @@ pub(super) fn dpo(ctx: &Context<'_>, name: &str, s: &Dpo) -> anyhow::Result<Ende
         scores(&s.data)?,
         s.test.as_ref().map(scores).transpose()?.flatten(),
     );
-    let dir = ctx.dir.join(name);
+    let (dir, tokenizer) = (ctx.dir.join(name), ctx.tokenizer()?);
     let held_out = test.as_ref().zip(test_reference.as_ref()).zip(s.test_every);
     let held_out = held_out.map(|((test, reference), every)| HeldOut {
         data: PairData {
@@ -152,7 +152,7 @@ pub(super) fn dpo(ctx: &Context<'_>, name: &str, s: &Dpo) -> anyhow::Result<Ende
         },
         every,
         patience: s.patience,
-        samples: samples(ctx, s.samples, s.test.as_ref(), &test.rows, &dir),
+        samples: samples(tokenizer, s.samples, s.test.as_ref(), &test.rows, &dir),
     });
     let pairs = PairData {
         groups: &data.rows,

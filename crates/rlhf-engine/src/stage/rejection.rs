@@ -109,7 +109,8 @@ impl<'a> Drawer<'a> {
     fn draw(&self, part: &[Prompt]) -> anyhow::Result<Vec<Drawn>> {
         let all: Vec<usize> = (0..part.len()).collect();
         let sampler = self.cfg.local(&self.policy)?;
-        let rollouts = rollout::draw(&sampler, self.ctx.tokenizer(), part, &all, &self.cfg, 0)
+        let tokenizer = self.ctx.tokenizer()?;
+        let rollouts = rollout::draw(&sampler, tokenizer, part, &all, &self.cfg, 0)
             .context("drawing completions")?;
         let (scored, _) = rollout::score(rollouts, part, &self.rewards)?;
         let gold = match &self.recipe.judge {

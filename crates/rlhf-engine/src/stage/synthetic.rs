@@ -45,7 +45,7 @@ fn with_author<T>(
                 ..GenerateLimits::default()
             },
         },
-        tokenizer: ctx.tokenizer(),
+        tokenizer: ctx.tokenizer()?,
         context: model.config().max_position_embeddings as usize,
         seed: ctx.recipe.run.seed,
     };
