@@ -25,7 +25,7 @@ fn verdicts_are_rewards_and_failures_are_counted() {
     assert_eq!(steps.len(), 3);
     for step in &steps {
         let at = |name: &str| {
-            step[name]
+            step[format!("grpo/{name}")]
                 .as_f64()
                 .unwrap_or_else(|| panic!("no {name} in {step}"))
         };
