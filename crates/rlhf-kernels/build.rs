@@ -44,6 +44,7 @@ fn main() {
             "decode",
             "linear_kl",
             "linear_logprobs",
+            "linear_tiles",
             "optim",
             "optim8",
             "panels",
@@ -55,6 +56,17 @@ fn main() {
         .map(|f| format!("csrc/{f}.cpp")),
     );
     shim.compile("rlhf_kernels");
+    // libtorch holds Gloo but not its headers: csrc/compat has the names.
+    let mut groups = compiler();
+    groups
+        .define("_GLIBCXX_USE_CXX11_ABI", "1")
+        .define("USE_DISTRIBUTED", None)
+        .define("USE_C10D_GLOO", None)
+        .include("csrc/compat")
+        .include(&include)
+        .include(include.join("torch/csrc/api/include"))
+        .file("csrc/collective.cpp")
+        .compile("rlhf_collective");
     for (name, flags) in INSTRUCTION_SETS
         .iter()
         .filter(|(_, flags)| x86_64 || flags.is_empty())
@@ -69,7 +81,7 @@ fn main() {
             loops.flag(flag);
         }
         loops
-            .files(["csrc/cpu_kernels.cpp", "csrc/loss_kernels.cpp"])
+            .files(["cpu_kernels", "loss_kernels", "row_kernels"].map(|f| format!("csrc/{f}.cpp")))
             .compile(&format!("rlhf_{name}"));
     }
 

@@ -1,8 +1,16 @@
-//! Kernels against their bounds: beside each operation run the matrix products that it cannot avoid
-//! (or the bytes it must move), and the throughput counts only those.
-#![allow(missing_docs, clippy::unwrap_used, reason = "a benchmark")]
+//! Kernels against their bounds. A benchmark's throughput counts the arithmetic of the matrix products that it
+//! cannot avoid, or the bytes it must move; `bound` prints what these take at the rates of a large product and of
+//! a copy, both measured first.
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a benchmark"
+)]
 
 use std::hint::black_box;
+use std::sync::OnceLock;
+use std::time::Instant;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use rlhf_kernels::kl::{Divergence, KlOptions, Logits, SampledKl, Tail};
@@ -20,6 +28,48 @@ use rlhf_kernels::{
 use tch::{Device, Kind, Tensor};
 
 const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+/// The least of some times, in seconds.
+fn least(mut run: impl FnMut()) -> f64 {
+    run();
+    let time = |_| {
+        let start = Instant::now();
+        run();
+        start.elapsed().as_secs_f64()
+    };
+    (0..5).map(time).fold(f64::INFINITY, f64::min)
+}
+
+/// Operations a second of a large product, and bytes a second of a copy (read and written).
+fn ceilings() -> (f64, f64) {
+    static MEASURED: OnceLock<(f64, f64)> = OnceLock::new();
+    *MEASURED.get_or_init(|| {
+        let _guard = tch::no_grad_guard();
+        let n = 2048i64;
+        let (a, b, c) = (filled(&[n, n]), filled(&[n, n]), filled(&[n, n]));
+        let product = 2.0 * (n as f64).powi(3) / least(|| drop(a.mm_out(&c, &b)));
+        let (from, mut to) = (filled(&[16_000_000]), filled(&[16_000_000]));
+        let copy = 128e6 / least(|| to.copy_(&from));
+        println!(
+            "ceilings: {:.0} GFLOP/s, {:.1} GB/s",
+            product * 1e-9,
+            copy * 1e-9
+        );
+        (product, copy)
+    })
+}
+
+/// Prints what a benchmark cannot be faster than.
+fn bound(name: &str, work: Throughput) -> Throughput {
+    let (flops, bytes) = ceilings();
+    let time = match work {
+        Throughput::Elements(n) => n as f64 / flops,
+        Throughput::Bytes(n) => n as f64 / bytes,
+        _ => return work,
+    };
+    println!("{name}: bound {:.3} ms", time * 1e3);
+    work
+}
 
 /// A fixed pattern instead of noise: no global generator.
 fn scattered(size: &[i64]) -> Tensor {
@@ -63,7 +113,10 @@ fn logprobs(c: &mut Criterion) {
         };
         let mut group = c.benchmark_group(format!("linear_logprobs M{m} H{h} V{v}"));
         group.sample_size(10);
-        group.throughput(Throughput::Elements(4 * product));
+        group.throughput(bound(
+            "forward + backward",
+            Throughput::Elements(4 * product),
+        ));
         group.bench_function("forward + backward", |b| {
             b.iter(|| {
                 step(
@@ -73,7 +126,10 @@ fn logprobs(c: &mut Criterion) {
                 )
             });
         });
-        group.throughput(Throughput::Elements(3 * product));
+        group.throughput(bound(
+            "forward + backward, plain",
+            Throughput::Elements(3 * product),
+        ));
         group.bench_function("forward + backward, plain", |b| {
             b.iter(|| {
                 step(
@@ -83,7 +139,10 @@ fn logprobs(c: &mut Criterion) {
                 )
             });
         });
-        group.throughput(Throughput::Elements(2 * product));
+        group.throughput(bound(
+            "forward + backward, frozen weight",
+            Throughput::Elements(2 * product),
+        ));
         group.bench_function("forward + backward, frozen weight", |b| {
             b.iter(|| {
                 let out = linear_logprobs(&hidden, &frozen, &ids, &options)
@@ -105,7 +164,7 @@ fn logprobs(c: &mut Criterion) {
             filter: Some(F32_RESOLUTION),
             ..options
         };
-        group.throughput(Throughput::Elements(product));
+        group.throughput(bound("forward", Throughput::Elements(product)));
         for (name, options) in [("", &options), (", filtered", &filtered)] {
             group.bench_function(format!("forward + backward, peaked{name}"), |b| {
                 b.iter(|| {
@@ -153,7 +212,10 @@ fn divergences(c: &mut Criterion) {
         ("Jensen-Shannon", js),
     ] {
         let options = KlOptions::new(d);
-        group.throughput(Throughput::Elements(3 * product));
+        group.throughput(bound(
+            &format!("{name}, forward + backward, frozen head"),
+            Throughput::Elements(3 * product),
+        ));
         group.bench_function(format!("{name}, forward + backward, frozen head"), |b| {
             let s = Logits::new(&student, &weight);
             b.iter(|| backward(linear_kl(s, t, &options).unwrap(), &[&student]));
@@ -166,7 +228,10 @@ fn divergences(c: &mut Criterion) {
     });
     let trained = weight.copy().set_requires_grad(true);
     let s = Logits::new(&student, &trained);
-    group.throughput(Throughput::Elements(6 * product));
+    group.throughput(bound(
+        "reverse KL, forward + backward",
+        Throughput::Elements(6 * product),
+    ));
     group.bench_function("reverse KL, forward + backward", |b| {
         b.iter(|| backward(linear_kl(s, t, &options).unwrap(), &[&student, &trained]));
     });
@@ -174,7 +239,10 @@ fn divergences(c: &mut Criterion) {
         (Tail::Bucket, "bucket", 4 * product),
         (Tail::Dropped, "dropped", 6 * (m * h * 64) as u64),
     ] {
-        group.throughput(Throughput::Elements(products));
+        group.throughput(bound(
+            &format!("reverse KL, teacher's 64 words, {name}"),
+            Throughput::Elements(products),
+        ));
         group.bench_function(format!("reverse KL, teacher's 64 words, {name}"), |b| {
             b.iter(|| {
                 let out = linear_kl_top(s, &cached, tail, &options).unwrap();
@@ -192,14 +260,17 @@ fn ragged(c: &mut Criterion) {
     let column = |f: f64| Ragged::new((filled(&[s * n]) * f).sin(), offsets.clone()).unwrap();
     let (rewards, values) = (column(3.0), column(5.0));
     let mut group = c.benchmark_group(format!("ragged {s}x{n}"));
-    group.throughput(Throughput::Bytes(16 * (s * n) as u64));
+    group.throughput(bound("gae", Throughput::Bytes(16 * (s * n) as u64)));
     group.bench_function("gae", |b| {
         b.iter(|| gae(&rewards, &values, 0.99, 0.95).unwrap());
     });
     group.bench_function("gae, a loop over columns", |b| {
         b.iter(|| reference::gae(&rewards, &values, 0.99, 0.95).unwrap());
     });
-    group.throughput(Throughput::Bytes(8 * (s * n) as u64));
+    group.throughput(bound(
+        "discounted returns",
+        Throughput::Bytes(8 * (s * n) as u64),
+    ));
     group.bench_function("discounted returns", |b| {
         b.iter(|| discounted_returns(&rewards, 0.99).unwrap());
     });
@@ -262,7 +333,10 @@ fn attention(c: &mut Criterion) {
         );
         let mut group = c.benchmark_group(name);
         group.sample_size(10);
-        group.throughput(Throughput::Elements((14 * pairs * hq * d) as u64));
+        group.throughput(bound(
+            "forward + backward",
+            Throughput::Elements((14 * pairs * hq * d) as u64),
+        ));
         group.bench_function("forward + backward", |b| {
             b.iter(|| {
                 step(
@@ -274,7 +348,10 @@ fn attention(c: &mut Criterion) {
         group.bench_function("forward + backward, libtorch's per completion", |b| {
             b.iter(|| step(per_completion(&q, &keys, &v, &layout, 0.18)));
         });
-        group.throughput(Throughput::Elements((4 * pairs * hq * d) as u64));
+        group.throughput(bound(
+            "forward",
+            Throughput::Elements((4 * pairs * hq * d) as u64),
+        ));
         group.bench_function("forward", |b| {
             let _guard = tch::no_grad_guard();
             b.iter(|| {
@@ -328,9 +405,9 @@ fn adamw(c: &mut Criterion) {
     (&p * &p).sum(None).backward();
     let mut optim = AdamW::new(vec![("p".into(), p)], AdamWConfig::default());
     let mut group = c.benchmark_group(format!("adamw, {n} parameters"));
-    group.throughput(Throughput::Bytes(28 * n as u64));
+    group.throughput(bound("step", Throughput::Bytes(28 * n as u64)));
     group.bench_function("step", |b| b.iter(|| optim.step(1e-4).unwrap()));
-    group.throughput(Throughput::Bytes(8 * n as u64));
+    group.throughput(bound("bound: a copy", Throughput::Bytes(8 * n as u64)));
     let (from, mut to) = (filled(&[n]), filled(&[n]));
     group.bench_function("bound: a copy", |b| b.iter(|| to.copy_(&from)));
 }
@@ -340,26 +417,40 @@ fn optimizers(c: &mut Criterion) {
     let n = 4_000_000i64;
     let mut group = c.benchmark_group(format!("optimizers, {n} parameters"));
     group.sample_size(10);
-    group.throughput(Throughput::Elements(n as u64));
-    for (name, config) in [
-        ("AdamW", OptimizerConfig::AdamW(AdamWConfig::default())),
+    // What a parameter, its gradient and its state take, read and where changed written.
+    let bytes = |each: u64| Throughput::Bytes(each * n as u64);
+    for (name, work, config) in [
+        (
+            "AdamW",
+            bytes(28),
+            OptimizerConfig::AdamW(AdamWConfig::default()),
+        ),
         (
             "AdamW, 8-bit",
+            bytes(16),
             OptimizerConfig::AdamW8bit(AdamWConfig::default()),
         ),
         (
             "Adafactor",
+            bytes(12),
             OptimizerConfig::Adafactor(AdafactorConfig::default()),
         ),
         (
             "RMSprop",
+            bytes(20),
             OptimizerConfig::RmsProp(RmsPropConfig::default()),
         ),
-        ("Muon", OptimizerConfig::Muon(MuonConfig::default())),
+        // Five steps of two products of [R,C] with [C,R] and one of [C,C], R = 4000 and C = 1000.
+        (
+            "Muon",
+            Throughput::Elements(5 * 2 * (2 * n as u64 * 1000 + 1_000_000_000)),
+            OptimizerConfig::Muon(MuonConfig::default()),
+        ),
     ] {
         let p = filled(&[n / 1000, 1000]).set_requires_grad(true);
         (&p * &p).sum(None).backward();
         let mut optim = Optimizer::new(vec![("p".into(), p)], config);
+        group.throughput(bound(name, work));
         group.bench_function(name, |b| b.iter(|| optim.step(1e-4).unwrap()));
     }
 }
@@ -394,7 +485,10 @@ fn surrogates(c: &mut Criterion) {
             token_weight: TokenWeight::SequenceMean,
         };
         let mut group = c.benchmark_group(format!("surrogate {s}x{n}"));
-        group.throughput(Throughput::Bytes(28 * m as u64));
+        group.throughput(bound(
+            "forward + backward",
+            Throughput::Bytes(28 * m as u64),
+        ));
         let backward =
             |out: SurrogateOutput| Tensor::run_backward(&[&out.loss.sum], &[&leaf], false, false);
         group.bench_function("forward + backward", |b| {

@@ -1,15 +1,18 @@
 // Picks the inner loops for this machine's instruction set.
 #include "cpu_kernels.h"
 #include "loss_kernels.h"
+#include "row_kernels.h"
 #include "shim.h"
 #include <atomic>
 
 namespace rlhf {
 extern const CpuKernels cpu_plain;
 extern const LossKernels cpu_plain_losses;
+extern const RowKernels cpu_plain_rows;
 #if defined(__x86_64__)
 extern const CpuKernels cpu_avx2, cpu_avx512;
 extern const LossKernels cpu_avx2_losses, cpu_avx512_losses;
+extern const RowKernels cpu_avx2_rows, cpu_avx512_rows;
 #endif
 
 namespace {
@@ -43,6 +46,15 @@ const LossKernels &loss_kernels() {
   case 1: return cpu_avx2_losses;
 #endif
   default: return cpu_plain_losses;
+  }
+}
+const RowKernels &row_kernels() {
+  switch (level.load(std::memory_order_relaxed)) {
+#if defined(__x86_64__)
+  case 2: return cpu_avx512_rows;
+  case 1: return cpu_avx2_rows;
+#endif
+  default: return cpu_plain_rows;
   }
 }
 } // namespace rlhf

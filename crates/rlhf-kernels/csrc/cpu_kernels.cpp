@@ -7,65 +7,6 @@
 
 namespace {
 
-void stats(const float *z, int64_t v, float inv_t, bool entropy, float *out) {
-  const float inf = __builtin_inff();
-  F m0 = splat(-inf), m1 = m0, m2 = m0, m3 = m0;
-  int64_t i = 0;
-  for (; i + 4 * W <= v; i += 4 * W) {
-    m0 = larger<float>(load(z + i), m0);
-    m1 = larger<float>(load(z + i + W), m1);
-    m2 = larger<float>(load(z + i + 2 * W), m2);
-    m3 = larger<float>(load(z + i + 3 * W), m3);
-  }
-  for (; i < v; i += W) m0 = larger<float>(v - i >= W ? load(z + i) : load(z + i, v - i, -inf), m0);
-  const float m = max<float>(larger<float>(larger<float>(m0, m1), larger<float>(m2, m3)));
-  // Short blocks in f32, their sums in f64.
-  double total = 0, dot = 0;
-  for (int64_t block = 0; block < v; block += 64 * W) {
-    const int64_t end = block + 64 * W < v ? block + 64 * W : v;
-    F s{}, e{};
-    for (i = block; i < end; i += W) {
-      const F x = end - i >= W ? load(z + i) : load(z + i, end - i, -inf);
-      const F d = (x - m) * inv_t;
-      const F p = exp(d);
-      s += p;
-      if (entropy) e += p * floored<float>(d, splat(kFloor));
-    }
-    total += sum<float>(s);
-    dot += sum<float>(e);
-  }
-  out[0] = m;
-  const double log_sum = __builtin_log(total);
-  out[1] = (float)log_sum;
-  out[2] = entropy ? (float)(log_sum - dot / total) : 0.f;
-  out[3] = (float)(1.0 / total);
-}
-
-template <bool ENTROPY, bool CAP>
-INLINE F grad_of(F x, const float *s, float inv_t, float inv_cap, float g, float ge) {
-  const F d = (x - s[0]) * inv_t;
-  F w = splat(-g * inv_t);
-  if (ENTROPY) w -= (floored<float>(d, splat(kFloor)) + (s[2] - s[1])) * (ge * inv_t);
-  F y = exp(d) * (w * s[3]);
-  if (CAP) {
-    const F c = x * inv_cap;
-    y *= 1.f - c * c;
-  }
-  return y;
-}
-template <bool ENTROPY, bool CAP>
-void grad_row(const float *z, float *out, int64_t v, const float *s, float inv_t, float cap, float g, float ge) {
-  const float inv_cap = CAP ? 1.f / cap : 0.f;
-  int64_t i = 0;
-  for (; i + W <= v; i += W) store(out + i, grad_of<ENTROPY, CAP>(load(z + i), s, inv_t, inv_cap, g, ge));
-  if (i < v)
-    store(out + i, grad_of<ENTROPY, CAP>(load(z + i, v - i, 0.f), s, inv_t, inv_cap, g, ge), v - i);
-}
-void grad(const float *z, float *out, int64_t v, const float *s, float inv_t, float cap, float g, float ge) {
-  if (ge != 0.f) (cap > 0 ? grad_row<true, true> : grad_row<true, false>)(z, out, v, s, inv_t, cap, g, ge);
-  else (cap > 0 ? grad_row<false, true> : grad_row<false, false>)(z, out, v, s, inv_t, cap, g, ge);
-}
-
 // C (+)= A·B with vectors of L numbers along B's rows. A(i,k) lies at a[i·row + k·col].
 #if defined(__AVX512F__)
 constexpr int kTileRows = 8, kTileVecs = 2;
@@ -586,6 +527,6 @@ rlhf::Drawn draw(const float *z, int64_t v, double uniform) {
 
 namespace rlhf {
 extern const CpuKernels RLHF_ISA;
-const CpuKernels RLHF_ISA = {stats, grad, attend<float>, attend<double>, attend_grad<float>, attend_grad<double>,
+const CpuKernels RLHF_ISA = {attend<float>, attend<double>, attend_grad<float>, attend_grad<double>,
                              panel<float>, panel<uint16_t>, decode, rms_norm, silu_gate, draw};
 } // namespace rlhf

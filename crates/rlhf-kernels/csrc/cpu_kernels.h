@@ -39,10 +39,6 @@ struct Decode {
   float *out; // [n][Hq][D]
 };
 
-// Of one row of logits: its maximum m, log S with S = Σ exp((z − m)/T), its entropy (0 unless asked for),
-// and 1/S. Probabilities come from 1/S: log S in f32 would make all of a row's wrong by the same factor.
-constexpr int64_t kStats = 4;
-
 // A token drawn from one row of scores.
 struct Drawn {
   int64_t id;
@@ -53,11 +49,6 @@ struct Drawn {
 constexpr int64_t kPanel = 32;
 
 struct CpuKernels {
-  void (*stats)(const float *z, int64_t v, float inv_t, bool entropy, float *out);
-  // out = d(g·logp + ge·H)/dz of one row, without the chosen id's own part; out may be z. With a soft
-  // cap z holds capped logits and out is the gradient of the uncapped.
-  void (*grad)(const float *z, float *out, int64_t v, const float *stats, float inv_t, float softcap, float g,
-               float ge);
   // One group and one key head: its query heads and all its rows.
   void (*attend_f32)(const Attention<float> &, const Group &, int64_t head);
   void (*attend_f64)(const Attention<double> &, const Group &, int64_t head);

@@ -304,7 +304,7 @@ struct LinearKlTop : torch::autograd::Function<LinearKlTop> {
         z.scatter_(1, i, -std::numeric_limits<double>::infinity());
         // d log Σ exp = the softmax; `row_grad` gives −g·inv_t times it, and inv_t is in `part` already.
         const auto rest = part.select(1, k) * (-1.0 / set.inv_t);
-        row_grad(z, saved[5].narrow(0, r, n), set.inv_t, set.cap, rest, Tensor(), z);
+        row_grad(z, saved[5].narrow(0, r, n), set.inv_t, set.cap, rest, Tensor(), Tensor(), z);
         z.scatter_(1, i, part.narrow(1, 0, k));
         out.add(r, z, x, w);
       }

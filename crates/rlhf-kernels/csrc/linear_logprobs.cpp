@@ -1,4 +1,5 @@
-// log p(id) = log_softmax(cap(h·Wᵀ) / T)[id] and the entropy of each row.
+// log p(id) = log_softmax(cap(h·Wᵀ) / T)[id] and the entropy of each row, whole rows of logits at a time:
+// what other devices than the CPU run, and what filtering needs. (linear_tiles.cpp is the CPU's own way.)
 //
 // From (hidden, weight) the [M,V] logits are never whole: forward keeps four numbers a row; backward
 // computes each chunk of logits again and turns it into its own gradient in place. So memory is
@@ -19,6 +20,7 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/variable.h>
 
 namespace rlhf {
 void row_stats(const Tensor &z, const Tensor &ids, double inv_t, bool entropy, Tensor stats, Tensor logp) {
@@ -27,10 +29,11 @@ void row_stats(const Tensor &z, const Tensor &ids, double inv_t, bool entropy, T
     const float *x = z.const_data_ptr<float>();
     float *s = stats.mutable_data_ptr<float>(), *lp = ids.defined() ? logp.mutable_data_ptr<float>() : nullptr;
     const int64_t *id = ids.defined() ? ids.const_data_ptr<int64_t>() : nullptr;
-    const auto &kernels = cpu_kernels();
     at::parallel_for(0, n, grain(v), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        kernels.stats(x + i * v, v, (float)inv_t, entropy, s + i * kStats);
+        RowSums sums;
+        fold(const_cast<float *>(x) + i * v, v, {inv_t, 0, entropy, false, false, false}, &sums); // keeps the logits
+        finish(sums, entropy, s + i * kStats);
         if (id) lp[i] = (x[i * v + id[i]] - s[i * kStats]) * (float)inv_t - s[i * kStats + 1];
       }
     });
@@ -53,18 +56,18 @@ Tensor own_slope(const Tensor &z, const Tensor &ids, double inv_t, double cap) {
 }
 
 void row_grad(const Tensor &z, const Tensor &stats, double inv_t, double cap, const Tensor &g, const Tensor &ge,
-              Tensor out) {
+              const Tensor &gq, Tensor out) {
   if (fast(z)) {
     const int64_t n = z.size(0), v = z.size(1);
     const float *x = z.const_data_ptr<float>(), *s = stats.const_data_ptr<float>();
     const float *gp = g.defined() ? g.const_data_ptr<float>() : nullptr;
     const float *gep = ge.defined() ? ge.const_data_ptr<float>() : nullptr;
+    const float *gqp = gq.defined() ? gq.const_data_ptr<float>() : nullptr;
     float *o = out.mutable_data_ptr<float>();
-    const auto &kernels = cpu_kernels();
     at::parallel_for(0, n, grain(v), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        kernels.grad(x + i * v, o + i * v, v, s + i * kStats, (float)inv_t, (float)cap, gp ? gp[i] : 0.f,
-                     gep ? gep[i] : 0.f);
+        grad(x + i * v, o + i * v, v, s + i * kStats, inv_t, cap, gp ? gp[i] : 0.f, gep ? gep[i] : 0.f,
+             gqp ? gqp[i] : 0.f);
     });
     return;
   }
@@ -75,19 +78,33 @@ void row_grad(const Tensor &z, const Tensor &stats, double inv_t, double cap, co
     auto w = d.clamp_min(kFloor).add_(stats.narrow(1, 2, 1)).sub_(stats.narrow(1, 1, 1)).mul_(ge.unsqueeze(1));
     if (g.defined()) w.add_(g.unsqueeze(1));
     y.mul_(w);
-  } else {
+  } else if (g.defined()) {
     y.mul_(g.unsqueeze(1));
+  } else {
+    y.zero_();
   }
+  if (gq.defined()) y.addcmul_(z, (gq * (inv_t * inv_t)).unsqueeze(1));
   if (cap > 0) y.mul_((z / cap).square_().neg_().add_(1.0));
   out.copy_(y);
 }
 Tensor buffer(int slot, int64_t rows, int64_t v, const at::TensorOptions &options) {
   constexpr int64_t most = 16 << 20;
   if (!options.device().is_cpu() || options.dtype() != at::kFloat || rows * v > most) return at::empty({rows, v}, options);
-  static thread_local Tensor slots[2];
+  static thread_local Tensor slots[3];
   auto &kept = slots[slot];
   if (!kept.defined() || kept.numel() < rows * v) kept = at::empty({rows * v}, options);
   return kept.narrow(0, 0, rows * v).view({rows, v});
+}
+
+void Extras::prepare(int64_t m, const at::TensorOptions &options) {
+  if (top1) {
+    is_top1 = at::zeros({m}, options.dtype(at::kBool));
+    top1_logprobs = at::empty({m}, options);
+  }
+  if (moments) {
+    log_sum_sq_probs = at::empty({m}, options);
+    mean_logits = at::empty({m}, options);
+  }
 }
 
 void Linear::logits(Tensor out, const Tensor &h, const Tensor &wt, const Tensor &bias) const {
@@ -140,33 +157,18 @@ void hidden_grad(Tensor out, const Tensor &grad, const Tensor &ids, const Tensor
   if (own.defined()) out.addcmul_(w.index_select(0, ids), own.unsqueeze(1));
 }
 
-// What forward gives beside the differentiable results.
-struct Extras {
-  bool top1, moments;
-  Tensor is_top1, top1_logprobs, log_sum_sq_probs, mean_logits;
-  void prepare(int64_t m, const at::TensorOptions &options) {
-    if (top1) {
-      is_top1 = at::empty({m}, options.dtype(at::kBool));
-      top1_logprobs = at::empty({m}, options);
-    }
-    if (moments) {
-      log_sum_sq_probs = at::empty({m}, options);
-      mean_logits = at::empty({m}, options);
-    }
+void of_chunk(Extras &e, int64_t r, const Tensor &z, const Tensor &ids, const Tensor &stats, double inv_t) {
+  const int64_t n = z.size(0);
+  if (e.top1) {
+    row_top1(z, ids, stats, e.is_top1.narrow(0, r, n));
+    e.top1_logprobs.narrow(0, r, n).copy_(-stats.select(1, 1));
   }
-  void of_chunk(int64_t r, const Tensor &z, const Tensor &ids, const Tensor &stats, double inv_t) {
-    const int64_t n = z.size(0);
-    if (top1) {
-      row_top1(z, ids, stats, is_top1.narrow(0, r, n));
-      top1_logprobs.narrow(0, r, n).copy_(-stats.select(1, 1));
-    }
-    if (moments) {
-      const auto squares = (z - stats.narrow(1, 0, 1)).mul_(2 * inv_t).exp_().sum(1);
-      log_sum_sq_probs.narrow(0, r, n).copy_(squares.log_() - stats.select(1, 1) * 2);
-      mean_logits.narrow(0, r, n).copy_(z.mean(1) * inv_t);
-    }
+  if (e.moments) {
+    const auto squares = (z - stats.narrow(1, 0, 1)).mul_(2 * inv_t).exp_().sum(1);
+    e.log_sum_sq_probs.narrow(0, r, n).copy_(squares.log_() - stats.select(1, 1) * 2);
+    e.mean_logits.narrow(0, r, n).copy_(z.mean(1) * inv_t);
   }
-};
+}
 
 // Words with a probability of at least `filter` in any row, i64 [A]; undefined where they are more than half,
 // so that gathering does not pay.
@@ -204,17 +206,19 @@ Tensor own_slope_alone(const Linear &set, const Tensor &h, const Tensor &w, cons
   return z.div_(set.cap).tanh_().square_().neg_().add_(1.0).mul_(set.inv_t);
 }
 
-// Gives logp, then the entropy and the log-sum-exp where they are asked for.
+// Gives logp, then the entropy, the log-sum-exp and the logit penalty where they are asked for.
 struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
   static variable_list forward(AutogradContext *ctx, const Tensor &hidden, const Tensor &weight,
-                               const std::optional<Tensor> &bias, const Tensor &ids, Linear set, bool entropy,
-                               bool lse, bool ahead, double filter, Extras *extras) {
+                               const std::optional<Tensor> &bias, const Tensor &ids, Linear set, Wanted wanted,
+                               double filter, Extras *extras) {
+    const bool entropy = wanted.entropy, ahead = wanted.ahead;
     const auto acc = rlhf::accumulation(hidden);
     const auto w = wide(weight, acc), all = wide(hidden, acc), b = wide(bias.value_or(Tensor()), acc);
     const auto wt = w.t();
     const int64_t m = hidden.size(0), v = weight.size(0);
     auto logp = at::empty({m}, w.options()), stats = at::empty({m, rlhf::kStats}, w.options());
     extras->prepare(m, w.options());
+    auto penalty = wanted.penalty != 0 ? at::empty({m}, w.options()) : Tensor();
     Tensor fixed, slope, one;
     if (ahead) {
       fixed = at::empty(all.sizes(), w.options());
@@ -228,27 +232,31 @@ struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
       const auto z = whole.narrow(0, 0, n), i = ids.narrow(0, r, n), s = stats.narrow(0, r, n);
       set.logits(z, all.narrow(0, r, n), wt, b);
       row_stats(z, i, set.inv_t, entropy, s, logp.narrow(0, r, n));
-      extras->of_chunk(r, z, i, s, set.inv_t);
+      of_chunk(*extras, r, z, i, s, set.inv_t);
+      if (penalty.defined())
+        penalty.narrow(0, r, n).copy_(z.square().mean(1).mul_(wanted.penalty * set.inv_t * set.inv_t));
       const auto words = filter > 0 ? likely(z, s, set.inv_t, filter) : Tensor();
       kept.push_back(words);
       if (ahead) {
         const auto own = slope.narrow(0, r, n).copy_(own_slope(z, i, set.inv_t, set.cap));
         const auto some = words.defined() ? z.index_select(1, words) : z;
-        row_grad(some, s, set.inv_t, set.cap, one.narrow(0, 0, n), Tensor(), some);
+        row_grad(some, s, set.inv_t, set.cap, one.narrow(0, 0, n), Tensor(), Tensor(), some);
         hidden_grad(fixed.narrow(0, r, n), some, i, own, w, words);
       }
     }
     ctx->set_materialize_grads(false);
     set.save(ctx);
     ctx->saved_data["entropy"] = entropy;
-    ctx->saved_data["lse"] = lse;
+    ctx->saved_data["lse"] = wanted.lse;
+    ctx->saved_data["penalty"] = wanted.penalty;
     ctx->saved_data["ahead"] = ahead;
     variable_list all_saved{hidden, weight, bias.value_or(Tensor()), ids, stats, fixed, slope};
     all_saved.insert(all_saved.end(), kept.begin(), kept.end());
     ctx->save_for_backward(std::move(all_saved));
     variable_list out{logp};
     if (entropy) out.push_back(stats.select(1, 2).clone());
-    if (lse) out.push_back((stats.select(1, 0) * set.inv_t).add_(stats.select(1, 1)));
+    if (wanted.lse) out.push_back((stats.select(1, 0) * set.inv_t).add_(stats.select(1, 1)));
+    if (penalty.defined()) out.push_back(penalty);
     return out;
   }
 
@@ -256,14 +264,16 @@ struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
     rlhf::once_differentiable("linear_logprobs");
     const auto saved = ctx->get_saved_variables();
     const auto set = Linear::of(ctx);
-    variable_list result(10);
+    variable_list result(8);
     size_t next = 0;
     auto take = [&](bool there) {
       return there && grads[next++].defined() ? grads[next - 1].contiguous() : Tensor();
     };
     const auto g_logp = take(true), g_entropy = take(ctx->saved_data["entropy"].toBool()),
                g_lse = take(ctx->saved_data["lse"].toBool());
-    if (!g_logp.defined() && !g_entropy.defined() && !g_lse.defined()) return result;
+    const double penalty = ctx->saved_data["penalty"].toDouble();
+    const auto g_penalty = take(penalty != 0);
+    if (!g_logp.defined() && !g_entropy.defined() && !g_lse.defined() && !g_penalty.defined()) return result;
     const auto &hidden = saved[0], &weight = saved[1], &bias = saved[2], &ids = saved[3], &stats = saved[4];
     const auto acc = rlhf::accumulation(hidden);
     const bool need_h = ctx->needs_input_grad(0), need_w = ctx->needs_input_grad(1);
@@ -271,7 +281,7 @@ struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
     if (!need_h && !need_w && !need_b) return result;
     // Of the softmax: what logp takes away, the log-sum-exp brings.
     const auto dense = !g_lse.defined() ? g_logp : g_logp.defined() ? g_logp - g_lse : -g_lse;
-    if (ctx->saved_data["ahead"].toBool() && !g_entropy.defined()) {
+    if (ctx->saved_data["ahead"].toBool() && !g_entropy.defined() && !g_penalty.defined()) {
       auto gh = saved[5] * dense.unsqueeze(1);
       if (g_lse.defined()) gh.addcmul_(wide(weight.index_select(0, ids), acc), (saved[6] * g_lse).unsqueeze(1));
       result[0] = gh.to(hidden.scalar_type());
@@ -280,6 +290,7 @@ struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
     const auto w = wide(weight, acc), all = wide(hidden, acc), b = wide(bias, acc);
     const auto wt = w.t();
     const int64_t m = hidden.size(0), v = weight.size(0);
+    const auto pull = g_penalty.defined() ? g_penalty * (2 * penalty / v) : Tensor();
     Tensor gh = need_h ? at::empty(all.sizes(), w.options()) : Tensor();
     Tensor gw = need_w ? (m == 0 ? at::zeros(w.sizes(), w.options()) : at::empty(w.sizes(), w.options())) : Tensor();
     Tensor gb = need_b ? at::zeros({v}, w.options()) : Tensor();
@@ -294,7 +305,7 @@ struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
         const auto y = at::empty({n, words.size(0)}, w.options());
         set.logits(y, h, some.t(), b.defined() ? b.index_select(0, words) : b);
         const auto own = g_logp.defined() ? own_slope_alone(set, h, w, b, i).mul_(part(g_logp)) : Tensor();
-        row_grad(y, stats.narrow(0, r, n), set.inv_t, set.cap, part(dense), part(g_entropy), y);
+        row_grad(y, stats.narrow(0, r, n), set.inv_t, set.cap, part(dense), part(g_entropy), part(pull), y);
         if (need_h) {
           auto rows = gh.narrow(0, r, n);
           at::mm_out(rows, y, some);
@@ -313,7 +324,7 @@ struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
       }
       set.logits(z, h, wt, b);
       const auto own = g_logp.defined() ? own_slope(z, i, set.inv_t, set.cap).mul_(part(g_logp)) : Tensor();
-      row_grad(z, stats.narrow(0, r, n), set.inv_t, set.cap, part(dense), part(g_entropy), z);
+      row_grad(z, stats.narrow(0, r, n), set.inv_t, set.cap, part(dense), part(g_entropy), part(pull), z);
       if (need_h) hidden_grad(gh.narrow(0, r, n), z, i, own, w);
       if (!need_w && !need_b) continue;
       join(z, i, own);
@@ -333,13 +344,14 @@ struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
 // The same from logits that exist already.
 struct LogitLogprobs : torch::autograd::Function<LogitLogprobs> {
   static variable_list forward(AutogradContext *ctx, const Tensor &logits, const std::optional<Tensor> &ids,
-                               bool entropy) {
+                               bool entropy, bool in_place) {
     const auto z = logits.detach().to(rlhf::accumulation(logits)).contiguous();
     const auto i = ids.value_or(Tensor());
     auto logp = i.defined() ? at::empty({z.size(0)}, z.options()) : Tensor();
     auto stats = at::empty({z.size(0), rlhf::kStats}, z.options());
     row_stats(z, i, 1.0, entropy, stats, logp);
     ctx->set_materialize_grads(false);
+    ctx->saved_data["in_place"] = in_place;
     ctx->save_for_backward({logits, i, stats});
     if (!i.defined()) return {stats.select(1, 2).clone()};
     return {logp};
@@ -347,12 +359,14 @@ struct LogitLogprobs : torch::autograd::Function<LogitLogprobs> {
   static variable_list backward(AutogradContext *ctx, variable_list grads) {
     rlhf::once_differentiable("token_logprobs");
     const auto saved = ctx->get_saved_variables();
-    variable_list result(3);
+    variable_list result(4);
     if (!grads[0].defined()) return result;
     const auto &logits = saved[0], &ids = saved[1], &stats = saved[2];
     const auto z = logits.detach().to(rlhf::accumulation(logits)).contiguous(), g = grads[0].contiguous();
-    auto out = at::empty_like(z);
-    row_grad(z, stats, 1.0, 0.0, ids.defined() ? g : Tensor(), ids.defined() ? Tensor() : g, out);
+    const bool over = ctx->saved_data["in_place"].toBool() && z.is_alias_of(logits);
+    auto out = over ? z : at::empty_like(z);
+    if (over) torch::autograd::impl::bump_version(logits); // whoever else saved them must know
+    row_grad(z, stats, 1.0, 0.0, ids.defined() ? g : Tensor(), ids.defined() ? Tensor() : g, Tensor(), out);
     if (ids.defined()) join(out, ids, g);
     result[0] = out.to(logits.scalar_type());
     return result;
@@ -362,37 +376,41 @@ struct LogitLogprobs : torch::autograd::Function<LogitLogprobs> {
 
 // As in ffi.rs.
 struct RlhfLogprobOptions {
-  double temperature, softcap, filter; // 0 for none
-  int64_t chunk_rows;
+  double temperature, softcap, filter, penalty; // 0 for none
+  int64_t chunk_rows, chunk_words;     // 0 words: whole rows
   int entropy, log_sum_exp, top1, moments;
 };
 
-// out: log-probabilities; then, null unless asked for, entropies, log-sum-exps, whether the id is the
-// argmax, the largest log-probability, log Σ p², the mean of the logits. `bias` may be null.
+// out: log-probabilities; then, null unless asked for, entropies, log-sum-exps, logit penalties, whether the id
+// is the argmax, the largest log-probability, log Σ p², the mean of the logits. `bias` may be null.
 RLHF_API char *rlhf_linear_logprobs(Tensor **out, const Tensor *hidden, const Tensor *weight, const Tensor *bias,
                                     const Tensor *ids, const RlhfLogprobOptions *o) {
   return rlhf::guard([&] {
     const bool trained = weight->requires_grad() || (bias && bias->requires_grad());
     const bool wanted = at::GradMode::is_enabled() && (trained || hidden->requires_grad());
     const bool ahead = wanted && !trained;
-    const Linear set{1.0 / o->temperature, o->softcap, even_rows(hidden->size(0), o->chunk_rows)};
+    const Linear set{1.0 / o->temperature, o->softcap, even_rows(hidden->size(0), o->chunk_rows), o->chunk_words};
+    const auto b = bias ? std::optional<Tensor>(*bias) : std::nullopt;
+    const auto i = ids->contiguous();
     Extras extras{o->top1 != 0, o->moments != 0, {}, {}, {}, {}};
-    auto r = LinearLogprobs::apply(*hidden, *weight, bias ? std::optional<Tensor>(*bias) : std::nullopt,
-                                   ids->contiguous(), set, o->entropy != 0, o->log_sum_exp != 0, ahead, wanted ? o->filter : 0.0, &extras);
+    const Wanted what{o->entropy != 0, o->log_sum_exp != 0, o->penalty, ahead};
+    auto r = set.words > 0 ? linear_tiles(*hidden, *weight, b, i, set, what, &extras)
+                           : LinearLogprobs::apply(*hidden, *weight, b, i, set, what, wanted ? o->filter : 0.0, &extras);
     size_t next = 0;
     out[0] = rlhf::give(r[next++]);
     if (o->entropy) out[1] = rlhf::give(r[next++]);
     if (o->log_sum_exp) out[2] = rlhf::give(r[next++]);
+    if (o->penalty != 0) out[3] = rlhf::give(r[next++]);
     const Tensor *rest[] = {&extras.is_top1, &extras.top1_logprobs, &extras.log_sum_sq_probs, &extras.mean_logits};
     for (int i = 0; i < 4; ++i)
-      if (rest[i]->defined()) out[3 + i] = rlhf::give(*rest[i]);
+      if (rest[i]->defined()) out[4 + i] = rlhf::give(*rest[i]);
   });
 }
 
-// Log-probabilities of `ids`, or where that is null the entropies.
-RLHF_API char *rlhf_logit_logprobs(Tensor **out, const Tensor *logits, const Tensor *ids) {
+// Log-probabilities of `ids`, or where that is null the entropies. `in_place`: backward writes over the logits.
+RLHF_API char *rlhf_logit_logprobs(Tensor **out, const Tensor *logits, const Tensor *ids, int in_place) {
   return rlhf::guard([&] {
     const auto i = ids ? std::optional<Tensor>(ids->contiguous()) : std::nullopt;
-    *out = rlhf::give(LogitLogprobs::apply(*logits, i, ids == nullptr)[0]);
+    *out = rlhf::give(LogitLogprobs::apply(*logits, i, ids == nullptr, in_place != 0)[0]);
   });
 }

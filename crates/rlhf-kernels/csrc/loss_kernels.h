@@ -12,7 +12,7 @@ enum class Divergence : int64_t {
   js,      // β KL(t ‖ m) + (1 − β) KL(s ‖ m), m = β t + (1 − β) s
 };
 
-// Two rows of logits with their statistics (see CpuKernels::stats).
+// Two rows of logits with their statistics (see kStats).
 struct RowPair {
   const float *s, *t, *s_stats, *t_stats;
   int64_t v;

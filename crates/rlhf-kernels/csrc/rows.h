@@ -1,9 +1,10 @@
 // What the products of hidden states and vocabularies share: a chunk of logits at a time, in a buffer
 // that is kept, and what is remembered of each of its rows.
 #pragma once
-#include "cpu_kernels.h"
+#include "row_kernels.h"
 #include "shim.h"
 #include <ATen/TensorOperators.h>
+#include <cmath>
 #include <torch/csrc/autograd/custom_function.h>
 
 namespace rlhf {
@@ -30,12 +31,30 @@ void row_stats(const Tensor &z, const Tensor &ids, double inv_t, bool entropy, T
 // How much of a chosen id's gradient the temperature and the cap let through, [n].
 Tensor own_slope(const Tensor &z, const Tensor &ids, double inv_t, double cap);
 
-// The gradient of Σ g·logp + ge·H with respect to the uncapped logits, without the chosen ids' own part
-// (g times `own_slope`), into `out`, which may be z itself; g and ge [n] may be
+// The gradient of Σ g·logp + ge·H + ½ gq·Σ (z/T)² with respect to the uncapped logits, without the chosen ids' own part
+// (g times `own_slope`), into `out`, which may be z itself; g, ge and gq [n] may be
 // undefined. Apart, because a product that sums over the vocabulary would add thousands of small terms to
 // one large one. The gradient of the log-sum-exp is the dense part alone, for −g.
 void row_grad(const Tensor &z, const Tensor &stats, double inv_t, double cap, const Tensor &g, const Tensor &ge,
-              Tensor out);
+              const Tensor &gq, Tensor out);
+
+template <class T> double fold(T *z, int64_t v, const FoldSettings &o, RowSums *s) {
+  if constexpr (sizeof(T) == 4) return row_kernels().fold_f32(z, v, o, s);
+  else return row_kernels().fold_f64(z, v, o, s);
+}
+template <class T>
+void grad(const T *z, T *out, int64_t v, const T *stats, double inv_t, double cap, T g, T ge, T gq) {
+  if constexpr (sizeof(T) == 4) row_kernels().grad_f32(z, out, v, stats, inv_t, cap, g, ge, gq);
+  else row_kernels().grad_f64(z, out, v, stats, inv_t, cap, g, ge, gq);
+}
+// The statistics that sums amount to.
+template <class T> void finish(const RowSums &s, bool entropy, T *stats) {
+  const double log_sum = std::log(s.total);
+  stats[0] = (T)s.top;
+  stats[1] = (T)log_sum;
+  stats[2] = entropy ? (T)(log_sum - s.dot / s.total) : T(0);
+  stats[3] = (T)(1.0 / s.total);
+}
 
 // A chunk's buffer, kept by its thread between calls up to 64 MiB: fresh pages cost more than the
 // arithmetic on them.
@@ -48,15 +67,36 @@ inline Tensor wide(const Tensor &t, at::ScalarType acc) { return t.defined() ? t
 struct Linear {
   double inv_t, cap;
   int64_t rows;
+  int64_t words = 0; // of a tile; 0 where rows are whole
   void save(torch::autograd::AutogradContext *ctx) const {
     ctx->saved_data["inv_t"] = inv_t;
     ctx->saved_data["cap"] = cap;
     ctx->saved_data["rows"] = rows;
+    ctx->saved_data["words"] = words;
   }
   static Linear of(torch::autograd::AutogradContext *ctx) {
-    return {ctx->saved_data["inv_t"].toDouble(), ctx->saved_data["cap"].toDouble(), ctx->saved_data["rows"].toInt()};
+    return {ctx->saved_data["inv_t"].toDouble(), ctx->saved_data["cap"].toDouble(), ctx->saved_data["rows"].toInt(),
+            ctx->saved_data["words"].toInt()};
   }
   // out = cap(h · wt + bias); the bias may be undefined.
   void logits(Tensor out, const Tensor &h, const Tensor &wt, const Tensor &bias) const;
 };
+
+// What log-probabilities give beside the differentiable results.
+struct Extras {
+  bool top1, moments;
+  Tensor is_top1, top1_logprobs, log_sum_sq_probs, mean_logits;
+  void prepare(int64_t m, const at::TensorOptions &options);
+};
+
+// What log-probabilities give that is differentiable, and how they are made.
+struct Wanted {
+  bool entropy, lse;
+  double penalty; // of (z/T)², mean over words; 0 for none
+  bool ahead;     // only hidden states want a gradient
+};
+// On the CPU, a tile of rows and words at a time: see linear_tiles.cpp.
+torch::autograd::variable_list linear_tiles(const Tensor &hidden, const Tensor &weight,
+                                            const std::optional<Tensor> &bias, const Tensor &ids, Linear set, Wanted,
+                                            Extras *);
 } // namespace rlhf

@@ -20,6 +20,16 @@ pub enum Error {
         /// libtorch's message.
         message: String,
     },
+    /// Other processes did not come in time.
+    #[error("{op}: no answer within {after:?}: {message}")]
+    Timeout {
+        /// The operation.
+        op: &'static str,
+        /// How long was waited.
+        after: std::time::Duration,
+        /// What c10d says.
+        message: String,
+    },
     /// libtorch refused, through tch.
     #[error("libtorch: {}", first_line(.0))]
     Torch(#[from] tch::TchError),

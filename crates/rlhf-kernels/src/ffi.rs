@@ -5,11 +5,13 @@
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::NonNull;
 
 use tch::Tensor;
 use torch_sys::C_tensor;
 
 use crate::attention::AttentionOptions;
+use crate::collective::Rendezvous;
 use crate::error::{Error, Result};
 
 type Call =
@@ -112,6 +114,7 @@ unsafe extern "C" {
         out: *mut *mut C_tensor,
         logits: *const C_tensor,
         ids: *const C_tensor,
+        in_place: c_int,
     ) -> *mut c_char;
     fn rlhf_recompute(
         out: *mut *mut C_tensor,
@@ -163,6 +166,21 @@ unsafe extern "C" {
         sums: *mut f32,
     ) -> *mut c_char;
     fn rlhf_round_to_bf16(from: *const C_tensor, to: *const C_tensor, salt: u32) -> *mut c_char;
+    fn rlhf_group_new(out: *mut *mut c_void, at: *const RawRendezvous) -> *mut c_char;
+    fn rlhf_group_free(group: *mut c_void);
+    fn rlhf_collective(
+        pending: *mut *mut c_void,
+        group: *mut c_void,
+        what: c_int,
+        tensor: *const C_tensor,
+        out: *const C_tensor,
+        reduce: c_int,
+        root: i64,
+    ) -> *mut c_char;
+    fn rlhf_barrier(group: *mut c_void) -> *mut c_char;
+    fn rlhf_pending_done(pending: *mut c_void) -> c_int;
+    fn rlhf_pending_wait(pending: *mut c_void) -> *mut c_char;
+    fn rlhf_pending_free(pending: *mut c_void);
     #[cfg(test)]
     fn rlhf_dynamic_maps(out: *mut f32);
     fn rlhf_global_norm(norm: *mut f64, tensors: *const *const C_tensor, n: i64) -> *mut c_char;
@@ -215,24 +233,28 @@ pub(crate) struct RawLogprobOptions {
     pub(crate) softcap: f64,
     /// 0 for none.
     pub(crate) filter: f64,
+    /// 0 for none.
+    pub(crate) penalty: f64,
     pub(crate) chunk_rows: i64,
+    /// 0 for whole rows.
+    pub(crate) chunk_words: i64,
     pub(crate) entropy: c_int,
     pub(crate) log_sum_exp: c_int,
     pub(crate) top1: c_int,
     pub(crate) moments: c_int,
 }
 
-/// Log-probabilities, then what the options ask for: entropies, log-sum-exps, whether the id is the
-/// argmax, the largest log-probability, log Σ p², the mean logit.
+/// Log-probabilities, then what the options ask for: entropies, log-sum-exps, logit penalties, whether the id is
+/// the argmax, the largest log-probability, log Σ p², the mean logit.
 pub(crate) fn linear_logprobs(
     hidden: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
     ids: &Tensor,
     options: &RawLogprobOptions,
-) -> Result<[Option<Tensor>; 7]> {
-    let mut out = [std::ptr::null_mut(); 7];
-    // SAFETY: the tensors are alive for the call, `bias` may be null; `out` has room for seven results,
+) -> Result<[Option<Tensor>; 8]> {
+    let mut out = [std::ptr::null_mut(); 8];
+    // SAFETY: the tensors are alive for the call, `bias` may be null; `out` has room for eight results,
     // of which those not asked for stay null; the options' layout is the shim's.
     let message = unsafe {
         rlhf_linear_logprobs(
@@ -336,15 +358,24 @@ pub(crate) fn top_logprobs(
     Ok((take(out[0]), take(out[1])))
 }
 
-/// Log-probabilities of `ids` under `logits`, or without ids the entropies.
+/// Log-probabilities of `ids` under `logits`, or without ids the entropies. `in_place`: backward writes over the
+/// logits.
 pub(crate) fn logit_logprobs(
     op: &'static str,
     logits: &Tensor,
     ids: Option<&Tensor>,
+    in_place: bool,
 ) -> Result<Tensor> {
     let mut out = std::ptr::null_mut();
     // SAFETY: the tensors are alive for the call; the shim allows `ids` to be null.
-    let message = unsafe { rlhf_logit_logprobs(&raw mut out, logits.as_ptr(), maybe(ids)) };
+    let message = unsafe {
+        rlhf_logit_logprobs(
+            &raw mut out,
+            logits.as_ptr(),
+            maybe(ids),
+            c_int::from(in_place),
+        )
+    };
     check(op, message)?;
     Ok(take(out))
 }
@@ -862,5 +893,129 @@ mod tests {
         }
         // SAFETY: as above.
         unsafe { rlhf_cap_instruction_set(c_int::MAX) };
+    }
+}
+
+/// As in csrc/collective.cpp.
+#[repr(C)]
+struct RawRendezvous {
+    host: *const c_char,
+    prefix: *const c_char,
+    interface: *const c_char,
+    port: i64,
+    rank: i64,
+    size: i64,
+    timeout_ms: i64,
+    listens: c_int,
+}
+
+/// In the numbers of csrc/collective.cpp.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Collective {
+    AllReduce,
+    Broadcast,
+    AllGather,
+    ReduceScatter,
+}
+
+/// The shim's group, freed once.
+#[derive(Debug)]
+pub(crate) struct RawGroup(NonNull<c_void>);
+
+/// The shim's handle, freed once. It keeps its own references to the tensors.
+#[derive(Debug)]
+pub(crate) struct RawPending(NonNull<c_void>);
+
+// SAFETY: c10d's groups and handles are used by one thread at a time and bound to none.
+unsafe impl Send for RawGroup {}
+// SAFETY: as above.
+unsafe impl Send for RawPending {}
+
+/// What success must have written.
+fn owned(op: &'static str, raw: *mut c_void) -> Result<NonNull<c_void>> {
+    NonNull::new(raw).ok_or_else(|| Error::Shim {
+        op,
+        message: "no object came out".into(),
+    })
+}
+
+impl RawGroup {
+    /// No text holds a NUL: the caller checked.
+    pub(crate) fn new(op: &'static str, at: &Rendezvous) -> Result<Self> {
+        let text = |t: &str| CString::new(t).unwrap_or_default();
+        let (host, prefix) = (text(&at.host), text(&at.prefix));
+        let interface = at.interface.as_deref().map(text);
+        let raw = RawRendezvous {
+            host: host.as_ptr(),
+            prefix: prefix.as_ptr(),
+            interface: interface.as_ref().map_or(std::ptr::null(), |i| i.as_ptr()),
+            port: i64::from(at.port),
+            rank: at.rank as i64,
+            size: at.size as i64,
+            timeout_ms: i64::try_from(at.timeout.as_millis()).unwrap_or(i64::MAX / 2_000_000),
+            listens: at.listens.into(),
+        };
+        let mut out = std::ptr::null_mut();
+        // SAFETY: the texts outlive the call, which copies them; the struct's layout is the shim's.
+        check(op, unsafe { rlhf_group_new(&raw mut out, &raw const raw) })?;
+        Ok(Self(owned(op, out)?))
+    }
+
+    /// Tensors contiguous and on the CPU.
+    pub(crate) fn start(
+        &self,
+        op: &'static str,
+        what: Collective,
+        tensor: &Tensor,
+        out: Option<&Tensor>,
+        reduce: c_int,
+        root: i64,
+    ) -> Result<RawPending> {
+        let mut pending = std::ptr::null_mut();
+        // SAFETY: the group is alive; the tensors are, and the operation keeps references of its own.
+        let message = unsafe {
+            rlhf_collective(
+                &raw mut pending,
+                self.0.as_ptr(),
+                what as c_int,
+                tensor.as_ptr(),
+                maybe(out),
+                reduce,
+                root,
+            )
+        };
+        check(op, message)?;
+        Ok(RawPending(owned(op, pending)?))
+    }
+
+    pub(crate) fn barrier(&self) -> Result<()> {
+        // SAFETY: the group is alive.
+        check("barrier", unsafe { rlhf_barrier(self.0.as_ptr()) })
+    }
+}
+
+impl Drop for RawGroup {
+    fn drop(&mut self) {
+        // SAFETY: made by `rlhf_group_new`, freed here alone.
+        unsafe { rlhf_group_free(self.0.as_ptr()) }
+    }
+}
+
+impl RawPending {
+    pub(crate) fn is_done(&self) -> bool {
+        // SAFETY: the handle is alive.
+        unsafe { rlhf_pending_done(self.0.as_ptr()) != 0 }
+    }
+
+    pub(crate) fn wait(&self, op: &'static str) -> Result<()> {
+        // SAFETY: the handle is alive.
+        check(op, unsafe { rlhf_pending_wait(self.0.as_ptr()) })
+    }
+}
+
+impl Drop for RawPending {
+    fn drop(&mut self) {
+        // SAFETY: made by `rlhf_collective`, freed here alone.
+        unsafe { rlhf_pending_free(self.0.as_ptr()) }
     }
 }

@@ -21,7 +21,7 @@ use tch::{Kind, Tensor};
 use crate::error::{Result, ensure};
 use crate::ffi;
 use crate::linear_logprobs::{
-    Head, check_float, check_linear, check_softcap, check_temperature, rows_of_budget,
+    Head, check_float, check_ids, check_linear, check_softcap, check_temperature, rows_of_budget,
 };
 
 /// An estimate of KL(π‖π₀) from tokens sampled from π (Schulman 2020, "Approximating KL divergence").
@@ -269,7 +269,12 @@ pub fn linear_kl_top(
         },
     )?;
     check_float(OP, "the teacher's log-probs", &teacher.logprobs)?;
-    crate::linear_logprobs::check_ids(OP, &teacher.ids.flatten(0, -1), m * size[1], v)?;
+    let device = student.hidden.device();
+    ensure(teacher.logprobs.device() == device, OP, || {
+        let at = teacher.logprobs.device();
+        format!("the teacher's log-probs are on {at:?}, expected {device:?}")
+    })?;
+    check_ids(OP, &teacher.ids.flatten(0, -1), (m * size[1], device), v)?;
     let wide = match tail {
         Tail::Bucket => v,
         // Rows of the weight are gathered instead: k·H numbers a row.

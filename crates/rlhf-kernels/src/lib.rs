@@ -1,5 +1,6 @@
 //! The tensor operations of RLHF: ragged sequences and their scans, chunked log-probabilities and
-//! divergences over the vocabulary, the clipped surrogate, shared-prefix attention, optimisers.
+//! divergences over the vocabulary, the clipped surrogate, shared-prefix attention, optimisers, groups of
+//! processes.
 //!
 //! Invariant: nothing here knows of models, files, text or training loops. Every operation has a plain
 //! version in [`mod@reference`], which is its oracle.
@@ -19,12 +20,14 @@
 //! ```
 
 mod attention;
+pub mod collective;
 pub mod decode;
 mod error;
 #[allow(unsafe_code, reason = "the one place that calls C++")]
 mod ffi;
 pub mod kl;
 mod linear_logprobs;
+mod nucleus;
 pub mod optim;
 mod panels;
 mod ragged;
@@ -38,8 +41,9 @@ pub use error::{Error, Result};
 pub use kl::{linear_kl, linear_kl_top, top_logprobs};
 pub use linear_logprobs::{
     F32_RESOLUTION, Head, LogprobOptions, Logprobs, Moments, Top1, entropy, linear_logprobs,
-    token_logprobs,
+    token_logprobs, token_logprobs_in_place,
 };
+pub use nucleus::{Nucleus, nucleus};
 pub use panels::Panels;
 pub use ragged::{LossSum, Mean, Offsets, Ragged};
 pub use recompute::recompute;

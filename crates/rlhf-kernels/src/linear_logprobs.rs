@@ -35,6 +35,9 @@ pub struct LogprobOptions {
     /// Also give c·(log Σ exp)² of each row: the z-loss of PaLM (Chowdhery et al. 2022, section 5; there
     /// c = 1e-4), which keeps the softmax's denominator near 1.
     pub z_loss: Option<f64>,
+    /// Also give c times the mean over the vocabulary of the squared logits, after soft cap and temperature: a
+    /// pull towards 0 that the z-loss, which is blind to a row's spread, does not give. Not with a filter.
+    pub logit_penalty: Option<f64>,
     /// Also give whether the id is the most likely one, and the most likely one's log-probability.
     pub top1: bool,
     /// Also give log Σ p² and the mean logit.
@@ -42,8 +45,8 @@ pub struct LogprobOptions {
     /// Leave words out of a chunk's gradients to which none of its rows gives this probability: see
     /// [`F32_RESOLUTION`] and [`linear_logprobs`]. Values are exact all the same.
     pub filter: Option<f64>,
-    /// Bytes of logits held at once, which decide how many rows are computed together; by default
-    /// 32 MiB on the CPU and 256 MiB elsewhere.
+    /// Bytes of logits held at once. By default 4 MiB on the CPU, where they are a tile of rows and words
+    /// that stays in the cache; with a filter 64 MiB, and 256 MiB on other devices, of whole rows.
     pub chunk_bytes: Option<i64>,
     /// Rows computed at once, whatever they take.
     pub chunk_rows: Option<i64>,
@@ -57,6 +60,7 @@ impl Default for LogprobOptions {
             entropy: false,
             log_sum_exp: false,
             z_loss: None,
+            logit_penalty: None,
             top1: false,
             moments: false,
             filter: None,
@@ -77,6 +81,8 @@ pub struct Logprobs {
     pub log_sum_exp: Option<Tensor>,
     /// `[M]` c·(log Σ exp)², where a coefficient c was given: to be added to the loss.
     pub z_loss: Option<Tensor>,
+    /// `[M]` c · mean z², where a coefficient c was given: to be added to the loss.
+    pub logit_penalty: Option<Tensor>,
     /// The most likely ids, where they were asked for.
     pub top1: Option<Top1>,
     /// Two more sums over the vocabulary, where they were asked for.
@@ -104,10 +110,19 @@ pub struct Moments {
 /// 2⁻²⁴: half a unit in the last place of a probability near 1 in f32; what a `filter` takes for nothing.
 pub const F32_RESOLUTION: f64 = 1.0 / (1 << 24) as f64;
 
-/// Bytes of logits held at once by default.
+/// The type that sums are made in.
+fn wide(t: &Tensor) -> Kind {
+    match t.kind() {
+        Kind::Double => Kind::Double,
+        _ => Kind::Float,
+    }
+}
+
+/// Bytes of whole rows of logits held at once by default: a product packs the weight anew for every chunk, so on
+/// the CPU as many as the kept buffer holds.
 fn default_chunk_bytes(device: tch::Device) -> i64 {
     if device == tch::Device::Cpu {
-        32 << 20
+        64 << 20
     } else {
         256 << 20
     }
@@ -129,6 +144,31 @@ pub(crate) fn rows_of_budget(
     };
     let row = (vocabulary * copies * plain * if double { 8 } else { 4 }).max(1);
     (chunk_bytes.unwrap_or_else(|| default_chunk_bytes(hidden.device())) / row).max(1)
+}
+
+/// Bytes of a tile of logits by default: what two cores' caches hold beside what the product reads.
+const TILE_BYTES: i64 = 4 << 20;
+
+/// Rows and words of a tile of logits on the CPU. A product is fast with a few hundred words; more rows mean
+/// that the weight is read less often.
+fn tile(m: i64, v: i64, hidden: &Tensor, options: &LogprobOptions) -> (i64, i64) {
+    const WORDS: i64 = 512;
+    let size = if hidden.kind() == Kind::Double { 8 } else { 4 };
+    let numbers = (options.chunk_bytes.unwrap_or(TILE_BYTES) / size).max(1);
+    let rows = options
+        .chunk_rows
+        .unwrap_or((numbers / WORDS.min(v)).max(1))
+        .min(m.max(1));
+    let most = (numbers / rows).clamp(1, v);
+    // Blocks of one length, of whole vectors.
+    let blocks = (v + most - 1) / most;
+    let words = (v + blocks - 1) / blocks;
+    let words = if words < 16 {
+        words
+    } else {
+        (words + 15) / 16 * 16
+    };
+    (rows, words.min(v))
 }
 
 /// log softmax(cap(hidden · weightᵀ + bias) / T) at `ids`, and what else the options ask for.
@@ -160,7 +200,7 @@ pub fn linear_logprobs<'a>(
     const OP: &str = "linear_logprobs";
     let head = head.into();
     let (m, v) = check_linear(OP, hidden, head)?;
-    check_ids(OP, ids, m, v)?;
+    check_ids(OP, ids, (m, hidden.device()), v)?;
     check_temperature(OP, options.temperature)?;
     check_softcap(OP, options.softcap)?;
     for (name, value) in [
@@ -181,22 +221,41 @@ pub fn linear_logprobs<'a>(
             )
         },
     )?;
-    ensure(options.z_loss.is_none_or(f64::is_finite), OP, || {
-        format!("z_loss is {:?}, expected a number", options.z_loss)
-    })?;
+    for (name, value) in [
+        ("z_loss", options.z_loss),
+        ("logit_penalty", options.logit_penalty),
+    ] {
+        ensure(value.is_none_or(f64::is_finite), OP, || {
+            format!("{name} is {value:?}, expected a number")
+        })?;
+    }
+    ensure(
+        options.filter.is_none() || options.logit_penalty.is_none(),
+        OP,
+        || "a filter leaves out words that a logit_penalty is about: give one of them".into(),
+    )?;
+    // Filtering needs a row's log-sum-exp before its words are looked at.
+    let (chunk_rows, chunk_words) =
+        if hidden.device() == tch::Device::Cpu && options.filter.is_none() {
+            tile(m, v, hidden, options)
+        } else {
+            let rows = || rows_of_budget(hidden, v, 1, options.chunk_bytes);
+            (options.chunk_rows.unwrap_or_else(rows), 0)
+        };
     let raw = ffi::RawLogprobOptions {
         temperature: options.temperature,
         softcap: options.softcap.unwrap_or(0.0),
         filter: options.filter.unwrap_or(0.0),
-        chunk_rows: options
-            .chunk_rows
-            .unwrap_or_else(|| rows_of_budget(hidden, v, 1, options.chunk_bytes)),
+        penalty: options.logit_penalty.unwrap_or(0.0),
+        chunk_rows,
+        chunk_words,
         entropy: options.entropy.into(),
         log_sum_exp: (options.log_sum_exp || options.z_loss.is_some()).into(),
         top1: options.top1.into(),
         moments: options.moments.into(),
     };
-    let [logprobs, entropy, lse, agrees, top, squares, mean] =
+    let penalized = options.logit_penalty;
+    let [logprobs, entropy, lse, penalty, agrees, top, squares, mean] =
         ffi::linear_logprobs(hidden, head.weight, head.bias, ids, &raw)?;
     Ok(Logprobs {
         logprobs: logprobs.unwrap_or_else(Tensor::new),
@@ -204,6 +263,11 @@ pub fn linear_logprobs<'a>(
         z_loss: options
             .z_loss
             .and_then(|c| lse.as_ref().map(|lse| lse.square() * c)),
+        // A coefficient of 0 makes nothing.
+        logit_penalty: penalty.or_else(|| {
+            let options = (wide(hidden), hidden.device());
+            penalized.map(|_| Tensor::zeros([m], options))
+        }),
         log_sum_exp: lse.filter(|_| options.log_sum_exp),
         top1: agrees
             .zip(top)
@@ -289,8 +353,25 @@ pub(crate) fn check_softcap(op: &'static str, softcap: Option<f64>) -> Result<()
 pub fn token_logprobs(logits: &Tensor, ids: &Tensor) -> Result<Tensor> {
     const OP: &str = "token_logprobs";
     let size = check_logits(OP, logits)?;
-    check_ids(OP, ids, size[0], size[1])?;
-    ffi::logit_logprobs(OP, logits, Some(ids))
+    check_ids(OP, ids, (size[0], logits.device()), size[1])?;
+    ffi::logit_logprobs(OP, logits, Some(ids), false)
+}
+
+/// [`token_logprobs`] whose backward writes the gradient over the logits, so that no second tensor of their size
+/// is made (where they are f32 or f64 and contiguous).
+///
+/// # Errors
+/// As [`token_logprobs`], and when the logits are a leaf that wants a gradient: they would be destroyed, and
+/// nobody could compute them again. Where another operation of the graph needs the logits in its backward,
+/// libtorch refuses that backward.
+pub fn token_logprobs_in_place(logits: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    const OP: &str = "token_logprobs_in_place";
+    let size = check_logits(OP, logits)?;
+    check_ids(OP, ids, (size[0], logits.device()), size[1])?;
+    ensure(!(logits.is_leaf() && logits.requires_grad()), OP, || {
+        "the logits are a leaf, expected the result of an operation".into()
+    })?;
+    ffi::logit_logprobs(OP, logits, Some(ids), true)
 }
 
 /// Entropy of softmax(logits) in nats; a logit of −∞ contributes 0.
@@ -303,10 +384,10 @@ pub fn token_logprobs(logits: &Tensor, ids: &Tensor) -> Result<Tensor> {
 pub fn entropy(logits: &Tensor) -> Result<Tensor> {
     const OP: &str = "entropy";
     check_logits(OP, logits)?;
-    ffi::logit_logprobs(OP, logits, None)
+    ffi::logit_logprobs(OP, logits, None, false)
 }
 
-fn check_logits(op: &'static str, logits: &Tensor) -> Result<Vec<i64>> {
+pub(crate) fn check_logits(op: &'static str, logits: &Tensor) -> Result<Vec<i64>> {
     let size = logits.size();
     ensure(size.len() == 2 && size[1] > 0, op, || {
         format!("logits are {size:?}, expected [M, V]")
@@ -326,7 +407,16 @@ pub(crate) fn check_float(op: &'static str, name: &str, t: &Tensor) -> Result<()
     )
 }
 
-pub(crate) fn check_ids(op: &'static str, ids: &Tensor, m: i64, v: i64) -> Result<()> {
+/// `m` ids in 0..v on a device.
+pub(crate) fn check_ids(
+    op: &'static str,
+    ids: &Tensor,
+    (m, device): (i64, tch::Device),
+    v: i64,
+) -> Result<()> {
+    ensure(ids.device() == device, op, || {
+        format!("ids are on {:?}, expected {device:?}", ids.device())
+    })?;
     ensure(ids.size() == [m] && ids.kind() == Kind::Int64, op, || {
         format!(
             "ids are {:?} {:?}, expected Int64 [{m}]",
@@ -334,11 +424,113 @@ pub(crate) fn check_ids(op: &'static str, ids: &Tensor, m: i64, v: i64) -> Resul
             ids.size()
         )
     })?;
-    if m > 0 && ids.device() == tch::Device::Cpu {
+    if m > 0 && device == tch::Device::Cpu {
         let (low, high) = (ids.min().int64_value(&[]), ids.max().int64_value(&[]));
         ensure(low >= 0 && high < v, op, || {
             format!("ids run from {low} to {high}, expected 0..{v}")
         })?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reference;
+
+    fn wave(size: &[i64], step: f64) -> Tensor {
+        let n = size.iter().product::<i64>();
+        (Tensor::arange(n, (Kind::Double, tch::Device::Cpu)) * step)
+            .sin()
+            .view(size)
+            .set_requires_grad(true)
+    }
+
+    /// What other devices run, whole rows at a time, is right too: in f64 it is the same composition.
+    #[test]
+    fn whole_rows_agree_with_the_reference() {
+        let (m, h, v) = (7, 4, 33);
+        let (hidden, weight, bias) = (
+            wave(&[m, h], 0.7),
+            wave(&[v, h], 1.3) * 2.0,
+            wave(&[v], 0.9),
+        );
+        let weight = weight.detach().set_requires_grad(true);
+        let ids = (Tensor::arange(m, (Kind::Int64, tch::Device::Cpu)) * 5).remainder(v);
+        for (softcap, frozen, chunk_rows) in
+            [(None, false, 3), (Some(1.5), false, 2), (None, true, 7)]
+        {
+            let fixed = |t: &Tensor| {
+                if frozen {
+                    t.detach()
+                } else {
+                    t.shallow_clone()
+                }
+            };
+            let (w, b) = (fixed(&weight), fixed(&bias));
+            let raw = ffi::RawLogprobOptions {
+                temperature: 0.8,
+                softcap: softcap.unwrap_or(0.0),
+                filter: 0.0,
+                penalty: 0.4,
+                chunk_rows,
+                chunk_words: 0,
+                entropy: 1,
+                log_sum_exp: 1,
+                top1: 1,
+                moments: 1,
+            };
+            let ours = ffi::linear_logprobs(&hidden, &w, Some(&b), &ids, &raw)
+                .unwrap()
+                .map(Option::unwrap);
+            let options = LogprobOptions {
+                temperature: 0.8,
+                softcap,
+                entropy: true,
+                log_sum_exp: true,
+                logit_penalty: Some(0.4),
+                top1: true,
+                moments: true,
+                ..Default::default()
+            };
+            let head = Head {
+                weight: &w,
+                bias: Some(&b),
+            };
+            let plain = reference::linear_logprobs(&hidden, head, &ids, &options).unwrap();
+            let (top1, moments) = (plain.top1.unwrap(), plain.moments.unwrap());
+            let plain = [
+                plain.logprobs,
+                plain.entropy.unwrap(),
+                plain.log_sum_exp.unwrap(),
+                plain.logit_penalty.unwrap(),
+                top1.agrees,
+                top1.logprobs,
+                moments.log_sum_sq_probs,
+                moments.mean_logits,
+            ];
+            let leaves: Vec<&Tensor> = if frozen {
+                vec![&hidden]
+            } else {
+                vec![&hidden, &weight, &bias]
+            };
+            // Each differentiable result alone, so that every shortcut is taken.
+            for which in 0..4 {
+                let gradients = |all: &[Tensor; 8]| {
+                    let loss = (all[which].square() + &all[which]).sum(Kind::Double);
+                    Tensor::run_backward(&[loss], &leaves, true, false)
+                };
+                for (a, b) in gradients(&ours).iter().zip(&gradients(&plain)) {
+                    let error = (a - b).abs().max().double_value(&[]);
+                    assert!(error < 1e-11, "{which} {softcap:?} {frozen}: {error:.1e}");
+                }
+            }
+            for (a, b) in ours.iter().zip(&plain) {
+                let error = (a.to_kind(Kind::Double) - b.to_kind(Kind::Double))
+                    .abs()
+                    .max();
+                assert!(error.double_value(&[]) < 1e-11);
+            }
+        }
+    }
 }

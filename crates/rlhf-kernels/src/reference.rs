@@ -52,6 +52,9 @@ pub fn linear_logprobs<'a>(
         logprobs: token_logprobs(&logits, ids)?,
         entropy,
         z_loss: options.z_loss.map(|c| lse.square() * c),
+        logit_penalty: options
+            .logit_penalty
+            .map(|c| logits.square().mean_dim(&[1i64][..], false, None::<Kind>) * c),
         top1,
         moments: options.moments.then(|| Moments {
             log_sum_sq_probs: (&logp * 2.0).logsumexp(&[1i64][..], false),

@@ -55,14 +55,17 @@ fn linear_logprobs_all_settings() {
     ];
     let ids = Tensor::from_slice(&[0i64, 6, 3, 3, 1]);
     for (temperature, softcap) in [(1.0, None), (0.7, None), (1.0, Some(1.5)), (1.3, Some(0.8))] {
-        for chunk in [1, 3, m] {
+        // Whole rows, and tiles of 3 rows and 2 words.
+        for (chunk, chunk_bytes) in [(1, None), (3, Some(48)), (m, None)] {
             for entropy in [false, true] {
                 let options = LogprobOptions {
                     temperature,
                     softcap,
                     entropy,
                     chunk_rows: Some(chunk),
+                    chunk_bytes,
                     z_loss: entropy.then_some(0.3),
+                    logit_penalty: entropy.then_some(0.2),
                     ..Default::default()
                 };
                 let name = format!("{options:?}");
@@ -75,6 +78,7 @@ fn linear_logprobs_all_settings() {
                     let mut parts = vec![out.logprobs];
                     parts.extend(out.entropy);
                     parts.extend(out.z_loss);
+                    parts.extend(out.logit_penalty);
                     Tensor::cat(&parts, 0)
                 });
             }
@@ -91,6 +95,7 @@ fn linear_logprobs_in_part() {
     let with = |entropy| LogprobOptions {
         entropy,
         chunk_rows: Some(3),
+        chunk_bytes: Some(48),
         softcap: Some(2.0),
         ..Default::default()
     };
@@ -107,6 +112,14 @@ fn linear_logprobs_in_part() {
     check("frozen weight, z-loss", &[hidden.copy()], &|x| {
         let out = linear_logprobs(&x[0], &weight, &ids, &z).unwrap();
         out.logprobs + out.z_loss.unwrap()
+    });
+    let penalty = LogprobOptions {
+        logit_penalty: Some(0.6),
+        ..with(false)
+    };
+    check("frozen weight, penalty alone", &[hidden.copy()], &|x| {
+        let out = linear_logprobs(&x[0], &weight, &ids, &penalty).unwrap();
+        out.logit_penalty.unwrap()
     });
     for entropy in [false, true] {
         check("frozen weight", &[hidden.copy()], &|x| {

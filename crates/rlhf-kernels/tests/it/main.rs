@@ -7,6 +7,7 @@
     reason = "tests"
 )]
 
+mod collective;
 mod decode;
 mod exact;
 mod golden;

@@ -130,14 +130,14 @@ proptest! {
     }
 
     #[test]
-    fn linear_logprobs_of_any_shape(m in 0..9i64, h in 1..9i64, v in 1..70i64, chunk in 1..10i64, t in 0.3..3.0f64, entropy: bool) {
+    fn linear_logprobs_of_any_shape(m in 0..9i64, h in 1..9i64, v in 1..70i64, chunk in 1..10i64, bytes in prop::option::of(1..2000i64), t in 0.3..3.0f64, entropy: bool) {
         let hidden = wave(&[m, h], 1.0, Kind::Float).set_requires_grad(true);
         let weight = (wave(&[v, h], 2.0, Kind::Float) * 3.0).set_requires_grad(true);
         let ids = (Tensor::arange(m, (Kind::Int64, Device::Cpu)) * 7).remainder(v);
-        let options = LogprobOptions { temperature: t, entropy, chunk_rows: Some(chunk), z_loss: Some(0.1), top1: true, ..Default::default() };
+        let options = LogprobOptions { temperature: t, entropy, chunk_rows: Some(chunk), chunk_bytes: bytes, z_loss: Some(0.1), logit_penalty: Some(0.05), top1: true, ..Default::default() };
         let run = |out: rlhf_kernels::Logprobs| {
             let loss = out.logprobs.sum(Kind::Float) + out.entropy.map_or(Tensor::from(0f32), |h| h.sum(Kind::Float) * 0.5)
-                + out.z_loss.unwrap().sum(Kind::Float);
+                + out.z_loss.unwrap().sum(Kind::Float) + out.logit_penalty.unwrap().sum(Kind::Float);
             let mut all = Tensor::run_backward(&[loss], &[&hidden, &weight], false, false);
             all.push(out.logprobs.detach());
             all.push(out.top1.unwrap().agrees.to_kind(Kind::Float));

@@ -1,0 +1,228 @@
+// log p(id) = log_softmax(cap(h·Wᵀ) / T)[id] on the CPU, in f32 or f64, a tile of rows and words at a time.
+//
+// A tile of logits stays in the cache between the product that makes it and the pass that reads it. Words are
+// the outer loop, so that a block of the weight is widened once and its gradient is written once. A row's sums
+// are carried from tile to tile; where its largest logit rises, what was added up shrinks by the same factor
+// (as in Milakov and Gimelshein 2018, arXiv 1805.02867). Where only `hidden` wants a gradient, forward carries
+// Σ exp(z)·W along in the same way, and backward recomputes nothing.
+#include "rows.h"
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+
+namespace rlhf {
+namespace {
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Some words of the head: weight and bias in the type that sums are made in.
+struct Block {
+  int64_t begin, count;
+  Tensor weight, bias;
+};
+template <class Body> void for_blocks(int64_t words, const Tensor &weight, const Tensor &bias, Body body) {
+  const int64_t v = weight.size(0);
+  const auto acc = accumulation(weight);
+  const auto w = weight.detach();
+  for (int64_t at = 0; at < v; at += words) {
+    const int64_t n = std::min(words, v - at);
+    Block block{at, n, w.narrow(0, at, n), wide(bias.defined() ? bias.detach().narrow(0, at, n) : bias, acc)};
+    if (w.scalar_type() != acc) block.weight = buffer(1, n, w.size(1), w.options().dtype(acc)).copy_(block.weight);
+    body(block);
+  }
+}
+template <class Body> void for_rows(int64_t m, int64_t rows, Body body) {
+  for (int64_t r = 0; r < m; r += rows) body(r, std::min(rows, m - r));
+}
+// out (+)= a · b
+void product(Tensor out, const Tensor &a, const Tensor &b, bool add) {
+  if (add) out.addmm_(a, b);
+  else at::mm_out(out, a, b);
+}
+template <class T> T *data(const Tensor &t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; }
+
+// Takes a tile into its rows' sums; `mixture` [M,H], of which rows shrink where a logit rises, may be undefined.
+template <class T>
+void take(const Tensor &tile, int64_t row, int64_t word, const FoldSettings &settings, std::vector<RowSums> &sums,
+          const Tensor &ids, const Tensor &chosen, const Tensor &top1, const Tensor &mixture) {
+  const int64_t v = tile.size(1), width = mixture.defined() ? mixture.size(1) : 0;
+  const int64_t *wanted = ids.const_data_ptr<int64_t>();
+  T *z = data<T>(tile), *own = data<T>(chosen), *mixed = data<T>(mixture);
+  bool *agrees = data<bool>(top1);
+  at::parallel_for(0, tile.size(0), grain(v), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t at = row + i, id = wanted[at] - word;
+      if (id >= 0 && id < v) own[at] = z[i * v + id];
+      auto &s = sums[at];
+      const T factor = (T)fold(z + i * v, v, settings, &s);
+      if (agrees && s.raised >= 0) agrees[at] = s.raised == id;
+      if (mixed && factor != 1)
+        for (int64_t j = 0; j < width; ++j) mixed[at * width + j] *= factor;
+    }
+  });
+}
+// Turns a tile of logits into their gradient, without the chosen ids' own part.
+template <class T>
+void slope(const Tensor &tile, int64_t row, const Tensor &stats, double inv_t, double cap, const Tensor &g, const Tensor &ge,
+           const Tensor &gq) {
+  const int64_t v = tile.size(1);
+  T *z = data<T>(tile);
+  const T *s = data<T>(stats), *gs = data<T>(g), *ges = data<T>(ge), *gqs = data<T>(gq);
+  at::parallel_for(0, tile.size(0), grain(v), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      grad<T>(z + i * v, z + i * v, v, s + (row + i) * kStats, inv_t, cap, gs ? gs[row + i] : T(0),
+              ges ? ges[row + i] : T(0), gqs ? gqs[row + i] : T(0));
+  });
+}
+// Adds the chosen ids' own part.
+template <class T> void join(const Tensor &tile, int64_t row, int64_t word, const Tensor &ids, const Tensor &own) {
+  const int64_t v = tile.size(1);
+  const int64_t *wanted = ids.const_data_ptr<int64_t>();
+  T *z = data<T>(tile);
+  const T *o = data<T>(own);
+  for (int64_t i = 0; i < tile.size(0); ++i)
+    if (const int64_t id = wanted[row + i] - word; id >= 0 && id < v) z[i * v + id] += o[row + i];
+}
+#define RLHF_TYPED(kind, call) ((kind) == at::kDouble ? call<double> : call<float>)
+
+// out += own · W[ids], some rows at a time so that little of W is copied.
+void add_own(const Tensor &out, const Tensor &own, const Tensor &weight, const Tensor &ids) {
+  for_rows(ids.size(0), 128, [&](int64_t r, int64_t n) {
+    const auto rows = weight.detach().index_select(0, ids.narrow(0, r, n)).to(out.scalar_type());
+    out.narrow(0, r, n).addcmul_(rows, own.narrow(0, r, n).unsqueeze(1));
+  });
+}
+
+// Gives logp, then the entropy, the log-sum-exp and the logit penalty where they are asked for.
+struct LinearTiles : torch::autograd::Function<LinearTiles> {
+  static variable_list forward(AutogradContext *ctx, const Tensor &hidden, const Tensor &weight,
+                               const std::optional<Tensor> &bias, const Tensor &ids, Linear set, Wanted wanted,
+                               Extras *extras) {
+    const auto acc = accumulation(hidden);
+    const auto h = wide(hidden, acc);
+    const auto options = h.options();
+    const int64_t m = h.size(0), v = weight.size(0);
+    extras->prepare(m, options);
+    auto logp = at::empty({m}, options), stats = at::empty({m, kStats}, options), own = at::empty({m}, options);
+    auto fixed = wanted.ahead ? at::empty(h.sizes(), options) : Tensor();
+    auto penalty = wanted.penalty != 0 ? at::empty({m}, options) : Tensor();
+    const FoldSettings settings{set.inv_t,     set.cap, wanted.entropy, extras->moments || penalty.defined(),
+                                extras->top1, wanted.ahead};
+    std::vector<RowSums> sums(m);
+    for_blocks(set.words, weight, bias.value_or(Tensor()), [&](const Block &b) {
+      for_rows(m, set.rows, [&](int64_t r, int64_t n) {
+        const auto z = buffer(0, n, b.count, options);
+        set.logits(z, h.narrow(0, r, n), b.weight.t(), b.bias);
+        RLHF_TYPED(acc, take)(z, r, b.begin, settings, sums, ids, own, extras->is_top1, fixed);
+        if (wanted.ahead) product(fixed.narrow(0, r, n), z, b.weight, b.begin > 0);
+      });
+    });
+    (acc == at::kDouble ? rows_done<double> : rows_done<float>)(sums, v, set, wanted, stats, own, logp, penalty, *extras);
+    if (wanted.ahead) {
+      fixed.mul_((stats.narrow(1, 3, 1) * -set.inv_t));
+      add_own(fixed, own, weight, ids);
+    }
+    ctx->set_materialize_grads(false);
+    set.save(ctx);
+    ctx->saved_data["entropy"] = wanted.entropy;
+    ctx->saved_data["lse"] = wanted.lse;
+    ctx->saved_data["penalty"] = wanted.penalty;
+    ctx->save_for_backward({hidden, weight, bias.value_or(Tensor()), ids, stats, own, fixed});
+    variable_list out{logp};
+    if (wanted.entropy) out.push_back(stats.select(1, 2).clone());
+    if (wanted.lse) out.push_back((stats.select(1, 0) * set.inv_t).add_(stats.select(1, 1)));
+    if (penalty.defined()) out.push_back(penalty);
+    return out;
+  }
+
+  // From the sums of all words; `own` holds the chosen logits and gets how much of a chosen id's gradient the
+  // temperature and the cap let through.
+  template <class T>
+  static void rows_done(const std::vector<RowSums> &sums, int64_t v, const Linear &set, const Wanted &wanted,
+                        const Tensor &stats, const Tensor &own, const Tensor &logp, const Tensor &penalty,
+                        const Extras &extras) {
+    T *st = data<T>(stats), *z = data<T>(own), *lp = data<T>(logp), *pen = data<T>(penalty);
+    T *top = data<T>(extras.top1_logprobs), *squares = data<T>(extras.log_sum_sq_probs), *mean = data<T>(extras.mean_logits);
+    for (size_t i = 0; i < sums.size(); ++i) {
+      const auto &s = sums[i];
+      const double log_sum = std::log(s.total);
+      finish(s, wanted.entropy, st + i * kStats);
+      lp[i] = (T)((z[i] - s.top) * set.inv_t - log_sum);
+      const double squash = set.cap > 0 ? z[i] / set.cap : 0;
+      z[i] = (T)(set.inv_t * (1 - squash * squash));
+      if (top) top[i] = (T)-log_sum;
+      if (squares) squares[i] = (T)(std::log(s.squares) - 2 * log_sum);
+      if (mean) mean[i] = (T)(s.sum / v * set.inv_t);
+      if (pen) pen[i] = (T)(wanted.penalty * s.energy / v * set.inv_t * set.inv_t);
+    }
+  }
+
+  static variable_list backward(AutogradContext *ctx, variable_list grads) {
+    once_differentiable("linear_logprobs");
+    const auto saved = ctx->get_saved_variables();
+    const auto set = Linear::of(ctx);
+    variable_list result(7);
+    size_t next = 0;
+    auto given = [&](bool there) {
+      return there && grads[next++].defined() ? grads[next - 1].contiguous() : Tensor();
+    };
+    const auto g_logp = given(true), g_entropy = given(ctx->saved_data["entropy"].toBool()),
+               g_lse = given(ctx->saved_data["lse"].toBool());
+    const double penalty = ctx->saved_data["penalty"].toDouble();
+    const auto g_penalty = given(penalty != 0);
+    const auto &hidden = saved[0], &weight = saved[1], &bias = saved[2], &ids = saved[3], &stats = saved[4];
+    const bool need_h = ctx->needs_input_grad(0), need_w = ctx->needs_input_grad(1);
+    const bool need_b = bias.defined() && ctx->needs_input_grad(2);
+    const bool any = g_logp.defined() || g_entropy.defined() || g_lse.defined() || g_penalty.defined();
+    if (!any || (!need_h && !need_w && !need_b)) return result;
+    // Of the softmax: what logp takes away, the log-sum-exp brings.
+    const auto dense = !g_lse.defined() ? g_logp : g_logp.defined() ? g_logp - g_lse : -g_lse;
+    const auto own = g_logp.defined() ? saved[5] * g_logp : Tensor();
+    if (const auto &fixed = saved[6]; fixed.defined() && !g_entropy.defined() && !g_penalty.defined()) {
+      auto gh = fixed * dense.unsqueeze(1);
+      if (g_lse.defined()) add_own(gh, saved[5] * g_lse, weight, ids);
+      result[0] = gh.to(hidden.scalar_type());
+      return result;
+    }
+    const auto acc = accumulation(hidden);
+    const auto h = wide(hidden, acc);
+    const auto options = h.options();
+    const int64_t m = h.size(0);
+    const auto pull = g_penalty.defined() ? g_penalty * (2 * penalty / weight.size(0)) : Tensor();
+    const bool narrow = weight.scalar_type() != acc;
+    auto gh = need_h ? at::empty(h.sizes(), options) : Tensor();
+    auto gw = need_w ? (m == 0 ? at::zeros(weight.sizes(), weight.options()) : at::empty(weight.sizes(), weight.options())) : Tensor();
+    auto gb = need_b ? at::zeros({weight.size(0)}, options) : Tensor();
+    for_blocks(set.words, weight, bias, [&](const Block &b) {
+      const auto part = !need_w ? gw : gw.narrow(0, b.begin, b.count);
+      const auto sum = need_w && narrow && m > 0 ? buffer(2, b.count, h.size(1), options) : part;
+      for_rows(m, set.rows, [&](int64_t r, int64_t n) {
+        const auto z = buffer(0, n, b.count, options), x = h.narrow(0, r, n);
+        set.logits(z, x, b.weight.t(), b.bias);
+        RLHF_TYPED(acc, slope)(z, r, stats, set.inv_t, set.cap, dense, g_entropy, pull);
+        if (need_h) product(gh.narrow(0, r, n), z, b.weight, b.begin > 0);
+        if (!need_w && !need_b) return;
+        if (own.defined()) RLHF_TYPED(acc, join)(z, r, b.begin, ids, own);
+        if (need_b) gb.narrow(0, b.begin, b.count).add_(z.sum(0));
+        if (need_w) product(sum, z.t(), x, r > 0);
+      });
+      if (need_w && narrow && m > 0) part.copy_(sum);
+    });
+    if (need_h) {
+      if (own.defined()) add_own(gh, own, weight, ids);
+      result[0] = gh.to(hidden.scalar_type());
+    }
+    result[1] = gw;
+    if (need_b) result[2] = gb.to(bias.scalar_type());
+    return result;
+  }
+};
+} // namespace
+
+torch::autograd::variable_list linear_tiles(const Tensor &hidden, const Tensor &weight,
+                                            const std::optional<Tensor> &bias, const Tensor &ids, Linear set,
+                                            Wanted wanted, Extras *extras) {
+  return LinearTiles::apply(hidden, weight, bias, ids, set, wanted, extras);
+}
+} // namespace rlhf

@@ -1,0 +1,120 @@
+//! Time and memory of `linear_logprobs` at the size of a small model's head, a mode a process so that its peak
+//! of memory is its own: `logprobs MODE [REPEATS [KIB]]`, where MODE is `trained`, `frozen`, `forward`, `peaked`,
+//! `filtered`, `plain` or `product` (one matrix product, the bound), and KIB
+//! the logits held at once. `OMP_NUM_THREADS` says on how many threads.
+#![allow(
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a measurement"
+)]
+
+use std::time::Instant;
+
+use rlhf_kernels::{F32_RESOLUTION, LogprobOptions, linear_logprobs, reference};
+use tch::{Device, Kind, Tensor};
+
+const M: i64 = 2048;
+const H: i64 = 576;
+const V: i64 = 49152;
+
+/// Numbers in −1..1 without pattern: no global generator.
+fn scattered(size: &[i64], seed: f64) -> Tensor {
+    let n: i64 = size.iter().product();
+    let mut out = Vec::with_capacity(n as usize);
+    for i in 0..n {
+        let x = ((i as f64 + seed) * 12.9898).sin() * 437.5;
+        out.push(x.fract() as f32);
+    }
+    Tensor::from_slice(&out).view(size)
+}
+
+/// MiB of the process, now or at most.
+fn memory(field: &str) -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|l| l.starts_with(field)).unwrap();
+    line.split_whitespace()
+        .nth(1)
+        .unwrap()
+        .parse::<f64>()
+        .unwrap()
+        / 1024.0
+}
+
+fn main() {
+    let mut args = std::env::args().skip(1);
+    let mode = args.next().expect("a mode");
+    let repeats: usize = args.next().map_or(5, |n| n.parse().expect("a number"));
+    let chunk_bytes = args
+        .next()
+        .map(|n| n.parse::<i64>().expect("a number") << 10);
+    let weight = scattered(&[V, H], 1.0) * (H as f64).powf(-0.5) * 1.7;
+    let ids = (Tensor::arange(M, (Kind::Int64, Device::Cpu)) * 7919).remainder(V);
+    let peaked = matches!(mode.as_str(), "peaked" | "filtered");
+    let hidden = if peaked {
+        // Along their word's row of the weight, whose logit they make 40.
+        let rows = weight.index_select(0, &ids);
+        let squares = rows
+            .square()
+            .sum_dim_intlist(&[1i64][..], true, None::<Kind>);
+        rows / squares * 40.0
+    } else {
+        scattered(&[M, H], 2.0) * 1.7
+    };
+    let g = scattered(&[M], 3.0);
+    let trains = mode != "forward" && mode != "product";
+    let hidden = hidden.set_requires_grad(trains);
+    let weight = weight.set_requires_grad(trains && mode != "frozen");
+    let options = LogprobOptions {
+        filter: (mode == "filtered").then_some(F32_RESOLUTION),
+        chunk_bytes,
+        ..Default::default()
+    };
+    let leaves: Vec<&Tensor> = if mode == "frozen" {
+        vec![&hidden]
+    } else {
+        vec![&hidden, &weight]
+    };
+    let logits = (mode == "product").then(|| Tensor::zeros([M, V], (Kind::Float, Device::Cpu)));
+    let step = || match mode.as_str() {
+        "product" => drop(hidden.mm_out(logits.as_ref().unwrap(), &weight.tr())),
+        "forward" => drop(linear_logprobs(&hidden, &weight, &ids, &options).unwrap()),
+        _ => {
+            let out = if mode == "plain" {
+                reference::linear_logprobs(&hidden, &weight, &ids, &options).unwrap()
+            } else {
+                linear_logprobs(&hidden, &weight, &ids, &options).unwrap()
+            };
+            let loss = (out.logprobs * &g).sum(Kind::Float);
+            drop(Tensor::run_backward(&[loss], &leaves, false, false));
+        }
+    };
+    // So that the baseline holds the libraries' own memory.
+    drop(
+        hidden
+            .detach()
+            .narrow(0, 0, 16)
+            .mm(&weight.detach().narrow(0, 0, 64).tr()),
+    );
+    // The peak so far, of making the data, is forgotten.
+    std::fs::write("/proc/self/clear_refs", "5").unwrap();
+    let base = memory("VmRSS");
+    step();
+    let mut times: Vec<f64> = (0..repeats)
+        .map(|_| {
+            let start = Instant::now();
+            step();
+            start.elapsed().as_secs_f64()
+        })
+        .collect();
+    times.sort_by(f64::total_cmp);
+    let product = 2.0 * (M * H * V) as f64;
+    println!(
+        "{mode}: {:.3} s (least {:.3}), {:.0} MiB over {base:.0}; one product's {:.0} GFLOP at this speed: {:.0} GFLOP/s",
+        times[times.len() / 2],
+        times[0],
+        memory("VmHWM") - base,
+        product * 1e-9,
+        product * 1e-9 / times[times.len() / 2],
+    );
+}
