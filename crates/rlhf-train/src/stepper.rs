@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use rlhf_kernels::LossSum;
-use rlhf_kernels::optim::{AdamW, AdamWConfig, clip_grad_norm, global_norm, scale};
+use rlhf_kernels::optim::{Optimizer, OptimizerConfig, clip_grad_norm, global_norm, scale};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
@@ -59,10 +59,10 @@ pub struct BadStep {
     pub rows: Vec<u64>,
 }
 
-/// Accumulates losses and steps AdamW.
+/// Accumulates losses and steps an optimiser.
 #[derive(Debug)]
 pub struct Stepper {
-    optimizer: AdamW,
+    optimizer: Optimizer,
     config: StepperConfig,
     step: u64,
     pending: Pending,
@@ -83,15 +83,15 @@ struct Pending {
 }
 
 impl Stepper {
-    /// A stepper of named parameters, which share storage with the model's.
+    /// A stepper of named parameters, which share storage with the model's. AdamW's settings alone mean AdamW.
     #[must_use]
     pub fn new(
         parameters: Vec<(String, Tensor)>,
-        adamw: AdamWConfig,
+        optimizer: impl Into<OptimizerConfig>,
         config: StepperConfig,
     ) -> Self {
         Self {
-            optimizer: AdamW::new(parameters, adamw),
+            optimizer: Optimizer::new(parameters, optimizer.into()),
             config,
             step: 0,
             pending: Pending::default(),

@@ -17,15 +17,15 @@ use std::path::{Path, PathBuf};
 use rlhf::{Usage, shipped, usage};
 use serde::{Deserialize, Serialize};
 
-use crate::memory::Memory;
+use crate::memory::{Memory, WeightsKind};
 use rlhf_policy::rejection::Selection;
 
 pub use align::{Align, OnlineDpo, Ranked, Replay, Unpaired};
 pub use control::{Control, Predictor};
 pub use judges::{JudgePart, Style};
 pub use stages::{
-    Critique, Data, Dpo, Eval, Grpo, Opd, Optim, Ppo, Process, Ptx, Rejection, Reward, RewardPart,
-    Rollouts, Sampling, SelfInstruct, Server, Sft, Writer,
+    Critique, Data, Dpo, Eval, Grpo, MomentKind, Opd, Optim, Ppo, Process, Ptx, Rejection, Reward,
+    RewardPart, Rollouts, Sampling, SelfInstruct, Server, Sft, Writer,
 };
 
 /// A whole recipe.
@@ -563,12 +563,16 @@ impl Source {
                 wrong = Some(what.to_owned());
             }
         };
-        let mut optim = |o: &Optim| {
+        let mut optim = |o: &Optim, m: &Memory| {
             need(o.lr > 0.0 && o.lr.is_finite(), "optim.lr must be above 0");
             need(o.max_grad_norm > 0.0, "optim.max_grad_norm must be above 0");
             need(
                 o.weight_decay >= 0.0,
                 "optim.weight_decay must not be negative",
+            );
+            need(
+                o.state == MomentKind::F32 || m.weights == WeightsKind::F32,
+                "optim.state = \"int8\" is for weights in f32: leave one of it and memory.weights out",
             );
         };
         let memory = |m: &Memory, need: &mut dyn FnMut(bool, &str)| {
@@ -608,7 +612,7 @@ impl Source {
         };
         match &stage.kind {
             StageKind::Sft(s) => {
-                optim(&s.optim);
+                optim(&s.optim, &s.memory);
                 memory(&s.memory, &mut need);
                 need(
                     s.batch_size > 0 && s.steps > 0,
@@ -624,7 +628,7 @@ impl Source {
                 );
             }
             StageKind::Reward(s) => {
-                optim(&s.optim);
+                optim(&s.optim, &s.memory);
                 memory(&s.memory, &mut need);
                 need(
                     s.batch_size > 0 && s.steps > 0,
@@ -632,7 +636,7 @@ impl Source {
                 );
             }
             StageKind::Dpo(s) => {
-                optim(&s.optim);
+                optim(&s.optim, &s.memory);
                 memory(&s.memory, &mut need);
                 let size = (s.steps, s.batch_size);
                 let looks =
@@ -644,7 +648,7 @@ impl Source {
                 }
             }
             StageKind::Unpaired(s) => {
-                optim(&s.optim);
+                optim(&s.optim, &s.memory);
                 let problem = s.problem();
                 need(problem.is_none(), problem.unwrap_or_default());
                 need(
@@ -656,14 +660,14 @@ impl Source {
                 }
             }
             StageKind::OnlineDpo(s) => {
-                optim(&s.optim);
+                optim(&s.optim, &s.memory);
                 rollouts(&s.rollouts, &mut need);
                 algorithm::online(&s.rollouts, &mut need);
                 let problem = s.problem();
                 need(problem.is_none(), &problem.unwrap_or_default());
             }
             StageKind::Ranked(s) => {
-                optim(&s.optim);
+                optim(&s.optim, &s.memory);
                 let problem = s.problem();
                 need(problem.is_none(), problem.unwrap_or_default());
                 if let Err(e) = s.loss.check() {
@@ -671,7 +675,7 @@ impl Source {
                 }
             }
             StageKind::Grpo(s) => {
-                optim(&s.optim);
+                optim(&s.optim, &s.memory);
                 memory(&s.memory, &mut need);
                 rollouts(&s.rollouts, &mut need);
                 algorithm::grpo(s, &mut need);
@@ -687,7 +691,7 @@ impl Source {
                 );
             }
             StageKind::Ppo(s) => {
-                optim(&s.optim);
+                optim(&s.optim, &s.memory);
                 memory(&s.memory, &mut need);
                 rollouts(&s.rollouts, &mut need);
                 need(
@@ -701,7 +705,7 @@ impl Source {
                 algorithm::ppo(s, &mut need);
             }
             StageKind::Opd(s) => {
-                optim(&s.optim);
+                optim(&s.optim, &s.memory);
                 memory(&s.memory, &mut need);
                 rollouts(&s.rollouts, &mut need);
                 need(
@@ -713,7 +717,7 @@ impl Source {
                 }
             }
             StageKind::Control(s) => {
-                optim(&s.optim);
+                optim(&s.optim, &s.memory);
                 s.predictor.iter().for_each(|p| optim(&p.optim));
                 let problem = s.problem();
                 need(problem.is_none(), &problem.unwrap_or_default());

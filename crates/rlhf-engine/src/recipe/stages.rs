@@ -3,7 +3,7 @@
 use rlhf_data::synthetic::{critique, self_instruct};
 use rlhf_data::tokenize::{Truncation, Turns};
 use rlhf_dpo::loss::{Divergence, PreferenceLoss, PreferenceMix, WeightedLoss};
-use rlhf_kernels::optim::AdamWConfig;
+use rlhf_kernels::optim::{AdamWConfig, OptimizerConfig};
 use rlhf_model::DecoderWeights;
 use rlhf_policy::advantage::{AdvantageEstimator, Whitening};
 use rlhf_policy::collect::{Dynamic, Overlong, Samples};
@@ -40,6 +40,20 @@ pub struct Optim {
     /// AdamW's β₂.
     #[serde(default = "default_beta2")]
     pub beta2: f64,
+    /// How AdamW's moments are kept.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub state: MomentKind,
+}
+
+/// How AdamW keeps its moments.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MomentKind {
+    /// f32: 8 bytes a parameter.
+    #[default]
+    F32,
+    /// 8-bit codes in blocks of 256: 2.03 bytes a parameter.
+    Int8,
 }
 
 fn default_beta2() -> f64 {
@@ -47,6 +61,15 @@ fn default_beta2() -> f64 {
 }
 
 impl Optim {
+    /// The optimiser; `adamw` are its settings, most often [`Optim::adamw`].
+    #[must_use]
+    pub fn optimizer(&self, adamw: AdamWConfig) -> OptimizerConfig {
+        match self.state {
+            MomentKind::F32 => OptimizerConfig::AdamW(adamw),
+            MomentKind::Int8 => OptimizerConfig::AdamW8bit(adamw),
+        }
+    }
+
     /// AdamW's settings.
     #[must_use]
     pub fn adamw(&self) -> AdamWConfig {

@@ -278,7 +278,7 @@ impl Context<'_> {
             narrow: memory.weights.step(),
             ..optim.adamw()
         };
-        Stepper::new(parameters, adamw, config)
+        Stepper::new(parameters, optim.optimizer(adamw), config)
     }
 
     pub(crate) fn session(&self, name: &str, steps: u64) -> anyhow::Result<Session> {

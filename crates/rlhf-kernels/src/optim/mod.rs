@@ -44,6 +44,12 @@ pub enum OptimizerConfig {
     Muon(MuonConfig),
 }
 
+impl From<AdamWConfig> for OptimizerConfig {
+    fn from(config: AdamWConfig) -> Self {
+        Self::AdamW(config)
+    }
+}
+
 /// An optimiser of named parameters.
 #[derive(Debug)]
 pub struct Optimizer(Inner);
