@@ -12,6 +12,7 @@
 //! plain text is read by a copy of the tokenizer that knows no special tokens. Without such a name the
 //! ids are those of `apply_chat_template`.
 
+mod labelled;
 mod limits;
 mod load;
 mod stream;
@@ -32,6 +33,7 @@ use crate::record::{PreferenceRecord, RankedRecord, SftRecord, UnpairedRecord};
 use limits::{fit_prompt, too_long};
 use load::{eos_ids, has_parts, hash_files, json, today};
 
+pub use labelled::Steps;
 pub use limits::{
     DropReason, Dropped, Limits, LongCompletion, LongPrompt, Outcome, TokenizeReport, Truncation,
 };

@@ -1,8 +1,11 @@
-//! A trunk with a head of one number: reward models and value functions.
+//! A trunk with a head of one number, or of several: reward models and value functions.
 //!
-//! Files follow `AutoModelForSequenceClassification` with one label (`model.*`, `score.weight`), so
+//! Files follow `AutoModelForSequenceClassification` (`model.*`, `score.weight`, a label an output), so
 //! reward models travel both ways. A [`RewardNorm`] is kept beside the weights in `config.json` under
-//! `rlhf_reward_norm`; other tools ignore it and see the raw head.
+//! `rlhf_reward_norm`, what else its user wants to keep under `rlhf_reward`; other tools ignore both and
+//! see the raw head.
+//!
+//! Invariant: a norm is of the one output; what several outputs mean is known elsewhere (`rlhf-reward`).
 
 use std::path::Path;
 
@@ -23,6 +26,7 @@ use crate::trunk::{Spec, Start, Trunk, trunk_specs};
 
 const SCORE: &str = "score.weight";
 const NORM_KEY: &str = "rlhf_reward_norm";
+const NOTE_KEY: &str = "rlhf_reward";
 
 /// What scores are shifted and divided by, so that a reference set has mean 0 and deviation 1.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -84,13 +88,14 @@ impl ValueHead {
     }
 }
 
-/// A transformer that gives one number for a state.
+/// A transformer that gives one number for a state, or O of them.
 #[derive(Debug)]
 pub struct ScalarModel {
     trunk: Trunk,
-    /// `[1, H]`.
+    /// `[O, H]`.
     head: Tensor,
     norm: RewardNorm,
+    note: Value,
     notices: Vec<String>,
 }
 
@@ -101,25 +106,41 @@ impl ScalarModel {
     /// # Errors
     /// [`Error::Torch`] when memory does not suffice.
     pub fn from_trunk(model: Transformer, seed: u64) -> Result<Self> {
+        Self::with_outputs(model, 1, seed)
+    }
+
+    /// [`ScalarModel::from_trunk`] with a head of `outputs` numbers.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] when memory does not suffice; [`Error::Argument`] for no outputs.
+    pub fn with_outputs(model: Transformer, outputs: usize, seed: u64) -> Result<Self> {
+        if outputs == 0 {
+            return Err(Error::Argument("a head of 0 outputs".into()));
+        }
         let trunk = model.into_trunk();
         let h = trunk.config.hidden_size;
         let stream = Stream::new(seed, Purpose::Init);
-        let head = normal(&stream, SCORE, &[1, h], 1.0 / ((h + 1) as f64).sqrt())?
-            .f_to_kind(trunk.kind())?
-            .f_to_device(trunk.device())?;
+        let head = normal(
+            &stream,
+            SCORE,
+            &[outputs as i64, h],
+            1.0 / ((h + 1) as f64).sqrt(),
+        )?
+        .f_to_kind(trunk.kind())?
+        .f_to_device(trunk.device())?;
         Ok(Self {
             trunk,
             head: trainable(&head),
             norm: RewardNorm::default(),
+            note: Value::Null,
             notices: Vec::new(),
         })
     }
 
-    /// Loads a folder in the layout of `AutoModelForSequenceClassification` with one label.
+    /// Loads a folder in the layout of `AutoModelForSequenceClassification`.
     ///
     /// # Errors
-    /// As [`Transformer::load`]; [`Error::Config`] when the folder holds a language model or more
-    /// than one label.
+    /// As [`Transformer::load`]; [`Error::Config`] when the folder holds a language model.
     pub fn load(dir: &Path, options: &LoadOptions) -> Result<Self> {
         let (mut config, head, map) = Config::load_with_head(dir)?;
         let bad = |key: &str, message: String| Error::Config {
@@ -138,12 +159,11 @@ impl ScalarModel {
             .get("id2label")
             .and_then(Value::as_object)
             .map(|m| m.len() as u64);
-        if let Some(n) = labels.or(named).filter(|&n| n != 1) {
-            return Err(bad(
-                "num_labels",
-                format!("{n} labels; a scalar model has 1"),
-            ));
-        }
+        // A head larger than any real one is a damaged file, and would overflow the count of its bytes.
+        let outputs = match labels.or(named).unwrap_or(1) {
+            n @ 1..=65_536 => n as i64,
+            n => return Err(bad("num_labels", format!("{n}, expected 1 to 65536"))),
+        };
         let norm = match map.get(NORM_KEY) {
             None | Some(Value::Null) => RewardNorm::default(),
             Some(v) => {
@@ -157,17 +177,23 @@ impl ScalarModel {
         config.take_generation_eos(dir)?;
         let h = config.hidden_size;
         let specs = || {
-            trunk_specs(&config).chain(std::iter::once(Spec::new(SCORE, vec![1, h], Start::Zeros)))
+            trunk_specs(&config).chain(std::iter::once(Spec::new(
+                SCORE,
+                vec![outputs, h],
+                Start::Zeros,
+            )))
         };
         let (mut tensors, notices) = load_tensors(dir, options, specs)?;
         let head = tensors
             .remove(SCORE)
             .ok_or_else(|| Error::format(dir, format!("no tensor {SCORE}")))?;
         let trunk = Trunk::assemble(config, &mut tensors)?;
+        let note = map.get(NOTE_KEY).cloned().unwrap_or_default();
         Ok(Self {
             trunk,
             head,
             norm,
+            note,
             notices,
         })
     }
@@ -187,10 +213,17 @@ impl ScalarModel {
     pub fn save_with(&self, dir: &Path, options: &SaveOptions) -> Result<()> {
         let amend = |json: &mut Value| {
             json["architectures"] = json!([self.trunk.config.family.shape().scalar]);
-            json["num_labels"] = json!(1);
-            json["id2label"] = json!({"0": "LABEL_0"});
-            json["label2id"] = json!({"LABEL_0": 0});
+            let label = |i: usize| format!("LABEL_{i}");
+            let outputs = self.num_outputs();
+            json["num_labels"] = json!(outputs);
+            json["id2label"] = (0..outputs)
+                .map(|i| (i.to_string(), json!(label(i))))
+                .collect();
+            json["label2id"] = (0..outputs).map(|i| (label(i), json!(i))).collect();
             json[NORM_KEY] = json!({"mean": self.norm.mean, "std": self.norm.std});
+            if !self.note.is_null() {
+                json[NOTE_KEY] = self.note.clone();
+            }
         };
         let config = &self.trunk.config;
         let mut tensors = self.trunk.stored();
@@ -202,7 +235,7 @@ impl ScalarModel {
     /// and divided by the norm. Differentiable.
     ///
     /// # Errors
-    /// As [`crate::CausalLm::hidden`].
+    /// As [`crate::CausalLm::hidden`]; also when the head has several outputs.
     pub fn scores(&self, batch: &DeviceBatch) -> Result<Tensor> {
         self.at_rows(batch, &batch.last_rows)
     }
@@ -211,7 +244,7 @@ impl ScalarModel {
     /// S segments. Differentiable.
     ///
     /// # Errors
-    /// As [`crate::CausalLm::hidden`].
+    /// As [`crate::CausalLm::hidden`]; also when the head has several outputs.
     pub fn values(&self, batch: &DeviceBatch) -> Result<Ragged> {
         Ok(Ragged::new(
             self.at_rows(batch, &batch.target_rows)?,
@@ -220,20 +253,51 @@ impl ScalarModel {
     }
 
     fn at_rows(&self, batch: &DeviceBatch, rows: &Tensor) -> Result<Tensor> {
-        let hidden = self.trunk.hidden(batch)?.index_select(0, rows);
+        if self.num_outputs() != 1 {
+            return Err(Error::Argument(format!(
+                "a head of {} outputs gives no single number; take `outputs`, or a model with one",
+                self.num_outputs()
+            )));
+        }
+        let raw = self.outputs(batch, rows)?.squeeze_dim(1);
+        if self.norm == RewardNorm::default() {
+            return Ok(raw);
+        }
+        Ok((raw - self.norm.mean) / self.norm.std)
+    }
+
+    /// The head's numbers at `rows` (i64 `[R]`) of the batch, as they are: `[R, O]`, f32 (f64 for an f64
+    /// model), not normalised. Differentiable.
+    ///
+    /// # Errors
+    /// As [`crate::CausalLm::hidden`]; also when a row is outside the batch.
+    pub fn outputs(&self, batch: &DeviceBatch, rows: &Tensor) -> Result<Tensor> {
+        let hidden = self.trunk.hidden(batch)?.f_index_select(0, rows)?;
         let kind = if self.trunk.kind() == Kind::Double {
             Kind::Double
         } else {
             Kind::Float
         };
-        let raw = hidden
+        Ok(hidden
             .to_kind(kind)
-            .linear(&self.head.to_kind(kind), None::<Tensor>)
-            .squeeze_dim(1);
-        if self.norm == RewardNorm::default() {
-            return Ok(raw);
-        }
-        Ok((raw - self.norm.mean) / self.norm.std)
+            .linear(&self.head.to_kind(kind), None::<Tensor>))
+    }
+
+    /// O, the numbers that the head gives.
+    #[must_use]
+    pub fn num_outputs(&self) -> usize {
+        self.head.size()[0] as usize
+    }
+
+    /// What is kept beside the weights for the model's user; null where nothing is.
+    #[must_use]
+    pub fn note(&self) -> &Value {
+        &self.note
+    }
+
+    /// Keeps something beside the weights (`rlhf_reward` in `config.json`).
+    pub fn set_note(&mut self, note: Value) {
+        self.note = note;
     }
 
     /// Freezes the trunk and starts an adapter on it; adapter and head are what is trained.
@@ -323,6 +387,7 @@ impl ScalarModel {
                 .remove(SCORE)
                 .ok_or_else(|| Error::Argument(format!("no tensor {SCORE}")))?,
             norm: self.norm,
+            note: self.note.clone(),
             notices: Vec::new(),
         })
     }
@@ -334,6 +399,7 @@ impl ScalarModel {
     pub fn copy_from(&mut self, other: &Self) -> Result<()> {
         copy_tensors(&self.parameters(), &other.parameters())?;
         self.norm = other.norm;
+        self.note = other.note.clone();
         Ok(())
     }
 }

@@ -13,9 +13,14 @@ const OP: &str = "difference";
 
 /// What a labelled difference Δ says of d = r_c − r_r.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "train", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(
+    feature = "train",
+    serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)
+)]
 pub enum DifferenceLoss {
     /// ½ (d − Δ)²: the scores have the labels' own unit.
-    Squared,
+    Squared {},
     /// −p log σ(d) − (1−p) log σ(−d), p = σ(Δ / temperature): the labels are scores of another judge,
     /// whose preference is imitated. At d = Δ / temperature the gradient is 0.
     Soft {
@@ -23,7 +28,7 @@ pub enum DifferenceLoss {
         temperature: f64,
     },
     /// −Δ log σ(d), Δ ≥ 0: scaled Bradley–Terry, a pair counts by how clear it is.
-    Scaled,
+    Scaled {},
 }
 
 /// L = Σ w · ℓ(d, Δ) with ℓ as [`DifferenceLoss`] says; its weight is Σ w.
@@ -62,7 +67,7 @@ pub fn loss(
     let lead = at_least_f32(chosen) - at_least_f32(rejected);
     let labelled = differences.detach().to_kind(lead.kind());
     let losses = match form {
-        DifferenceLoss::Squared => (lead - labelled).square() * 0.5,
+        DifferenceLoss::Squared {} => (lead - labelled).square() * 0.5,
         DifferenceLoss::Soft { temperature } => {
             ensure(temperature > 0.0 && temperature.is_finite(), OP, || {
                 format!("temperature is {temperature}, expected more than 0")
@@ -71,7 +76,7 @@ pub fn loss(
             // −log σ(d) = −log σ(−d) − d.
             -(-&lead).log_sigmoid() - p * lead
         }
-        DifferenceLoss::Scaled => {
+        DifferenceLoss::Scaled {} => {
             ensure(differences.ge(0.0).all().int64_value(&[]) != 0, OP, || {
                 "a difference is negative: exchange chosen and rejected".into()
             })?;
@@ -95,10 +100,10 @@ mod tests {
 
     #[test]
     fn by_hand() {
-        assert_eq!(value(DifferenceLoss::Squared, 3.0, 1.0), 2.0);
+        assert_eq!(value(DifferenceLoss::Squared {}, 3.0, 1.0), 2.0);
         // -log σ(1.5) = .201413278; twice as clear, twice the loss.
         let plain = 0.201_413_277_982_752_4;
-        assert!((value(DifferenceLoss::Scaled, 1.5, 2.0) - 2.0 * plain).abs() < 1e-15);
+        assert!((value(DifferenceLoss::Scaled {}, 1.5, 2.0) - 2.0 * plain).abs() < 1e-15);
         // p = σ(0) = ½: plain + 0.75.
         let soft = DifferenceLoss::Soft { temperature: 2.0 };
         assert!((value(soft, 1.5, 0.0) - (plain + 0.75)).abs() < 1e-15);
@@ -112,9 +117,9 @@ mod tests {
         let t = Tensor::from_slice(&[0.0, 1.0]);
         let bad = Tensor::from_slice(&[0.0, f64::INFINITY]);
         let message = |d: &Tensor, form| loss(&t, &t, d, form, None).unwrap_err().to_string();
-        assert!(message(&bad, DifferenceLoss::Squared).contains("differences[1] is inf"));
+        assert!(message(&bad, DifferenceLoss::Squared {}).contains("differences[1] is inf"));
         let negative = Tensor::from_slice(&[0.0, -1.0]);
-        assert!(message(&negative, DifferenceLoss::Scaled).contains("negative"));
+        assert!(message(&negative, DifferenceLoss::Scaled {}).contains("negative"));
         let cold = DifferenceLoss::Soft { temperature: 0.0 };
         assert!(message(&t, cold).contains("temperature"));
     }

@@ -18,6 +18,24 @@ pub enum Error {
         /// Which.
         what: String,
     },
+    /// A row's label does not fit.
+    #[error("row {row}: {what}\n  do: correct or drop the row")]
+    Row {
+        /// The row of the data, from 0.
+        row: u64,
+        /// What was found and what was expected.
+        what: String,
+    },
+    /// A file is not what was expected.
+    #[error("{what}\n  in: {}\n  do: {mend}", path.display())]
+    File {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What is wrong.
+        what: String,
+        /// What to do.
+        mend: String,
+    },
     /// Groups do not hold exactly two completions.
     #[error("expected groups of exactly two completions: chosen and rejected")]
     NotPairs,
@@ -81,6 +99,21 @@ impl Error {
 
 /// The crate's result.
 pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// Whether what was given is at fault, not the program or the machine.
+    #[must_use]
+    pub fn is_input(&self) -> bool {
+        match self {
+            Self::Row { .. } | Self::File { .. } => true,
+            #[cfg(feature = "train")]
+            Self::Data(e) => e.is_input(),
+            #[cfg(feature = "train")]
+            Self::Model(e) => e.is_input(),
+            _ => false,
+        }
+    }
+}
 
 pub(crate) fn ensure(ok: bool, op: &'static str, what: impl FnOnce() -> String) -> Result<()> {
     if ok {

@@ -16,6 +16,9 @@
 //!
 //! `verify` has rules that look at completions, `judge` models that do; both are sources of rewards.
 //!
+//! With the feature `train` (on by default) also models ([`model`]), their training for any kind of label
+//! ([`objective`], [`labels`], [`fit`]) and sources of rewards ([`source`]).
+//!
 //! ```
 //! use rlhf_reward::bradley_terry::{self, BradleyTerry};
 //! use tch::Tensor;
@@ -34,8 +37,18 @@ mod checks;
 pub mod difference;
 pub mod distributional;
 mod error;
+pub mod eval;
+#[cfg(feature = "train")]
+pub mod fit;
 #[cfg(feature = "judge")]
 pub mod judge;
+#[cfg(feature = "train")]
+pub mod labels;
+pub mod logistic;
+#[cfg(feature = "train")]
+pub mod model;
+#[cfg(feature = "train")]
+pub mod objective;
 pub mod ordinal;
 pub mod outcome;
 pub mod pairs;

@@ -12,6 +12,8 @@ const OP: &str = "pairs";
 
 /// What becomes of two completions with the same label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "train", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "train", serde(rename_all = "snake_case"))]
 pub enum Ties {
     /// A pair that is won with probability ½: it pulls the two scores together (WebGPT, Nakano et al.
     /// 2021, arXiv 2112.09332).

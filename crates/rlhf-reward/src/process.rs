@@ -14,6 +14,8 @@ const OP: &str = "process";
 
 /// What the middle one of three classes counts as when steps are scored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "train", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "train", serde(rename_all = "snake_case"))]
 pub enum Neutral {
     /// A right step.
     Right,
@@ -23,6 +25,8 @@ pub enum Neutral {
 
 /// One number of the probabilities of a solution's steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "train", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "train", serde(rename_all = "snake_case"))]
 pub enum Aggregate {
     /// Their mean.
     Mean,

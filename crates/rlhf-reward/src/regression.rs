@@ -17,11 +17,13 @@ pub struct Regression<'a> {
     pub present: Option<&'a Tensor>,
     /// `[A]`, the weight of each attribute; 1 where absent.
     pub attribute_weights: Option<&'a Tensor>,
+    /// `[S]`, the weight of each row; 1 where absent.
+    pub weights: Option<&'a Tensor>,
     /// δ of the Huber loss: beyond it an error costs linearly. Squared throughout where absent.
     pub huber: Option<f64>,
 }
 
-/// L = Σ_s Σ_a w_a ½ (r_sa − y_sa)² over the ratings that there are; its weight is their Σ w_a.
+/// L = Σ_s Σ_a w_s w_a ½ (r_sa − y_sa)² over the ratings that there are; its weight is their Σ w_s w_a.
 ///
 /// Wang et al. 2023 (SteerLM, HelpSteer, arXiv 2311.09528) and 2024 (HelpSteer2, arXiv 2406.08673);
 /// Huber 1964.
@@ -50,6 +52,11 @@ pub fn loss(predictions: &Tensor, targets: &Tensor, settings: &Regression<'_>) -
         checks::shaped(OP, "attribute_weights", w, &size[1..])?;
         checks::weights(OP, Some(w))?;
         weights = &weights * w.detach().to_kind(r.kind()).unsqueeze(0);
+    }
+    if let Some(w) = settings.weights {
+        checks::shaped(OP, "weights", w, &size[..1])?;
+        checks::weights(OP, Some(w))?;
+        weights = &weights * w.detach().to_kind(r.kind()).unsqueeze(1);
     }
     if let Some(present) = settings.present {
         ensure(
@@ -119,6 +126,7 @@ mod tests {
         let mut settings = Regression {
             present: Some(&present),
             attribute_weights: Some(&w),
+            weights: None,
             huber: None,
         };
         // ½·1² + 2·½·.5² + 2·½·3² = .5 + .25 + 9, weight 1 + 2 + 2.
@@ -128,6 +136,11 @@ mod tests {
         settings.huber = Some(1.0);
         let out = loss(&r, &y, &settings).unwrap();
         assert_eq!(out.sum.double_value(&[]), 5.75);
+        // Rows at ½ and 2: ½ · 0.75 + 2 · 5; weights ½ · 3 + 2 · 2.
+        let rows = Tensor::from_slice(&[0.5, 2.0]);
+        settings.weights = Some(&rows);
+        let out = loss(&r, &y, &settings).unwrap();
+        assert_eq!((out.sum.double_value(&[]), out.weight), (10.375, 5.5));
         assert_eq!(
             Vec::<f64>::try_from(&mix(&r, &w).unwrap()).unwrap(),
             [5.0, 8.0]

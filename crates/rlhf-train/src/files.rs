@@ -15,6 +15,22 @@ pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
     file.sync_all().map_err(Error::write(path))
 }
 
+/// Writes a file under a temporary name, syncs it, and puts it in place: it appears whole or not at all.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}.tmp", std::process::id()));
+    let work = path.with_file_name(name);
+    write_synced(&work, bytes)?;
+    std::fs::rename(&work, path).map_err(Error::write(path))?;
+    match path.parent().filter(|d| !d.as_os_str().is_empty()) {
+        Some(dir) => sync_dir(dir),
+        None => Ok(()),
+    }
+}
+
 /// Makes what was written to a file durable.
 pub(crate) fn sync_file(path: &Path) -> Result<()> {
     OpenOptions::new()

@@ -17,7 +17,7 @@ mod tensorboard;
 pub mod tensors;
 
 pub use error::{Error, Result};
-pub use files::{hash_file, peak_memory};
+pub use files::{hash_file, peak_memory, write_whole};
 pub use lr_schedule::LrSchedule;
 pub use metrics::MetricsLog;
 pub use progress::{Progress, Throughput};

@@ -7,6 +7,7 @@
 //! and keeps plain text plain.
 
 mod convert;
+mod graded;
 mod kinds;
 mod table;
 
@@ -24,6 +25,7 @@ pub use convert::{
     Likert, Pairing, likert_to_pair, pair_to_unpaired, ranked_to_pairs, rated_to_ranked,
     rated_to_unpaired, unpaired_to_pairs,
 };
+pub use graded::{Grade, GradedStepsRecord, JudgedPairRecord};
 pub use kinds::{Annotated, RankedRecord, RatedRecord, Source, StepwiseRecord, UnpairedRecord};
 pub use table::{SCHEMA_VERSION, batch, schema_of};
 

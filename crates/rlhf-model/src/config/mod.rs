@@ -27,7 +27,7 @@ const MAX_DIM: i64 = 1 << 31;
 pub enum Head {
     /// A language model: logits over the vocabulary.
     CausalLm,
-    /// One number (`AutoModelForSequenceClassification`, `num_labels` 1).
+    /// One number or several (`AutoModelForSequenceClassification`).
     Scalar,
 }
 

@@ -80,9 +80,9 @@ fn plackett_luce() {
 fn difference() {
     let labelled = Tensor::from_slice(&[0.0, 1.5, 3.0]);
     for form in [
-        DifferenceLoss::Squared,
+        DifferenceLoss::Squared {},
         DifferenceLoss::Soft { temperature: 0.7 },
-        DifferenceLoss::Scaled,
+        DifferenceLoss::Scaled {},
     ] {
         check(&X, |x| {
             let (c, r) = halves(x);
@@ -113,10 +113,12 @@ fn regression() {
     let targets = Tensor::from_slice(&[0.0, 1.0, 2.2, 3.0, f64::NAN, -0.1]).view([3, 2]);
     let present = Tensor::from_slice(&[true, true, true, true, false, true]).view([3, 2]);
     let weights = Tensor::from_slice(&[0.5, 2.0]);
+    let rows = Tensor::from_slice(&[1.0, 0.25, 3.0]);
     for huber in [None, Some(0.4)] {
         let settings = Regression {
             present: Some(&present),
             attribute_weights: Some(&weights),
+            weights: Some(&rows),
             huber,
         };
         check(&X, |x| {

@@ -17,6 +17,8 @@ mod golden_io;
 mod gradcheck;
 #[cfg(all(feature = "judge", feature = "train"))]
 mod judge;
+mod models;
 mod props;
+mod training;
 #[cfg(feature = "verify")]
 mod verify;

@@ -98,7 +98,7 @@ proptest! {
             let three = Tensor::stack(&[&a, &b, &(&a * &b)], 1);
             let normal = |mean, log_variance| Normal { mean, log_variance };
             [
-                difference::loss(&a, &b, &w, DifferenceLoss::Squared, Some(&w)).unwrap(),
+                difference::loss(&a, &b, &w, DifferenceLoss::Squared {}, Some(&w)).unwrap(),
                 ordinal::loss(&(&a - &b), &labels, &theta, Some(&w)).unwrap(),
                 process::loss(&three, &labels, Some(&w)).unwrap(),
                 regression::loss(&x, &Tensor::stack(&[&w, &w], 1), &Regression::default()).unwrap(),
