@@ -123,30 +123,35 @@ pub(super) struct Each {
     slots: Vec<Slot>,
 }
 
+/// What a rule remembers of a parameter before the first step.
+fn beginning(rule: &Rule, name: &str, parameter: &Tensor) -> Vec<(&'static str, Tensor)> {
+    let mut state = match rule {
+        Rule::AmsGrad(_) => {
+            let mut all = moments(parameter);
+            all.push(("max_exp_avg_sq", zeros(parameter)));
+            all
+        }
+        Rule::AdamW8bit(_) => adamw8::state(parameter),
+        Rule::Adafactor(_) => adafactor::state(parameter),
+        Rule::RmsProp(c) => rmsprop::state(parameter, c),
+        Rule::Muon(_) => muon::state(name, parameter),
+    };
+    state.push((
+        "step",
+        Tensor::zeros([1], (Kind::Float, parameter.device())),
+    ));
+    state
+}
+
 impl Each {
     pub(super) fn new(parameters: Vec<(String, Tensor)>, rule: Rule) -> Self {
         let slots = parameters
             .into_iter()
             .filter(|(_, p)| p.requires_grad())
-            .map(|(name, parameter)| {
-                let mut state = match &rule {
-                    Rule::AmsGrad(_) => {
-                        let mut all = moments(&parameter);
-                        all.push(("max_exp_avg_sq", zeros(&parameter)));
-                        all
-                    }
-                    Rule::AdamW8bit(_) => adamw8::state(&parameter),
-                    Rule::Adafactor(_) => adafactor::state(&parameter),
-                    Rule::RmsProp(c) => rmsprop::state(&parameter, c),
-                    Rule::Muon(_) => muon::state(&name, &parameter),
-                };
-                let steps = Tensor::zeros([1], (Kind::Float, parameter.device()));
-                state.push(("step", steps));
-                Slot {
-                    name,
-                    parameter,
-                    state,
-                }
+            .map(|(name, parameter)| Slot {
+                state: beginning(&rule, &name, &parameter),
+                name,
+                parameter,
             })
             .collect();
         Self { rule, slots }
@@ -154,6 +159,12 @@ impl Each {
 
     pub(super) fn parameters(&self) -> impl Iterator<Item = (&str, &Tensor)> {
         self.slots.iter().map(|s| (s.name.as_str(), &s.parameter))
+    }
+
+    pub(super) fn forget_moments(&mut self) {
+        for slot in &mut self.slots {
+            slot.state = beginning(&self.rule, &slot.name, &slot.parameter);
+        }
     }
 
     pub(super) fn step(&mut self, lr: f64) -> Result<()> {

@@ -110,6 +110,20 @@ impl Optimizer {
         }
     }
 
+    /// Begins the state anew, as before the first step.
+    ///
+    /// # Errors
+    /// When libtorch fails.
+    pub fn forget_moments(&mut self) -> Result<()> {
+        match &mut self.0 {
+            Inner::AdamW(o) => o.forget_moments(),
+            Inner::Each(o) => {
+                o.forget_moments();
+                Ok(())
+            }
+        }
+    }
+
     /// Forgets all gradients.
     pub fn zero_grad(&mut self) {
         for (_, p) in self.parameters() {

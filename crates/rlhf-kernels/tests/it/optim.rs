@@ -148,6 +148,20 @@ fn state_goes_out_and_in() {
     }
 }
 
+/// What is forgotten is as before the first step.
+#[test]
+fn a_state_forgotten_is_one_that_never_was() {
+    for config in every() {
+        let task = Task::new(Kind::Float);
+        let new = Optimizer::new(task.clone_parameters(), config).state();
+        let mut used = Optimizer::new(task.clone_parameters(), config);
+        task.step(&mut used, 0.01);
+        assert!(used.state().iter().zip(&new).any(|(a, b)| a.1 != b.1));
+        used.forget_moments().unwrap();
+        assert_eq!(used.state(), new, "{config:?}");
+    }
+}
+
 /// The variant is [`AdamW`]: the same steps and the same names.
 #[test]
 fn the_variant_is_adamw() {
