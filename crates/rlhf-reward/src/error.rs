@@ -84,6 +84,7 @@ impl Error {
     #[must_use]
     pub fn is_input(&self) -> bool {
         match self {
+            Self::Row { .. } | Self::File { .. } => true,
             #[cfg(feature = "verify")]
             Self::Verifier { .. } => true,
             #[cfg(feature = "judge")]
@@ -99,21 +100,6 @@ impl Error {
 
 /// The crate's result.
 pub type Result<T> = std::result::Result<T, Error>;
-
-impl Error {
-    /// Whether what was given is at fault, not the program or the machine.
-    #[must_use]
-    pub fn is_input(&self) -> bool {
-        match self {
-            Self::Row { .. } | Self::File { .. } => true,
-            #[cfg(feature = "train")]
-            Self::Data(e) => e.is_input(),
-            #[cfg(feature = "train")]
-            Self::Model(e) => e.is_input(),
-            _ => false,
-        }
-    }
-}
 
 pub(crate) fn ensure(ok: bool, op: &'static str, what: impl FnOnce() -> String) -> Result<()> {
     if ok {
