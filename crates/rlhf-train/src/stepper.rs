@@ -299,6 +299,8 @@ impl Stepper {
 
 #[cfg(test)]
 mod tests {
+    use rlhf_kernels::optim::AdamWConfig;
+
     use super::*;
     use tch::Device;
 

@@ -717,8 +717,12 @@ impl Source {
                 }
             }
             StageKind::Control(s) => {
-                optim(&s.optim, &s.memory);
-                s.predictor.iter().for_each(|p| optim(&p.optim));
+                let all = || std::iter::once(&s.optim).chain(s.predictor.iter().map(|p| &p.optim));
+                all().for_each(|o| optim(o, &Memory::default()));
+                need(
+                    all().all(|o| o.state == MomentKind::F32),
+                    "optim.state = \"int8\" is for language models: leave it out",
+                );
                 let problem = s.problem();
                 need(problem.is_none(), &problem.unwrap_or_default());
             }
