@@ -21,10 +21,10 @@ use rlhf_model::{
 use tch::{Device, Kind};
 
 use crate::inputs::plain_text;
-use crate::{ffi, logprobs, run, server};
+use crate::{ffi, logprobs, reward_eval, run, server};
 use rlhf::args::{
-    ChatArgs, Cli, Command, DeviceArg, GenerateArgs, ImportGgufArgs, LogprobsArgs, SamplingArgs,
-    WeightsArg,
+    ChatArgs, Cli, Command, DeviceArg, EvalCommand, GenerateArgs, ImportGgufArgs, LogprobsArgs,
+    SamplingArgs, WeightsArg,
 };
 use rlhf::exit;
 use rlhf::usage;
@@ -39,6 +39,7 @@ pub fn main() -> ExitCode {
         Command::Logprobs(a) => logprobs_command(&a),
         Command::Chat(a) => chat(&a),
         Command::ImportGguf(a) => import_gguf(&a),
+        Command::Eval(EvalCommand::Reward(a)) => reward_eval::command(&a),
         Command::Recipes(_) | Command::Data(_) | Command::Report(_) => Err(usage(
             "this command belongs to `rlhf`",
             "rlhf-engine",

@@ -14,11 +14,14 @@ use rlhf_data::conversation::Text;
 use rlhf_data::group::PromptGroup;
 use rlhf_data::import::{self, Format, Manifest};
 use rlhf_data::record::{
-    Fault, PreferenceRecord, PromptRecord, RankedRecord, Record, SftRecord, UnpairedRecord,
+    Annotated, Fault, JudgedPairRecord, PreferenceRecord, PromptRecord, RankedRecord, Record,
+    SftRecord, UnpairedRecord,
 };
 use rlhf_data::source;
 use rlhf_data::tokenize::{ChatTokenizer, Limits, Outcome, TokenizeReport, Turns};
 use rlhf_policy::rollout::Prompt;
+use rlhf_reward::labels::{self, Labelled, Rows};
+use rlhf_reward::objective::Objective;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -59,6 +62,7 @@ pub(crate) struct Inputs {
     preference: Shelf<PromptGroup>,
     unpaired: Shelf<(PromptGroup, bool)>,
     ranked: Shelf<PromptGroup>,
+    labelled: Shelf<Labelled>,
     prompts: Shelf<Prompt>,
 }
 
@@ -78,6 +82,7 @@ impl Inputs {
             preference: Shelf::default(),
             unpaired: Shelf::default(),
             ranked: Shelf::default(),
+            labelled: Shelf::default(),
             prompts: Shelf::default(),
         }
     }
@@ -221,6 +226,76 @@ impl Inputs {
         )
     }
 
+    /// Labelled rows that fit an objective.
+    pub(crate) fn labelled(
+        &self,
+        data: &Data,
+        rows: Rows,
+        objective: &Objective,
+    ) -> anyhow::Result<Rc<Table<Labelled>>> {
+        let separator = match objective {
+            Objective::Process { separator, .. } => separator.as_str(),
+            _ => "",
+        };
+        let table = self.labelled_as(data, rows, separator)?;
+        let place = || self.path(data).display().to_string();
+        objective.check_rows(&table.rows).with_context(place)?;
+        Ok(table)
+    }
+
+    /// The pairs that a mix of attributes is learned from.
+    pub(crate) fn mix_pairs(&self, data: &Data) -> anyhow::Result<Rc<Table<Labelled>>> {
+        self.labelled_as(data, Rows::Preference, "")
+    }
+
+    fn labelled_as(
+        &self,
+        data: &Data,
+        rows: Rows,
+        separator: &str,
+    ) -> anyhow::Result<Rc<Table<Labelled>>> {
+        self.cached(
+            &self.labelled,
+            (data, (rows, separator)),
+            |path, limits| {
+                let t = self.tokenizer()?;
+                let n = data.limit;
+                let ((rows, report), read) = match rows {
+                    Rows::Preference => {
+                        let records: Records<Annotated<JudgedPairRecord>> = match format(data)? {
+                            Some(format) => Box::new(
+                                import::preferences(path, format)?
+                                    .map(|r| r.map(|r| Annotated::from(JudgedPairRecord::from(r)))),
+                            ),
+                            None => records(path, data)?,
+                        };
+                        let records = collect(records, n)?;
+                        (labels::pairs(t, &records, limits)?, records.len())
+                    }
+                    Rows::Ranked => {
+                        let records = collect(records(path, data)?, n)?;
+                        (labels::rankings(t, &records, limits)?, records.len())
+                    }
+                    Rows::Rated => {
+                        let records = collect(records(path, data)?, n)?;
+                        (labels::ratings(t, &records, limits)?, records.len())
+                    }
+                    Rows::Unpaired => {
+                        let records = collect(records(path, data)?, n)?;
+                        (labels::outcomes(t, &records, limits)?, records.len())
+                    }
+                    Rows::Stepwise => {
+                        let records = collect(records(path, data)?, n)?;
+                        let rows = labels::steps(t, &records, separator, limits)?;
+                        (rows, records.len())
+                    }
+                };
+                Ok(Read::new(rows, report, read))
+            },
+            |r| r.group.num_tokens(),
+        )
+    }
+
     /// Prompts.
     pub(crate) fn prompts(&self, data: &Data) -> anyhow::Result<Rc<Table<Prompt>>> {
         let tokenizer = self.tokenizer()?;
@@ -277,11 +352,11 @@ impl Inputs {
     fn cached<T>(
         &self,
         shelf: &Shelf<T>,
-        (data, turns): (&Data, Turns),
+        (data, how): (&Data, impl Serialize),
         read: impl FnOnce(&Path, &Limits) -> anyhow::Result<Read<T>>,
         tokens: fn(&T) -> usize,
     ) -> anyhow::Result<Rc<Table<T>>> {
-        let key = serde_json::to_string(&(data, turns))?;
+        let key = serde_json::to_string(&(data, how))?;
         if let Some(table) = shelf.borrow().get(&key) {
             return Ok(table.clone());
         }
@@ -362,8 +437,11 @@ impl Inputs {
         all.extend(self.preference.borrow().values().map(|t| t.facts.clone()));
         all.extend(self.unpaired.borrow().values().map(|t| t.facts.clone()));
         all.extend(self.ranked.borrow().values().map(|t| t.facts.clone()));
+        all.extend(self.labelled.borrow().values().map(|t| t.facts.clone()));
         all.extend(self.prompts.borrow().values().map(|t| t.facts.clone()));
         all.sort_by(|a, b| (&a.path, a.rows).cmp(&(&b.path, b.rows)));
+        // A file that is read for its pairs and for its labels is one file.
+        all.dedup_by(|a, b| (&a.path, a.rows, a.tokens) == (&b.path, b.rows, b.tokens));
         all
     }
 
@@ -378,6 +456,9 @@ impl Inputs {
         }
         for table in self.unpaired.borrow().values().filter(|t| used(&t.facts)) {
             seen.extend(table.rows.iter().map(|(g, _)| g.prompt.clone()));
+        }
+        for table in self.labelled.borrow().values().filter(|t| used(&t.facts)) {
+            seen.extend(table.rows.iter().map(|r| r.group.prompt.clone()));
         }
         for table in self.prompts.borrow().values().filter(|t| used(&t.facts)) {
             seen.extend(table.rows.iter().map(|p| p.ids.clone()));

@@ -12,6 +12,7 @@ mod logprobs;
 pub mod memory;
 mod plan;
 pub mod recipe;
+mod reward_eval;
 mod run;
 mod server;
 mod stage;

@@ -197,8 +197,11 @@ fn read_all(recipe: &Recipe, inputs: &Inputs) -> anyhow::Result<()> {
                     s.test.as_ref().map_or(Ok(()), |t| sft(t, s.turns))
                 }
                 StageKind::Reward(s) => {
-                    pairs(&s.data)?;
-                    pairs(&s.test)
+                    for data in [&s.data, &s.test].into_iter().filter(there) {
+                        inputs.labelled(data, s.rows(), &s.loss)?;
+                    }
+                    let mix = s.mix_data.as_ref().filter(there);
+                    mix.map_or(Ok(()), |d| inputs.mix_pairs(d).map(drop))
                 }
                 StageKind::Dpo(s) => {
                     for data in std::iter::once(&s.data).chain(&s.test).filter(there) {
@@ -289,7 +292,12 @@ impl Plan {
 fn steps(kind: &StageKind) -> String {
     match kind {
         StageKind::Sft(s) => format!("{} steps of {} rows", s.steps, s.batch_size),
-        StageKind::Reward(s) => format!("{} steps of {} pairs", s.steps, s.batch_size),
+        StageKind::Reward(s) => format!(
+            "{} steps of {} {} rows",
+            s.steps,
+            s.batch_size,
+            s.rows().name()
+        ),
         StageKind::Dpo(s) => format!("{} steps of {} pairs", s.steps, s.batch_size),
         StageKind::Unpaired(s) => format!("{} steps of {} rows", s.steps, s.batch_size),
         StageKind::Ranked(s) => format!("{} steps of {} rankings", s.steps, s.batch_size),

@@ -28,7 +28,7 @@ use rlhf_policy::kl::{KlEstimator, KlPenalty, KlPlacement};
 use rlhf_policy::loss::{Clip, PolicyInputs, PolicyLoss, RatioLevel, Reduction};
 use rlhf_policy::reference::ReferencePolicy;
 use rlhf_policy::rollout::{Prompt, RolloutConfig};
-use rlhf_reward::source::{Judged, RewardMix, RewardSource};
+use rlhf_reward::source::{Judged, Part, RewardMix, RewardSource};
 use rlhf_train::lr_schedule::LrSchedule;
 use rlhf_train::{Session, SessionConfig, Stepper, StepperConfig, StopFlag};
 use tch::{Device, Kind, Tensor};
@@ -132,7 +132,7 @@ fn steps(args: &Args) {
     let policy = model();
     let before = memory("VmRSS");
     let mut rewards = RewardMix::new(0.0);
-    rewards.push(1.0, Box::new(Distinct));
+    rewards.push(Part::new(1.0, Box::new(Distinct))).unwrap();
     let ahead = args.number("--ahead", 0) as u64;
     let cfg = GrpoConfig {
         rollouts: RolloutConfig {

@@ -10,9 +10,10 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::Scope;
 use std::time::Instant;
 
-use rlhf_data::group::{Completion, Finish};
+use rlhf_data::group::{Completion, Finish, PromptGroup};
 use rlhf_data::order::endless;
 use rlhf_model::{CausalLm as _, Transformer};
+use rlhf_reward::source::{MixState, RewardMix};
 use rlhf_train::Session;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -155,6 +156,9 @@ pub(crate) struct Place {
     next: u64,
     /// Drawn, not learned from yet.
     ahead: Vec<Parked>,
+    /// What the rewards are normalised by.
+    #[serde(default)]
+    rewards: MixState,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -220,6 +224,7 @@ impl<'a> Source<'a> {
     /// Goes on where `place` says.
     pub(crate) fn restore(&mut self, place: Place) -> Result<()> {
         self.next = place.next;
+        self.players.rewards.restore(place.rewards);
         let tokenizer = self.players.tokenizer;
         let read = |kept: Vec<Kept>| -> Result<Vec<Rollout>> {
             kept.into_iter().map(|k| k.rollout(tokenizer)).collect()
@@ -251,6 +256,7 @@ impl<'a> Source<'a> {
         Ok(Place {
             next: self.next,
             ahead: ahead.collect(),
+            rewards: self.players.rewards.state(),
         })
     }
 
@@ -409,6 +415,22 @@ impl<'a> Source<'a> {
 }
 
 impl Harvest {
+    /// Takes from each completion's reward what its distance Σ log(π/π₀) costs beyond the budget of `rewards`, and
+    /// gives the mean of that; nothing without a budget.
+    pub(crate) fn charge_kl(&mut self, rewards: &RewardMix, kl: &[f64]) -> Option<f64> {
+        let charges = rewards.kl_charges(kl)?;
+        let all = self.scored.iter_mut().flat_map(|s| &mut s.rewards);
+        for (reward, charge) in all.zip(&charges) {
+            *reward -= charge;
+        }
+        Some(charges.iter().sum::<f64>() / charges.len().max(1) as f64)
+    }
+
+    /// The groups of all prompts.
+    pub(crate) fn groups(&self) -> Vec<&PromptGroup> {
+        self.scored.iter().map(|s| &s.rollout.group).collect()
+    }
+
     /// With the groups of a further round; `completions` are those of both.
     fn with(mut self, other: Self, completions: (usize, usize)) -> Self {
         let total = (completions.0 + completions.1).max(1) as f64;

@@ -20,8 +20,8 @@ use crate::collect::{Harvest, Place, Rules, Samples, Source};
 use crate::error::{Error, Result};
 use crate::kl::{KlController, KlPenalty, KlPlacement};
 use crate::learner::{
-    Micro, PerToken, StepLog, gather, logprobs_of, mean_k3, mean_kl, micro_batches, mismatch,
-    on_host, penalties, sampler_logprobs, scatter, silence_cut, step_rewards, told,
+    Micro, PerToken, StepLog, each_kl, gather, logprobs_of, mean_k3, mean_kl, micro_batches,
+    mismatch, on_host, penalties, sampler_logprobs, scatter, silence_cut, step_rewards, told,
 };
 use crate::loss::mismatch::Correction;
 use crate::loss::{KlTerm, PolicyInputs, PolicyLoss, PolicyStats};
@@ -193,7 +193,7 @@ fn run(
         if cfg.rules.filter_cut {
             silence_cut(&mut harvest.scored);
         }
-        let groups: Vec<&PromptGroup> = harvest.scored.iter().map(|s| &s.rollout.group).collect();
+        let groups = harvest.groups();
         let sampler = sampler_logprobs(&groups);
         let base = players
             .reference
@@ -208,6 +208,11 @@ fn run(
                 ("kl_coef", state.kl.coef()),
             ]);
         }
+        if let Some(base) = &base {
+            let charged = harvest.charge_kl(players.rewards, &each_kl(&sampler, base));
+            log.add(charged.map(|x| ("reward_kl_penalty", x)).as_slice());
+        }
+        let groups = harvest.groups();
         if cfg
             .max_kl
             .is_some_and(|most| kl.is_some_and(|kl| kl > most))

@@ -159,6 +159,15 @@ pub(crate) fn silence_cut(scored: &mut [ScoredRollout]) {
     }
 }
 
+/// Σ (log π − log π₀) of each completion.
+pub(crate) fn each_kl(policy: &PerToken, reference: &PerToken) -> Vec<f64> {
+    policy
+        .iter()
+        .zip(reference)
+        .map(|(p, q)| p.iter().sum::<f64>() - q.iter().sum::<f64>())
+        .collect()
+}
+
 /// Mean over completions of Σ (log π − log π₀): the KL in nats a completion, estimated by k1.
 pub(crate) fn mean_kl(policy: &PerToken, reference: &PerToken) -> f64 {
     let sum: f64 = policy.iter().flatten().sum::<f64>() - reference.iter().flatten().sum::<f64>();

@@ -21,8 +21,8 @@ use crate::error::Result;
 use crate::grpo::Players;
 use crate::kl::{KlController, KlEstimator};
 use crate::learner::{
-    PerToken, StepLog, gather, logprobs_of, mean_k3, mean_kl, micro_batches, mismatch, on_host,
-    sampler_logprobs, scatter, silence_cut, step_rewards, told,
+    PerToken, StepLog, each_kl, gather, logprobs_of, mean_k3, mean_kl, micro_batches, mismatch,
+    on_host, sampler_logprobs, scatter, silence_cut, step_rewards, told,
 };
 use crate::loss::ppo::{PpoLoss, ScorePlace, ValueInputs, ValueStats, token_rewards, value_loss};
 use crate::loss::{PolicyInputs, PolicyStats, RatioLevel, Reduction, clipped};
@@ -175,7 +175,7 @@ fn run(
         if cfg.rules.filter_cut {
             silence_cut(&mut harvest.scored);
         }
-        let groups: Vec<&PromptGroup> = harvest.scored.iter().map(|s| &s.rollout.group).collect();
+        let groups = harvest.groups();
         let sampler = sampler_logprobs(&groups);
         let base = players
             .reference
@@ -187,6 +187,11 @@ fn run(
             let k3 = mean_k3(&sampler, base);
             log.add(&[("kl", kl), ("kl_k3", k3), ("kl_coef", state.kl.coef())]);
         }
+        if let Some(base) = &base {
+            let charged = harvest.charge_kl(players.rewards, &each_kl(&sampler, base));
+            log.add(charged.map(|x| ("reward_kl_penalty", x)).as_slice());
+        }
+        let groups = harvest.groups();
         if cfg
             .max_kl
             .is_some_and(|most| kl.is_some_and(|kl| kl > most))

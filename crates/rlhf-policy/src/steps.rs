@@ -81,8 +81,8 @@ mod tests {
     use std::path::Path;
 
     use rlhf_data::group::{Completion, Finish};
-    use rlhf_model::{Config, Transformer};
-    use rlhf_reward::source::model_scores;
+    use rlhf_data::pack::PackedBatch;
+    use rlhf_model::{Config, DeviceBatch, Transformer};
 
     use super::*;
 
@@ -137,7 +137,9 @@ mod tests {
             assert!(places.contains(&(n - 1)));
             for (t, reward) in got {
                 let alone = group(vec![whole(&ids[..=*t])]);
-                let score = model_scores(&model, &[&alone], 20).unwrap()[0];
+                let packed = PackedBatch::pack(&[alone]).unwrap();
+                let batch = DeviceBatch::new(&packed, Device::Cpu).unwrap();
+                let score = model.scores(&batch).unwrap().double_value(&[0]);
                 assert!((reward - 2.0 * score).abs() < 1e-9);
             }
         }

@@ -11,11 +11,11 @@ use rlhf_data::group::{Completion, Finish, PromptGroup};
 use rlhf_data::seed::{Purpose, Stream};
 use rlhf_kernels::optim::AdamWConfig;
 use rlhf_model::{Config, ScalarModel, Transformer};
-use rlhf_reward::fit::{Bootstrap, RewardConfig, train};
 use rlhf_reward::labels::{Label, Labelled};
 use rlhf_reward::model::{Readout, RewardModel, Spec};
 use rlhf_reward::objective::Objective;
 use rlhf_reward::pairs::Ties;
+use rlhf_reward::train::{Bootstrap, RewardConfig, train};
 use rlhf_train::{
     LrSchedule, Session, SessionConfig, Stepper, StepperConfig, StopFlag, peak_memory,
 };

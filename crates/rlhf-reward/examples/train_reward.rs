@@ -13,11 +13,11 @@ use rlhf_data::source::{self, JsonlOut};
 use rlhf_data::tokenize::{ChatTokenizer, Limits};
 use rlhf_kernels::optim::AdamWConfig;
 use rlhf_model::{LoadOptions, ScalarModel, Transformer, copy_tokenizer};
-use rlhf_reward::fit::{Bootstrap, RewardConfig, pair_scores, train};
 use rlhf_reward::labels::{self, Labelled};
 use rlhf_reward::model::{Readout, RewardModel, Spec};
 use rlhf_reward::objective::Objective;
 use rlhf_reward::pairs::Ties;
+use rlhf_reward::train::{Bootstrap, RewardConfig, pair_scores, train};
 use rlhf_train::{LrSchedule, Session, SessionConfig, Stepper, StepperConfig, StopFlag};
 
 fn read(

@@ -17,7 +17,7 @@
 //! `verify` has rules that look at completions, `judge` models that do; both are sources of rewards.
 //!
 //! With the feature `train` (on by default) also models ([`model`]), their training for any kind of label
-//! ([`objective`], [`labels`], [`fit`]) and sources of rewards ([`source`]).
+//! ([`objective`], [`labels`], [`train`](mod@train)) and sources of rewards ([`source`]).
 //!
 //! ```
 //! use rlhf_reward::bradley_terry::{self, BradleyTerry};
@@ -38,8 +38,6 @@ pub mod difference;
 pub mod distributional;
 mod error;
 pub mod eval;
-#[cfg(feature = "train")]
-pub mod fit;
 #[cfg(feature = "judge")]
 pub mod judge;
 #[cfg(feature = "train")]

@@ -33,6 +33,9 @@ pub enum Command {
     /// Import, check, describe or render data
     #[command(subcommand)]
     Data(DataCommand),
+    /// Measure how far a reward model can be trusted
+    #[command(subcommand)]
+    Eval(EvalCommand),
     /// Build a run's report again
     Report(ReportArgs),
     /// Talk to a model
@@ -336,6 +339,51 @@ pub enum DataCommand {
         #[arg(long)]
         json: bool,
     },
+}
+
+/// `rlhf eval`
+#[derive(Debug, Subcommand)]
+pub enum EvalCommand {
+    /// A reward model on held-out pairs: accuracy by category, calibration, length, best of n
+    Reward(EvalRewardArgs),
+}
+
+/// `rlhf eval reward`
+#[derive(Debug, Args)]
+pub struct EvalRewardArgs {
+    /// The reward model's folder
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Pairs: `prompt`, `chosen`, `rejected`, perhaps `subset` (RewardBench) or `category`
+    #[arg(long, value_name = "FILE")]
+    pub pairs: PathBuf,
+    /// Completions with gold scores for best of n: `prompt`, `completions`, `scores`
+    #[arg(long, value_name = "FILE")]
+    pub best_of: Option<PathBuf>,
+    /// A folder for reward_eval.json and reward_eval.html
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Take plain text as it is, also where the tokenizer has a chat template
+    #[arg(long)]
+    pub plain: bool,
+    /// Longest prompt in tokens; pairs with longer ones are left out and counted
+    #[arg(long, default_value_t = 1024)]
+    pub max_prompt: usize,
+    /// Longest completion in tokens; longer ones lose their end
+    #[arg(long, default_value_t = 1024)]
+    pub max_completion: usize,
+    /// Use only the first so many pairs
+    #[arg(long)]
+    pub limit: Option<usize>,
+    /// Packed tokens computed at once
+    #[arg(long, default_value_t = 8192)]
+    pub micro_tokens: usize,
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t = DeviceArg::Cpu)]
+    pub device: DeviceArg,
+    /// Print the result as JSON on stdout
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `rlhf report`

@@ -4,6 +4,7 @@
 //! is here: arguments, recipes' texts, the formats of results, the [`report`], messages and exit codes.
 
 pub mod args;
+pub mod calibration;
 mod data;
 pub mod exit;
 pub mod files;
@@ -11,6 +12,7 @@ pub mod front;
 pub mod interval;
 pub mod report;
 pub mod results;
+pub mod reward_results;
 pub mod shipped;
 mod show;
 pub mod terminal;

@@ -44,6 +44,14 @@ pub const SHIPPED: &[Shipped] = &[
         text: include_str!("../recipes/smollm2-persona.toml"),
     },
     Shipped {
+        name: "reward-stories",
+        text: include_str!("../recipes/reward-stories.toml"),
+    },
+    Shipped {
+        name: "reward-smollm2",
+        text: include_str!("../recipes/reward-smollm2.toml"),
+    },
+    Shipped {
         name: "smollm2-losses",
         text: include_str!("../recipes/smollm2-losses.toml"),
     },

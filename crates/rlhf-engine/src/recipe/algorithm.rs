@@ -7,7 +7,7 @@ use rlhf_policy::kl::KlPlacement;
 use rlhf_policy::loss::{PolicyLoss, Reduction};
 use rlhf_policy::reference::ReferencePolicy;
 
-use super::{Grpo, Ppo, Rollouts, SHARED};
+use super::{Grpo, Ppo, RewardPart, Rollouts, SHARED};
 use crate::memory::{Memory, WeightsKind};
 
 impl Rollouts {
@@ -118,6 +118,7 @@ pub(super) fn grpo(s: &Grpo, need: &mut dyn FnMut(bool, &str)) {
         "advantage `mean_normalized` is for rewards that are not negative, kl in the reward makes them so; put it in the loss",
     );
     reference(s.reference, s.kl.coef, s.max_kl, &s.memory, need);
+    charged(s.reference, &s.rollouts, need);
 }
 
 pub(super) fn ppo(s: &Ppo, need: &mut dyn FnMut(bool, &str)) {
@@ -155,6 +156,7 @@ pub(super) fn ppo(s: &Ppo, need: &mut dyn FnMut(bool, &str)) {
         "rollouts.dynamic looks for groups whose rewards differ: group_size must be at least 2",
     );
     reference(s.reference, s.kl.coef(), s.max_kl, &s.memory, need);
+    charged(s.reference, &s.rollouts, need);
 }
 
 /// Online direct alignment draws and scores, and knows nothing of what else rollouts can have.
@@ -163,6 +165,8 @@ pub(super) fn online(r: &Rollouts, need: &mut dyn FnMut(bool, &str)) {
         !r.reward.is_empty(),
         "rollouts.reward must have at least one part",
     );
+    let unkept = r.reward.iter().find_map(RewardPart::unkept);
+    need(unkept.is_none(), &unkept.unwrap_or_default());
     let others = r.dynamic.is_some()
         || r.overlong.is_some()
         || r.filter_cut
@@ -170,10 +174,18 @@ pub(super) fn online(r: &Rollouts, need: &mut dyn FnMut(bool, &str)) {
         || r.record
         || r.replay.is_some()
         || r.samples.is_some()
-        || r.process.is_some();
+        || r.process.is_some()
+        || r.shaping.kl_budget.is_some();
     need(
         !others,
-        "rollouts: dynamic, overlong, filter_cut, ahead, record, replay, samples and process are for stages of kind grpo, ppo and opd",
+        "rollouts: dynamic, overlong, filter_cut, ahead, record, replay, samples, process and shaping.kl_budget are for stages of kind grpo, ppo and opd",
+    );
+}
+
+fn charged(policy: ReferencePolicy, r: &Rollouts, need: &mut dyn FnMut(bool, &str)) {
+    need(
+        r.shaping.kl_budget.is_none() || !matches!(policy, ReferencePolicy::None {}),
+        "reference `none` measures no KL; leave rollouts.shaping.kl_budget out",
     );
 }
 

@@ -24,8 +24,8 @@ pub use align::{Align, OnlineDpo, Ranked, Replay, Unpaired};
 pub use control::{Control, Predictor};
 pub use judges::{JudgePart, Style};
 pub use stages::{
-    Critique, Data, Dpo, Eval, Grpo, MomentKind, Opd, Optim, Ppo, Process, Ptx, Rejection, Reward,
-    RewardPart, Rollouts, Sampling, SelfInstruct, Server, Sft, Writer,
+    Critique, Data, Dpo, Eval, Grpo, Members, MomentKind, Opd, Optim, Ppo, Process, Ptx, Rejection,
+    Reward, RewardPart, Rollouts, Sampling, SelfInstruct, Server, Sft, Share, Writer,
 };
 
 /// A whole recipe.
@@ -119,7 +119,7 @@ pub struct Stage {
 pub enum StageKind {
     /// Supervised fine-tuning.
     Sft(Sft),
-    /// A Bradley–Terry reward model.
+    /// A reward model.
     Reward(Reward),
     /// Direct preference optimisation.
     Dpo(Dpo),
@@ -634,6 +634,8 @@ impl Source {
                     s.batch_size > 0 && s.steps > 0,
                     "steps and batch_size must be above 0",
                 );
+                let problem = s.problem();
+                need(problem.is_none(), &problem.unwrap_or_default());
             }
             StageKind::Dpo(s) => {
                 optim(&s.optim, &s.memory);
@@ -738,6 +740,8 @@ impl Source {
                 need(!s.reward.is_empty(), "reward must have at least one part");
                 let problem = s.reward.iter().find_map(RewardPart::problem);
                 need(problem.is_none(), &problem.unwrap_or_default());
+                let unkept = s.reward.iter().find_map(RewardPart::unkept);
+                need(unkept.is_none(), &unkept.unwrap_or_default());
                 let (keep, most) = match s.select {
                     Selection::TopPerPrompt { keep } => (keep, s.samples),
                     Selection::TopOverall { keep } => (keep, usize::MAX),

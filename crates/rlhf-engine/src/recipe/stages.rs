@@ -15,7 +15,11 @@ use rlhf_policy::loss::{PolicyLoss, SftLoss};
 use rlhf_policy::opd::Objective;
 use rlhf_policy::reference::ReferencePolicy;
 use rlhf_policy::rejection::{Match, Selection};
-use rlhf_reward::source::Rule;
+use rlhf_reward::labels::Rows;
+use rlhf_reward::model::Combine;
+use rlhf_reward::objective::{Mix, Objective as RewardObjective};
+use rlhf_reward::source::{Gate, Normalize, Rule, Shaping};
+use rlhf_reward::train::Bootstrap;
 use rlhf_reward::verify::{Check, Pool, PoolConfig};
 use rlhf_train::lr_schedule::LrSchedule;
 use serde::{Deserialize, Serialize};
@@ -150,29 +154,115 @@ pub struct Sft {
     pub memory: Memory,
 }
 
-/// A Bradley–Terry reward model.
+/// A reward model.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Reward {
     /// `init` or an earlier stage: the trunk.
     pub model: String,
-    /// Preference pairs.
+    /// Labelled rows.
     pub data: Data,
-    /// Held-out pairs for its accuracy.
+    /// Held-out rows, looked at after training, and after every `test_every` steps.
     pub test: Data,
+    /// Look at the held-out rows after every so many steps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub test_every: Option<u64>,
+    /// What is learned, by its name in docs/losses.md: `{ kind = "bradley_terry", centering = 0.01 }`.
+    pub loss: RewardObjective,
+    /// The kind of rows, where the loss takes several; its usual one by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows: Option<Rows>,
+    /// Preference pairs from which a mix of attributes is learned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mix_data: Option<Data>,
+    /// Several models as one: `{ count = 4, share = "trunk", combine = { kind = "min" } }`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ensemble: Option<Members>,
     /// Optimiser steps.
     pub steps: u64,
-    /// Pairs a step.
+    /// Rows a step.
     pub batch_size: usize,
     /// Packed tokens a micro-batch.
     pub micro_tokens: usize,
-    /// Weight of (r_c + r_r)², which keeps rewards centred.
-    pub centering: f64,
     /// The optimiser.
     pub optim: Optim,
     /// How memory is saved.
     #[serde(default, skip_serializing_if = "is_default")]
     pub memory: Memory,
+}
+
+impl Reward {
+    /// The kind of rows that are read.
+    #[must_use]
+    pub fn rows(&self) -> Rows {
+        self.rows.unwrap_or(self.loss.rows()[0])
+    }
+
+    /// What is wrong with it, if anything.
+    pub(crate) fn problem(&self) -> Option<String> {
+        if let Err(e) = self.loss.check() {
+            return Some(format!("loss: {e}"));
+        }
+        if let Some(rows) = self.rows.filter(|r| !self.loss.rows().contains(r)) {
+            let names: Vec<&str> = self.loss.rows().iter().map(|r| r.name()).collect();
+            return Some(format!(
+                "rows = \"{}\": the loss learns from {}",
+                rows.name(),
+                names.join(" or ")
+            ));
+        }
+        let learned = matches!(
+            self.loss,
+            RewardObjective::Regression {
+                mix: Mix::Learned { .. },
+                ..
+            }
+        );
+        if learned != self.mix_data.is_some() {
+            return Some("a learned mix of attributes and mix_data go together".into());
+        }
+        let count = self.ensemble.as_ref().map_or(1, |e| e.count);
+        if !(1..=64).contains(&count) {
+            return Some(format!("ensemble.count is {count}, expected 1 to 64"));
+        }
+        None
+    }
+}
+
+/// Several reward models as one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Members {
+    /// How many.
+    pub count: usize,
+    /// What they share: the `trunk`, with a head each, or `nothing`.
+    pub share: Share,
+    /// How they make one score.
+    pub combine: Combine,
+    /// How much rows count for each of them.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub bootstrap: Bootstrap,
+}
+
+impl Default for Members {
+    fn default() -> Self {
+        Self {
+            count: 1,
+            share: Share::Trunk,
+            combine: Combine::Mean,
+            bootstrap: Bootstrap::None,
+        }
+    }
+}
+
+/// What the members of an ensemble share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Share {
+    /// A trunk, with a head each.
+    Trunk,
+    /// Nothing: each is trained by itself.
+    Nothing,
 }
 
 /// Direct preference optimisation.
@@ -290,11 +380,30 @@ pub struct RewardPart {
     /// A judge: `{ url = "http://localhost:8000/v1", model = "…", style = "rubric" }`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub judge: Option<JudgePart>,
-    /// Its weight in the sum.
+    /// Its weight in the sum; 0 for what only opens a gate.
     pub weight: f64,
+    /// Its name in metrics and gates; its model's, rule's, verifier's or judge's by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// How its scores are brought to one unit: `{ kind = "running" }`.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub normalize: Normalize,
+    /// Bounds of its scores, normalised.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clip: Option<[f64; 2]>,
+    /// When it counts, by an earlier part: `{ kind = "times", by = "math" }`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gate: Option<Gate>,
 }
 
 impl RewardPart {
+    /// What makes no sense where what a norm has seen is not kept for a resume.
+    pub(crate) fn unkept(&self) -> Option<String> {
+        matches!(self.normalize, Normalize::Running {}).then(|| {
+            "reward: normalize = { kind = \"running\" } is for stages of kind grpo, ppo and opd, which save it; take `fixed`".into()
+        })
+    }
+
     /// What makes no sense, if anything.
     pub(crate) fn problem(&self) -> Option<String> {
         let given = [
@@ -344,6 +453,10 @@ pub struct Rollouts {
     /// Added to the score of a completion that was cut off before its end-of-sequence token.
     #[serde(default)]
     pub missing_eos_penalty: f64,
+    /// What tokens and distance from the reference cost, and bounds of the sum:
+    /// `{ token_cost = 0.01, kl_budget = { nats = 20.0, cost = 0.1 }, clip = [-5.0, 5.0] }`.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub shaping: Shaping,
     /// Rewards of the steps of a completion, beside those of the whole:
     /// `{ model = "rm", ends = ["\n"], weight = 1.0 }`.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -78,11 +78,12 @@ pub(super) fn run(ctx: &Context<'_>, name: &str, s: &Eval) -> anyhow::Result<End
     win_rates(&s.baseline, &written, &mut found.models);
     if let (Some(name), Some(data)) = (&s.reward_model, &s.pairs) {
         let pairs = ctx.inputs.preference(data)?;
-        let scores = pair_scores(&ctx.scalar(name)?, &pairs.rows, s.micro_tokens)?;
+        let model = ctx.reward_model(name)?;
+        let scores = pair_scores(&model, &pairs.rows, s.micro_tokens)?;
         let right: f64 = scores.iter().map(|(c, r)| prefers(*c, *r)).sum();
         found.reward_model_accuracy = Some(share(right, scores.len()));
         // The norm divides scores; log-odds are in the units of the loss.
-        let std = ctx.scalar(name)?.norm().std;
+        let std = model.unit();
         found.reward_margins = scores.iter().map(|(c, r)| (c - r) * std).collect();
     }
     found.checks = checks(ctx, s, &found);

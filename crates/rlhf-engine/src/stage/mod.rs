@@ -14,6 +14,7 @@ mod policy;
 mod preference;
 mod reference;
 mod rejection;
+mod reward;
 mod synthetic;
 
 use std::collections::BTreeMap;
@@ -24,7 +25,8 @@ use anyhow::Context as _;
 use rlhf_data::tokenize::ChatTokenizer;
 use rlhf_kernels::optim::AdamWConfig;
 use rlhf_model::{LoadOptions, ScalarModel, Transformer, copy_tokenizer};
-use rlhf_reward::source::{ModelSource, RewardMix};
+use rlhf_reward::model::RewardModel;
+use rlhf_reward::source::{ModelSource, Part, RewardMix, RewardSource, Shaping};
 use rlhf_train::{Flow, Session, SessionConfig, Signal, Stepper, StepperConfig, StopFlag};
 use tch::{Device, Kind, Tensor};
 
@@ -108,7 +110,7 @@ impl Context<'_> {
         std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         match &stage.kind {
             StageKind::Sft(s) => preference::sft(self, &stage.name, s),
-            StageKind::Reward(s) => preference::reward(self, &stage.name, s),
+            StageKind::Reward(s) => reward::run(self, &stage.name, s),
             StageKind::Dpo(s) => preference::dpo(self, &stage.name, s),
             StageKind::Unpaired(s) => align::unpaired(self, &stage.name, s),
             StageKind::Ranked(s) => align::ranked(self, &stage.name, s),
@@ -204,19 +206,45 @@ impl Context<'_> {
         )?)
     }
 
-    /// Loads a reward model, or puts a new scalar head on a policy.
+    /// Loads the trunk that a reward stage is to train, with a new head of so many outputs.
+    pub(crate) fn reward_learner(
+        &self,
+        name: &str,
+        memory: &Memory,
+        outputs: usize,
+        seed: u64,
+    ) -> anyhow::Result<ScalarModel> {
+        let policy = self.policy_in(name, memory.weights.kind())?;
+        Ok(memory.scalar(ScalarModel::with_outputs(policy, outputs, seed)?, seed)?)
+    }
+
+    /// Loads the reward model of a stage.
+    pub(crate) fn reward_model(&self, name: &str) -> anyhow::Result<RewardModel> {
+        if self.is_reward(name) {
+            return self.reward_model_in(&self.model_dir(name));
+        }
+        Ok(self.scalar_in(name, Kind::Float)?.into())
+    }
+
+    /// Loads the reward model in a folder.
+    pub(crate) fn reward_model_in(&self, dir: &Path) -> anyhow::Result<RewardModel> {
+        RewardModel::load(dir, &self.load_options(Kind::Float))
+            .with_context(|| format!("loading {}", dir.display()))
+    }
+
+    /// Loads a reward model of one number, or puts a new scalar head on a policy.
     pub(crate) fn scalar(&self, name: &str) -> anyhow::Result<ScalarModel> {
         self.scalar_in(name, Kind::Float)
     }
 
+    fn is_reward(&self, name: &str) -> bool {
+        let stage = self.recipe.stages.iter().find(|s| s.name == name);
+        stage.is_some_and(|s| matches!(s.kind, StageKind::Reward(_)))
+    }
+
     fn scalar_in(&self, name: &str, kind: Kind) -> anyhow::Result<ScalarModel> {
-        let is_reward = self
-            .recipe
-            .stages
-            .iter()
-            .any(|s| s.name == name && matches!(s.kind, StageKind::Reward(_)));
         let dir = self.model_dir(name);
-        if is_reward {
+        if self.is_reward(name) {
             return ScalarModel::load(&dir, &self.load_options(kind))
                 .with_context(|| format!("loading {}", dir.display()));
         }
@@ -231,31 +259,41 @@ impl Context<'_> {
         &self,
         parts: &[RewardPart],
         missing_eos_penalty: f64,
+        shaping: Shaping,
         micro_tokens: usize,
     ) -> anyhow::Result<RewardMix> {
-        let mut mix = RewardMix::new(missing_eos_penalty);
+        let mut mix = RewardMix::new(missing_eos_penalty).shaped(shaping)?;
         for part in parts {
-            if let Some(source) = self.verdict_source(part, micro_tokens)? {
-                mix.push(part.weight, source);
-                continue;
+            let mut described = Part::new(part.weight, self.source(part, micro_tokens)?)
+                .normalized(part.normalize)
+                .clipped(part.clip)
+                .gated(part.gate.clone());
+            if let Some(name) = &part.name {
+                described = described.named(name);
             }
-            match (&part.model, &part.rule) {
-                (Some(name), _) => mix.push(
-                    part.weight,
-                    Box::new(self.reward_source(name, micro_tokens)?),
-                ),
-                (None, Some(rule)) => mix.push(part.weight, Box::new(rule.clone())),
-                (None, None) => {
-                    return Err(usage(
-                        "a reward part without model, rule, verifier or judge",
-                        "the recipe",
-                        "give one",
-                    )
-                    .into());
-                }
-            }
+            mix.push(described)?;
         }
         Ok(mix)
+    }
+
+    fn source(
+        &self,
+        part: &RewardPart,
+        micro_tokens: usize,
+    ) -> anyhow::Result<Box<dyn RewardSource>> {
+        if let Some(source) = self.verdict_source(part, micro_tokens)? {
+            return Ok(source);
+        }
+        match (&part.model, &part.rule) {
+            (Some(name), _) => Ok(Box::new(self.reward_source(name, micro_tokens)?)),
+            (None, Some(rule)) => Ok(Box::new(rule.clone())),
+            (None, None) => Err(usage(
+                "a reward part without model, rule, verifier or judge",
+                "the recipe",
+                "give one",
+            )
+            .into()),
+        }
     }
 
     pub(crate) fn reward_source(
@@ -263,7 +301,8 @@ impl Context<'_> {
         name: &str,
         micro_tokens: usize,
     ) -> anyhow::Result<ModelSource> {
-        Ok(ModelSource::new(name, self.scalar(name)?, micro_tokens))
+        let model = self.reward_model(name)?;
+        Ok(ModelSource::new(name, model, micro_tokens))
     }
 
     pub(crate) fn stepper(
@@ -361,6 +400,7 @@ fn headline(done: &StageSummary) -> String {
     let keys = [
         "accuracy",
         "test_accuracy",
+        "test_mse",
         "test_return",
         "reward",
         "kl",

@@ -22,6 +22,7 @@ pub(super) fn run(ctx: &Context<'_>, name: &str, s: &OnlineDpo) -> anyhow::Resul
     let rewards = ctx.rewards(
         &s.rollouts.reward,
         s.rollouts.missing_eos_penalty,
+        s.rollouts.shaping,
         s.micro_tokens,
     )?;
     let tokenizer = ctx.tokenizer()?;

@@ -129,6 +129,7 @@ pub(super) fn grpo(ctx: &Context<'_>, name: &str, s: &Grpo) -> anyhow::Result<En
     let rewards = ctx.rewards(
         &s.rollouts.reward,
         s.rollouts.missing_eos_penalty,
+        s.rollouts.shaping,
         s.micro_tokens,
     )?;
     if let Some(warning) = s.kl.warning().filter(|_| s.kl.coef > 0.0) {
@@ -191,6 +192,7 @@ pub(super) fn ppo(ctx: &Context<'_>, name: &str, s: &Ppo) -> anyhow::Result<Ende
     let rewards = ctx.rewards(
         &s.rollouts.reward,
         s.rollouts.missing_eos_penalty,
+        s.rollouts.shaping,
         s.micro_tokens,
     )?;
     let server = server(&s.rollouts, &policy)?;
@@ -303,6 +305,7 @@ pub(super) fn opd(ctx: &Context<'_>, name: &str, s: &Opd) -> anyhow::Result<Ende
     let rewards = ctx.rewards(
         &s.rollouts.reward,
         s.rollouts.missing_eos_penalty,
+        s.rollouts.shaping,
         s.micro_tokens,
     )?;
     let server = server(&s.rollouts, &policy)?;

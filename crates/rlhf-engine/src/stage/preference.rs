@@ -1,14 +1,13 @@
-//! The stages that learn from fixed data: SFT, reward model, DPO.
+//! The stages that learn from fixed data: SFT, DPO.
 
 use rlhf_dpo::train::{self as dpo_train, DpoConfig, HeldOut, PairData, PairSums};
 use rlhf_model::CausalLm as _;
 use rlhf_policy::sft::{self as sft_train, Demonstrations, HeldOut as HeldOutRows, SftConfig};
-use rlhf_reward::train::{self as reward_train, RewardConfig};
 
 use super::align::samples;
 use super::reference::{self, Asked};
 use super::{Context, Ended};
-use crate::recipe::{Data, Dpo, Reward, Sft};
+use crate::recipe::{Data, Dpo, Sft};
 
 pub(super) fn sft(ctx: &Context<'_>, name: &str, s: &Sft) -> anyhow::Result<Ended> {
     let model = ctx.learner(&s.model, &s.memory)?;
@@ -41,44 +40,6 @@ pub(super) fn sft(ctx: &Context<'_>, name: &str, s: &Sft) -> anyhow::Result<Ende
         ended.last.insert("test_loss".into(), loss);
     }
     ctx.save_policy(name, &model)?;
-    Ok(ended)
-}
-
-pub(super) fn reward(ctx: &Context<'_>, name: &str, s: &Reward) -> anyhow::Result<Ended> {
-    let mut model = ctx.scalar_learner(&s.model, &s.memory)?;
-    let data = ctx.inputs.preference(&s.data)?;
-    let test = ctx.inputs.preference(&s.test)?;
-    let cfg = RewardConfig {
-        seed: ctx.recipe.run.seed,
-        steps: s.steps,
-        batch_size: s.batch_size,
-        micro_tokens: s.micro_tokens,
-        centering: s.centering,
-    };
-    let mut stepper = ctx.stepper(model.parameters(), &s.optim, &s.memory, s.steps);
-    let mut session = ctx.session(name, s.steps)?;
-    let flow = reward_train::train(&model, &data.rows, &cfg, &mut stepper, &mut session)?;
-    let mut ended = ctx.finish(flow, session)?;
-    let reference = &data.rows[..data.rows.len().min(512)];
-    reward_train::normalize_on(&mut model, reference, s.micro_tokens)?;
-    let pairs = reward_train::pair_scores(&model, &test.rows, s.micro_tokens)?;
-    let right: f64 = pairs
-        .iter()
-        .map(|(c, r)| {
-            if c > r {
-                1.0
-            } else if c == r {
-                0.5
-            } else {
-                0.0
-            }
-        })
-        .sum();
-    ended
-        .last
-        .insert("test_accuracy".into(), right / pairs.len().max(1) as f64);
-    model.save(&ctx.model_dir(name))?;
-    rlhf_model::copy_tokenizer(&ctx.plan.base()?.tokenizer_dir, &ctx.model_dir(name))?;
     Ok(ended)
 }
 

@@ -12,7 +12,7 @@ use rlhf_data::record::{Annotated, SftRecord, Source, batch, schema_of};
 use rlhf_data::source::{JsonlOut, ParquetOut};
 use rlhf_policy::rejection::{BestOf, Pick, RewardMatrix};
 use rlhf_policy::rollout::{self, Prompt, RolloutConfig, ScoredRollout};
-use rlhf_reward::source::{Judged, RewardMix, RewardSource as _};
+use rlhf_reward::source::{Judged, RewardMix, RewardSource as _, Shaping};
 use rlhf_train::Flow;
 use serde::{Deserialize, Serialize};
 
@@ -100,7 +100,12 @@ impl<'a> Drawer<'a> {
             ctx,
             recipe: s,
             policy: ctx.policy(&s.model)?,
-            rewards: ctx.rewards(&s.reward, s.missing_eos_penalty, s.micro_tokens)?,
+            rewards: ctx.rewards(
+                &s.reward,
+                s.missing_eos_penalty,
+                Shaping::default(),
+                s.micro_tokens,
+            )?,
             cfg: rollout_config(ctx.recipe.run.seed, &s.sampling, 1, s.samples),
         })
     }

@@ -13,6 +13,7 @@ mod control;
 mod judged;
 mod recipes;
 mod rejection;
+mod rewards;
 mod runs;
 mod synthetic;
 

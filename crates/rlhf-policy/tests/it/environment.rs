@@ -15,7 +15,7 @@ use rlhf_policy::environment::{
     Calculator, Environment, Reply, TalkLimits, Turn, add_rewards, continuation, play,
 };
 use rlhf_policy::rollout::{Prompt, RolloutConfig, draw};
-use rlhf_reward::source::{RewardMix, Rule};
+use rlhf_reward::source::{Part, RewardMix, Rule};
 use serde_json::Map;
 use tch::{Device, Kind};
 
@@ -354,12 +354,16 @@ fn rewards_of_other_sources_are_added() {
         positive: vec!["fun".into()],
         negative: vec![],
     };
-    mix.push(0.25, Box::new(rule));
+    mix.push(Part::new(0.25, Box::new(rule))).unwrap();
     let (scored, parts) = add_rewards(played, &env, &prompts, &mix).unwrap();
     assert_eq!(scored[0].rewards, [1.0, 0.25]);
     assert_eq!(
         parts,
-        [("calculator".to_owned(), 0.5), ("words".to_owned(), 0.5)]
+        [
+            ("calculator".to_owned(), 0.5),
+            ("words".to_owned(), 0.5),
+            ("words_part".to_owned(), 0.125)
+        ]
     );
 }
 

@@ -8,12 +8,12 @@ use rlhf_data::record::Grade;
 use rlhf_kernels::optim::AdamWConfig;
 use rlhf_reward::Error;
 use rlhf_reward::difference::DifferenceLoss;
-use rlhf_reward::fit::{self as train, Bootstrap, HeldOut, RewardConfig};
 use rlhf_reward::labels::{Label, Labelled};
 use rlhf_reward::model::{Combine, RewardModel, Spec};
 use rlhf_reward::objective::{Mix, Objective, Said, StepClasses};
 use rlhf_reward::pairs::Ties;
 use rlhf_reward::process::{Aggregate, Neutral};
+use rlhf_reward::train::{self, Bootstrap, HeldOut, RewardConfig};
 use rlhf_train::{LrSchedule, Session, SessionConfig, Stepper, StepperConfig, StopFlag};
 use tch::{Kind, Tensor};
 

@@ -10,6 +10,7 @@ mod metrics;
 mod page;
 mod plot;
 mod results;
+mod reward_page;
 mod rewards;
 mod samples;
 mod training;
@@ -27,6 +28,8 @@ use crate::usage::usage;
 use html::Palette;
 use metrics::Metrics;
 use training_samples::Written;
+
+pub use reward_page::reward_page;
 
 /// Everything that a report shows.
 #[derive(Debug)]

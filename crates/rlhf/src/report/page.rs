@@ -37,6 +37,12 @@ pub(crate) fn page(m: &Material) -> anyhow::Result<String> {
     sections.extend(training_samples::section(m)?);
     sections.push(behind::time(m)?);
     sections.push(behind::repeat(m)?);
+    let head = verdict::header(m)?;
+    Ok(document(&m.run.title, &head, &sections))
+}
+
+/// A whole HTML file: what stands on top, the way to the sections, the sections.
+pub(crate) fn document(title: &str, head: &str, sections: &[Section]) -> String {
     let nav: String = sections
         .iter()
         .map(|s| format!("<a href=\"#{}\">{}</a>", s.id, escape(&s.title)))
@@ -52,9 +58,8 @@ pub(crate) fn page(m: &Material) -> anyhow::Result<String> {
             )
         })
         .collect();
-    let head = verdict::header(m)?;
-    let title = escape(&m.run.title);
-    Ok(format!(
+    let title = escape(title);
+    format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<meta name=\"color-scheme\" content=\"light dark\">\n<title>{title}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n{head}<nav>{nav}</nav>\n{body}</main>\n</body>\n</html>\n"
-    ))
+    )
 }
