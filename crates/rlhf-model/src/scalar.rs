@@ -73,7 +73,6 @@ impl ValueHead {
     }
 
     /// Values `[M]` of hidden states `[M, H]`, in f32 (f64 for an f64 model). Differentiable.
-    #[must_use]
     pub fn of(&self, hidden: &Tensor) -> Tensor {
         hidden
             .to_kind(self.weight.kind())

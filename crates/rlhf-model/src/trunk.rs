@@ -282,7 +282,7 @@ impl Trunk {
                     found: noise.size(),
                 });
             }
-            x = x + noise.to_kind(self.kind());
+            x += noise.to_kind(self.kind());
         }
         self.above(x, &batch.positions, &batch.layout, &mut |_, _| {})
     }

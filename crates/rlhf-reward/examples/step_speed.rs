@@ -4,6 +4,7 @@
 //! SHAPE is `smol135m` or `stories15m`; every completion with its prompt has TOKENS tokens, of which the share
 //! PROMPT (0 to 1) is the prompt's, which a pair has in common. A step is forward, backward and AdamW. Two steps
 //! warm up.
+#![allow(clippy::print_stdout, reason = "a program")]
 
 use std::time::Instant;
 

@@ -4,6 +4,7 @@
 //! `OUT` gets the log, the model before the first step (`init`) and after the last (`model`), and the tokens of
 //! the pairs in the order of training (`ordered.jsonl`) and of the held-out ones (`test.jsonl`), so that another
 //! trainer can do the same.
+#![allow(clippy::print_stdout, reason = "a program")]
 
 use std::path::Path;
 

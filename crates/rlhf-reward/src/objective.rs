@@ -312,15 +312,11 @@ impl Objective {
             Self::Difference {
                 form: DifferenceLoss::Soft { temperature },
             } => positive("temperature", *temperature)?,
-            Self::Likert { low, high, .. } => {
-                if high - low < 1 || high - low > 1000 {
-                    return bad(format!("a scale from {low} to {high} has no two places"));
-                }
+            Self::Likert { low, high, .. } if !(1..=1000).contains(&(high - low)) => {
+                return bad(format!("a scale from {low} to {high} has no two places"));
             }
-            Self::LikertPairs { steps } => {
-                if !(1..=1000).contains(steps) {
-                    return bad(format!("steps is {steps}, expected 1 or more"));
-                }
+            Self::LikertPairs { steps } if !(1..=1000).contains(steps) => {
+                return bad(format!("steps is {steps}, expected 1 or more"));
             }
             Self::Regression {
                 attributes,

@@ -170,7 +170,6 @@ impl Scale {
     }
 
     /// (r − mean)/std.
-    #[must_use]
     pub fn apply(&self, rewards: &Tensor) -> Tensor {
         (rewards - self.mean) / self.std
     }

@@ -64,7 +64,12 @@ fn busy(a: &Ask) -> Answer {
         };
     }
     if text.contains("Is this a task of classification") {
-        return Ok(if a.key.is_multiple_of(2) { "Yes." } else { "no" }.into());
+        return Ok(if a.key.is_multiple_of(2) {
+            "Yes."
+        } else {
+            "no"
+        }
+        .into());
     }
     Ok(if text.contains("Choose one of the labels") {
         "Output: good\nInput: I liked it".into()

@@ -28,7 +28,7 @@ impl Environment for Calculator {
         }
         let said = turn.said().trim();
         if let Some(sum) = said.strip_prefix("calc ") {
-            let result = evaluate(sum).map_or_else(|what| format!("error: {what}"), |x| shown(x));
+            let result = evaluate(sum).map_or_else(|what| format!("error: {what}"), shown);
             return Ok(Reply::Messages(vec![Message::new(self.role, result)]));
         }
         let answer = turn.prompt.fields.get(&self.field).and_then(|v| v.as_str());

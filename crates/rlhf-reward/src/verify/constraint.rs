@@ -532,7 +532,7 @@ fn paragraphs(text: &str) -> Option<usize> {
     let parts: Vec<&str> = DIVIDER.split(text).collect();
     let empty = |p: &&str| p.trim().is_empty();
     let inner = parts.get(1..parts.len() - 1).unwrap_or(&[]);
-    if inner.iter().any(|p| empty(p)) {
+    if inner.iter().any(empty) {
         return None;
     }
     Some(parts.iter().filter(|p| !empty(p)).count())

@@ -78,7 +78,7 @@ fn rated(i: u64) -> Labelled {
     let good = i as usize % 5;
     let mut ratings = BTreeMap::from([("good".to_owned(), good as f64)]);
     // The other rating is there in every second row only.
-    if i % 2 == 0 {
+    if i.is_multiple_of(2) {
         ratings.insert("bad".into(), -2.0 * good as f64);
     }
     row(i, &[good], Label::Ratings(ratings))
