@@ -155,7 +155,6 @@ pub fn evaluate(model: &Transformer, rows: &[PromptGroup], micro_tokens: usize) 
 
 /// NEFTune's noise for the rows of a batch, `[N, H]`: uniform in ±α/√(L H), L the tokens of the row's prompt
 /// and completions. A function of (seed, step, row of the data, place in the row, axis).
-#[must_use]
 pub fn noise(batch: &PackedBatch, alpha: f64, hidden: usize, seed: u64, step: u64) -> Tensor {
     // Seeds of steps must not meet those of neighbouring seeds; `Stream` mixes what it is given.
     let stream = Stream::new(

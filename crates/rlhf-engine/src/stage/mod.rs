@@ -165,7 +165,7 @@ impl Context<'_> {
 
     /// A digest of the weights and the configuration of the model of a stage name.
     pub(crate) fn model_digest(&self, name: &str) -> anyhow::Result<String> {
-        Ok(reference::model_digest(&self.model_dir(name))?)
+        reference::model_digest(&self.model_dir(name))
     }
 
     fn load_options(&self, kind: Kind) -> LoadOptions {

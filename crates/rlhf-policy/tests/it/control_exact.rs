@@ -400,7 +400,7 @@ fn what_is_drawn_is_what_was_enumerated() {
         }
     }
     println!("χ² {chi:.1} over {k} trajectories");
-    assert!(k > 50.0 && (chi - k).abs() < 4.0 * (2.0 * k as f64).sqrt());
+    assert!(k > 50.0 && (chi - k).abs() < 4.0 * (2.0 * k).sqrt());
 }
 
 #[test]
