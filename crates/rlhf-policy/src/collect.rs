@@ -192,9 +192,23 @@ pub(crate) struct Source<'a> {
     steps: u64,
 }
 
+/// Gives `work` the rollouts of `steps` steps. Drawing ahead halves libtorch's threads; they are whole again after.
+pub(crate) fn drawing<'a, T>(
+    players: Players<'a>,
+    cfg: &'a RolloutConfig,
+    rules: &'a Rules,
+    steps: u64,
+    work: impl FnOnce(Source<'a>) -> Result<T>,
+) -> Result<T> {
+    let threads = tch::get_num_threads();
+    let done = std::thread::scope(|scope| work(Source::new(scope, players, cfg, rules, steps)?));
+    tch::set_num_threads(threads);
+    done
+}
+
 impl<'a> Source<'a> {
     /// Rollouts of `steps` steps. With [`Rules::ahead`] a thread of `scope` draws.
-    pub(crate) fn new<'scope>(
+    fn new<'scope>(
         scope: &'scope Scope<'scope, 'a>,
         players: Players<'a>,
         cfg: &'a RolloutConfig,

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use tch::Kind;
 
 use crate::advantage::{AdvantageEstimator, Earned};
-use crate::collect::{Harvest, Place, Rules, Samples, Source};
+use crate::collect::{Harvest, Place, Rules, Samples, Source, drawing};
 use crate::error::{Error, Result};
 use crate::kl::{KlController, KlPenalty, KlPlacement};
 use crate::learner::{
@@ -151,13 +151,9 @@ pub fn train(
     stepper: &mut Stepper,
     session: &mut Session,
 ) -> Result<Flow> {
-    let threads = tch::get_num_threads();
-    let flow = std::thread::scope(|scope| {
-        let source = Source::new(scope, players, &cfg.rollouts, &cfg.rules, cfg.steps)?;
+    drawing(players, &cfg.rollouts, &cfg.rules, cfg.steps, |source| {
         run(source, players, cfg, stepper, session)
-    });
-    tch::set_num_threads(threads);
-    flow
+    })
 }
 
 fn run(

@@ -15,7 +15,7 @@ use rlhf_train::{Flow, Session, Stepper};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use crate::collect::{Place, Rules, Samples, Source};
+use crate::collect::{Place, Rules, Samples, Source, drawing};
 use crate::error::{Result, ensure};
 use crate::grpo::Players;
 use crate::learner::{
@@ -123,13 +123,9 @@ pub fn train(
     stepper: &mut Stepper,
     session: &mut Session,
 ) -> Result<Flow> {
-    let threads = tch::get_num_threads();
-    let flow = std::thread::scope(|scope| {
-        let source = Source::new(scope, players, &cfg.rollouts, &cfg.rules, cfg.steps)?;
+    drawing(players, &cfg.rollouts, &cfg.rules, cfg.steps, |source| {
         run(source, players, teacher, cfg, stepper, session)
-    });
-    tch::set_num_threads(threads);
-    flow
+    })
 }
 
 fn run(

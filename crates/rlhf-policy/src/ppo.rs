@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::advantage::{Whitening, generalized, whiten};
-use crate::collect::{Harvest, Place, Rules, Samples, Source};
+use crate::collect::{Harvest, Place, Rules, Samples, Source, drawing};
 use crate::error::Result;
 use crate::grpo::Players;
 use crate::kl::{KlController, KlEstimator};
@@ -134,13 +134,9 @@ pub fn train(
     cfg: &PpoConfig,
     session: &mut Session,
 ) -> Result<Flow> {
-    let threads = tch::get_num_threads();
-    let flow = std::thread::scope(|scope| {
-        let source = Source::new(scope, players, &cfg.rollouts, &cfg.rules, cfg.steps)?;
+    drawing(players, &cfg.rollouts, &cfg.rules, cfg.steps, |source| {
         run(source, players, learners, cfg, session)
-    });
-    tch::set_num_threads(threads);
-    flow
+    })
 }
 
 fn run(

@@ -33,7 +33,7 @@ use tch::{Device, Kind, Tensor};
 use crate::inputs::Inputs;
 use crate::memory::Memory;
 use crate::plan::{Base, Plan};
-use crate::recipe::{Optim, Recipe, RewardPart, Stage, StageKind};
+use crate::recipe::{Optim, Recipe, RewardPart, Rollouts, Stage, StageKind};
 use rlhf::exit::Interrupted;
 use rlhf::files::write_json;
 use rlhf::results::StageSummary;
@@ -252,6 +252,15 @@ impl Context<'_> {
             self.policy_in(name, kind)?,
             self.recipe.run.seed,
         )?)
+    }
+
+    /// The mix of rewards of rollouts.
+    pub(crate) fn rewards_of(
+        &self,
+        r: &Rollouts,
+        micro_tokens: usize,
+    ) -> anyhow::Result<RewardMix> {
+        self.rewards(&r.reward, r.missing_eos_penalty, r.shaping, micro_tokens)
     }
 
     /// The mix of rewards that a recipe's parts describe.

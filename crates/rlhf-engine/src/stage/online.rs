@@ -19,12 +19,7 @@ pub(super) fn run(ctx: &Context<'_>, name: &str, s: &OnlineDpo) -> anyhow::Resul
             ids: p.ids.clone(),
         })
         .collect();
-    let rewards = ctx.rewards(
-        &s.rollouts.reward,
-        s.rollouts.missing_eos_penalty,
-        s.rollouts.shaping,
-        s.micro_tokens,
-    )?;
+    let rewards = ctx.rewards_of(&s.rollouts, s.micro_tokens)?;
     let tokenizer = ctx.tokenizer()?;
     let scorer = |candidates: &[Candidates<'_>]| -> Result<Vec<Vec<f64>>, ScorerError> {
         let texts = candidates

@@ -126,12 +126,7 @@ pub(super) fn grpo(ctx: &Context<'_>, name: &str, s: &Grpo) -> anyhow::Result<En
     let judge = judge(ctx, &s.rollouts)?;
     let steps = steps(ctx, &s.rollouts, judge.as_ref(), s.micro_tokens)?;
     let prompts = ctx.inputs.prompts(&s.rollouts.data)?;
-    let rewards = ctx.rewards(
-        &s.rollouts.reward,
-        s.rollouts.missing_eos_penalty,
-        s.rollouts.shaping,
-        s.micro_tokens,
-    )?;
+    let rewards = ctx.rewards_of(&s.rollouts, s.micro_tokens)?;
     if let Some(warning) = s.kl.warning().filter(|_| s.kl.coef > 0.0) {
         ctx.say(&format!("      note: {warning}"));
     }
@@ -189,12 +184,7 @@ pub(super) fn ppo(ctx: &Context<'_>, name: &str, s: &Ppo) -> anyhow::Result<Ende
     let judge = judge(ctx, &s.rollouts)?;
     let steps = steps(ctx, &s.rollouts, judge.as_ref(), s.micro_tokens)?;
     let prompts = ctx.inputs.prompts(&s.rollouts.data)?;
-    let rewards = ctx.rewards(
-        &s.rollouts.reward,
-        s.rollouts.missing_eos_penalty,
-        s.rollouts.shaping,
-        s.micro_tokens,
-    )?;
+    let rewards = ctx.rewards_of(&s.rollouts, s.micro_tokens)?;
     let server = server(&s.rollouts, &policy)?;
     let cfg = PpoConfig {
         rollouts: rollouts(ctx, &s.rollouts),
@@ -302,12 +292,7 @@ pub(super) fn opd(ctx: &Context<'_>, name: &str, s: &Opd) -> anyhow::Result<Ende
         .into());
     }
     let prompts = ctx.inputs.prompts(&s.rollouts.data)?;
-    let rewards = ctx.rewards(
-        &s.rollouts.reward,
-        s.rollouts.missing_eos_penalty,
-        s.rollouts.shaping,
-        s.micro_tokens,
-    )?;
+    let rewards = ctx.rewards_of(&s.rollouts, s.micro_tokens)?;
     let server = server(&s.rollouts, &policy)?;
     let cfg = OpdConfig {
         rollouts: rollouts(ctx, &s.rollouts),

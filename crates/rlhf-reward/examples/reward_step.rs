@@ -1,5 +1,5 @@
 //! Seconds and memory of whole training steps of a reward model on random weights and tokens:
-//! `cargo run --release -p rlhf-reward --example step_speed -- SHAPE PAIRS TOKENS PROMPT STEPS`.
+//! `cargo run --release -p rlhf-reward --example reward_step -- SHAPE PAIRS TOKENS PROMPT STEPS`.
 //!
 //! SHAPE is `smol135m` or `stories15m`; every completion with its prompt has TOKENS tokens, of which the share
 //! PROMPT (0 to 1) is the prompt's, which a pair has in common. A step is forward, backward and AdamW. Two steps

@@ -1,5 +1,5 @@
 //! Time and memory of whole DPO steps on random weights:
-//! `cargo run --release -p rlhf-dpo --example step_speed -- SHAPE [pairs=2] [tokens=256] [prompt=50] [steps=6] [micro=8192]
+//! `cargo run --release -p rlhf-dpo --example dpo_step -- SHAPE [pairs=2] [tokens=256] [prompt=50] [steps=6] [micro=8192]
 //! [reference]`, SHAPE `smol135m` or `stories15m`.
 //!
 //! `prompt` is the prompt's share of a sequence of `tokens` in per cent. Prints one line of JSON: the median of the
