@@ -89,11 +89,12 @@ fn serve(
         reader.read_exact(&mut body).unwrap();
         let together = now.fetch_add(1, Ordering::SeqCst) + 1;
         most.fetch_max(together, Ordering::SeqCst);
-        asked
-            .lock()
-            .unwrap()
-            .push((head, serde_json::from_slice(&body).unwrap()));
-        let act = acts.lock().unwrap().pop_front().unwrap_or_else(fine);
+        // One lock over both: the n-th question noted gets the n-th act.
+        let act = {
+            let mut asked = asked.lock().unwrap();
+            asked.push((head, serde_json::from_slice(&body).unwrap()));
+            acts.lock().unwrap().pop_front().unwrap_or_else(fine)
+        };
         let (status, headers, text) = match act {
             Act::Say(status, headers, text) => (status, headers, text),
             Act::Hang(time) => {
