@@ -42,6 +42,7 @@ fn main() {
             "attention",
             "cpu_dispatch",
             "decode",
+            "layer",
             "linear_kl",
             "linear_logprobs",
             "linear_tiles",

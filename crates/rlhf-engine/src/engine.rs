@@ -16,7 +16,7 @@ use rlhf_data::source;
 use rlhf_data::tokenize::{ChatTokenizer, Limits};
 use rlhf_model::{
     Decoder, DecoderWeights, GenerateLimits, GenerateProgress, GenerateRequest, LoadOptions,
-    SamplingConfig, Transformer, weights,
+    SamplingConfig, StopStrings, Transformer, weights,
 };
 use tch::{Device, Kind};
 
@@ -144,6 +144,8 @@ fn sampling(args: &SamplingArgs, tokenizer: &ChatTokenizer) -> anyhow::Result<Sa
         top_k: args.top_k,
         top_p: args.top_p,
         min_p: args.min_p,
+        repetition_penalty: args.repetition_penalty,
+        presence_penalty: args.presence_penalty,
         max_new_tokens: args.max_new_tokens,
         eos_ids: tokenizer.eos_ids().to_vec(),
         seed: args.seed,
@@ -188,9 +190,10 @@ fn generate_command(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
             })
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
+    let text = |ids: &[u32]| tokenizer.decode(ids, true).unwrap_or_default();
     let groups = match &args.server.endpoint {
-        Some(url) => server::generate(url, &args.server, &model, &requests, &cfg)?,
-        None => decoder(&model, &args.sampling)?.generate(
+        Some(url) => server::generate(url, args, &model, &requests, &cfg)?,
+        None => decoder(&model, &args.sampling, &text)?.generate(
             &requests,
             &cfg,
             &GenerateLimits::default(),
@@ -248,7 +251,8 @@ fn chat(args: &ChatArgs) -> anyhow::Result<ExitCode> {
     let device = device(args.sampling.device)?;
     let (model, tokenizer) = load(&args.model, device)?;
     let mut cfg = sampling(&args.sampling, &tokenizer)?;
-    let decoder = decoder(&model, &args.sampling)?;
+    let text = |ids: &[u32]| tokenizer.decode(ids, true).unwrap_or_default();
+    let decoder = decoder(&model, &args.sampling, &text)?;
     if !tokenizer.has_template() {
         return Err(usage(
             "the model has no chat template",
@@ -296,14 +300,21 @@ fn chat(args: &ChatArgs) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// The model as a sampler.
-fn decoder<'m>(model: &'m Transformer, args: &SamplingArgs) -> rlhf_model::Result<Decoder<'m>> {
+/// The model as a sampler; `text` is that of some tokens.
+fn decoder<'m>(
+    model: &'m Transformer,
+    args: &'m SamplingArgs,
+    text: &'m dyn Fn(&[u32]) -> String,
+) -> rlhf_model::Result<Decoder<'m>> {
     let weights = if args.bf16 {
         DecoderWeights::Bf16
     } else {
         DecoderWeights::AsLoaded
     };
-    Decoder::with_weights(model, weights)
+    Decoder::with_weights(model, weights)?.stop_at(StopStrings {
+        strings: &args.stop,
+        decode: text,
+    })
 }
 
 /// Generates one reply, printing it as it grows.

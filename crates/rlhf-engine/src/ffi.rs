@@ -13,14 +13,14 @@ pub(crate) fn keep_pages() {
     const M_TRIM_THRESHOLD: c_int = -1;
     const M_TOP_PAD: c_int = -2;
     const M_MMAP_THRESHOLD: c_int = -3;
-    for (param, value) in [
-        (M_MMAP_THRESHOLD, 1 << 30),
-        (M_TRIM_THRESHOLD, c_int::MAX),
-        (M_TOP_PAD, 64 << 20),
-    ] {
-        // SAFETY: mallopt only stores the value; it is called before other threads start.
-        unsafe { mallopt(param, value) };
+    // SAFETY: mallopt only stores the value; it is called before other threads start.
+    let set = |param, value| unsafe { mallopt(param, value) } != 0;
+    // Older versions take no threshold above 32 MiB, and once another value is set they stay at 128 KiB.
+    if !set(M_MMAP_THRESHOLD, 1 << 30) {
+        set(M_MMAP_THRESHOLD, 32 << 20);
     }
+    set(M_TRIM_THRESHOLD, c_int::MAX);
+    set(M_TOP_PAD, 64 << 20);
 }
 
 /// Nothing to do on this platform.

@@ -1,6 +1,6 @@
 //! Samplers on a server, as recipes and the command line name them.
 
-use rlhf::args::ServerArgs;
+use rlhf::args::GenerateArgs;
 use rlhf::usage;
 use rlhf_data::group::PromptGroup;
 use rlhf_endpoint::{Endpoint, EndpointConfig};
@@ -43,11 +43,13 @@ pub(crate) fn sampler(server: &Server, config: &Config) -> anyhow::Result<Server
 #[allow(clippy::print_stderr, reason = "a command speaks to the terminal")]
 pub(crate) fn generate(
     url: &str,
-    args: &ServerArgs,
+    args: &GenerateArgs,
     model: &Transformer,
     requests: &[GenerateRequest],
     cfg: &SamplingConfig,
 ) -> anyhow::Result<Vec<PromptGroup>> {
+    let stop = args.sampling.stop.clone();
+    let args = &args.server;
     let server = Server {
         url: url.to_owned(),
         model: args.served_model.clone().unwrap_or_default(),
@@ -58,7 +60,7 @@ pub(crate) fn generate(
     if !server.processed_logprobs {
         cfg.record = RecordedLogprobs::Model;
     }
-    let sampler = sampler(&server, model.config())?;
+    let sampler = sampler(&server, model.config())?.stop_at(stop);
     let groups = sampler.sample(requests, &cfg)?;
     let filtered = (cfg.top_k, cfg.top_p, cfg.min_p) != (None, None, None);
     if server.processed_logprobs && (filtered || cfg.temperature == 0.0) {

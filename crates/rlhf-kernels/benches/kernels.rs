@@ -16,14 +16,16 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use rlhf_kernels::kl::{Divergence, KlOptions, Logits, SampledKl, Tail};
 use rlhf_kernels::optim::{
     AdafactorConfig, AdamW, AdamWConfig, MuonConfig, Optimizer, OptimizerConfig, RmsPropConfig,
+    clip_grad_norm,
 };
 use rlhf_kernels::surrogate::{
     Advantages, KlTerm, SurrogateInputs, SurrogateOptions, SurrogateOutput, TokenWeight,
 };
 use rlhf_kernels::{
     AttentionGroup, AttentionLayout, AttentionOptions, F32_RESOLUTION, LogprobOptions, Mean,
-    Offsets, Ragged, discounted_returns, gae, linear_kl, linear_kl_top, linear_logprobs, reference,
-    shared_prefix_attention, surrogate, top_logprobs,
+    Offsets, Panels, Ragged, discounted_returns, entropy, gae, layer, linear_kl, linear_kl_top,
+    linear_logprobs, nucleus, recompute, reference, shared_prefix_attention, surrogate,
+    token_logprobs, token_logprobs_in_place, top_logprobs,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -164,9 +166,10 @@ fn logprobs(c: &mut Criterion) {
             filter: Some(F32_RESOLUTION),
             ..options
         };
-        group.throughput(bound("forward", Throughput::Elements(product)));
-        for (name, options) in [("", &options), (", filtered", &filtered)] {
-            group.bench_function(format!("forward + backward, peaked{name}"), |b| {
+        for (name, options, products) in [("", &options, 4), (", filtered", &filtered, 1)] {
+            let name = format!("forward + backward, peaked{name}");
+            group.throughput(bound(&name, Throughput::Elements(products * product)));
+            group.bench_function(name, |b| {
                 b.iter(|| {
                     let out = linear_logprobs(&peaked, &apart, &ids, options).unwrap();
                     drop(Tensor::run_backward(
@@ -178,6 +181,28 @@ fn logprobs(c: &mut Criterion) {
                 });
             });
         }
+        let with_all = LogprobOptions {
+            entropy: true,
+            top1: true,
+            moments: true,
+            z_loss: Some(1e-4),
+            logit_penalty: Some(1e-4),
+            ..options
+        };
+        let all = "forward + backward, entropy, z-loss and penalty";
+        group.throughput(bound(all, Throughput::Elements(4 * product)));
+        group.bench_function(all, |b| {
+            b.iter(|| {
+                let out = linear_logprobs(&hidden, &weight, &ids, &with_all).unwrap();
+                step(
+                    out.logprobs
+                        + out.entropy.unwrap()
+                        + out.z_loss.unwrap()
+                        + out.logit_penalty.unwrap(),
+                );
+            });
+        });
+        group.throughput(bound("forward", Throughput::Elements(product)));
         group.bench_function("forward", |b| {
             let _guard = tch::no_grad_guard();
             b.iter(|| black_box(linear_logprobs(&hidden, &weight, &ids, &options).unwrap()));
@@ -188,6 +213,49 @@ fn logprobs(c: &mut Criterion) {
             b.iter(|| hidden.mm_out(&logits, &weight.tr()));
         });
     }
+}
+
+/// Of logits that exist. Each is read once (4 bytes), its gradient written (4), in place over it.
+fn logits(c: &mut Criterion) {
+    let (m, v) = (512i64, 49152i64);
+    let leaf = (scattered(&[m, v]) * 4.0).set_requires_grad(true);
+    let ids = Tensor::arange(m, (Kind::Int64, Device::Cpu));
+    let mut group = c.benchmark_group(format!("logits M{m} V{v}"));
+    group.sample_size(10);
+    let bytes = |each: u64| Throughput::Bytes(each * (m * v) as u64);
+    let backward = |out: Tensor| {
+        drop(Tensor::run_backward(
+            &[out.sum(None)],
+            &[&leaf],
+            false,
+            false,
+        ));
+    };
+    // Forward reads, backward reads and writes.
+    for (name, f) in [
+        (
+            "token_logprobs",
+            token_logprobs as fn(&Tensor, &Tensor) -> _,
+        ),
+        ("token_logprobs, plain", reference::token_logprobs),
+    ] {
+        group.throughput(bound(name, bytes(12)));
+        group.bench_function(name, |b| b.iter(|| backward(f(&leaf, &ids).unwrap())));
+    }
+    // The copy that it may destroy: 8 bytes more.
+    group.throughput(bound("token_logprobs_in_place, of a copy", bytes(20)));
+    group.bench_function("token_logprobs_in_place, of a copy", |b| {
+        b.iter(|| backward(token_logprobs_in_place(&(&leaf * 1.0), &ids).unwrap()));
+    });
+    for (name, f) in [
+        ("entropy", entropy as fn(&Tensor) -> _),
+        ("entropy, plain", reference::entropy),
+    ] {
+        group.throughput(bound(name, bytes(12)));
+        group.bench_function(name, |b| b.iter(|| backward(f(&leaf).unwrap())));
+    }
+    group.throughput(bound("nucleus of .9", bytes(4)));
+    group.bench_function("nucleus of .9", |b| b.iter(|| nucleus(&leaf, 0.9).unwrap()));
 }
 
 /// Two products make both sides' logits; with a frozen head a third is the student's gradient, with a
@@ -274,6 +342,10 @@ fn ragged(c: &mut Criterion) {
     group.bench_function("discounted returns", |b| {
         b.iter(|| discounted_returns(&rewards, 0.99).unwrap());
     });
+    group.throughput(bound(
+        "standardized groups",
+        Throughput::Bytes(8 * (s * n) as u64),
+    ));
     group.bench_function("standardized groups", |b| {
         b.iter(|| rewards.standardized(1e-4));
     });
@@ -290,7 +362,32 @@ fn ragged(c: &mut Criterion) {
         });
     });
     group.bench_function("whitened", |b| b.iter(|| rewards.whitened(Mean::Removed)));
-    group.bench_function("sums", |b| b.iter(|| rewards.sum()));
+    group.bench_function("leave one out", |b| b.iter(|| rewards.leave_one_out()));
+    group.bench_function("cumulative sums", |b| b.iter(|| rewards.cumsum().unwrap()));
+    group.bench_function("clamped", |b| b.iter(|| rewards.clamp(-0.5, 0.5)));
+    group.bench_function("spread", |b| {
+        let sums = rewards.sum();
+        b.iter(|| rewards.broadcast(&sums));
+    });
+    for (name, kl) in [
+        ("k1", SampledKl::K1),
+        ("k2", SampledKl::K2),
+        ("k3", SampledKl::K3),
+    ] {
+        group.throughput(bound(name, Throughput::Bytes(12 * (s * n) as u64)));
+        group.bench_function(name, |b| {
+            b.iter(|| kl.estimate(rewards.values(), values.values()).unwrap());
+        });
+    }
+    group.throughput(bound("sums", Throughput::Bytes(4 * (s * n) as u64)));
+    for (name, of) in [
+        ("sums", Ragged::sum as fn(&Ragged) -> Tensor),
+        ("means", Ragged::mean),
+        ("deviations", |x| x.std(1.0)),
+        ("last", |x| x.last(0.0)),
+    ] {
+        group.bench_function(name, |b| b.iter(|| of(&rewards)));
+    }
     group.bench_function("sums, plain", |b| {
         b.iter(|| reference::segment_sum(&rewards));
     });
@@ -364,6 +461,164 @@ fn attention(c: &mut Criterion) {
     }
 }
 
+/// The same with a soft cap, and within a window of 128 (Gemma 2's layers): 14·D operations a pair that is seen.
+fn attention_variants(c: &mut Criterion) {
+    let (prompt, k, completion, h, d) = (512i64, 8i64, 64i64, 9i64, 64i64);
+    let n = prompt + k * completion;
+    let layout = AttentionLayout::new(vec![AttentionGroup {
+        prompt: 0..prompt,
+        completions: (0..k)
+            .map(|i| prompt + i * completion..prompt + (i + 1) * completion)
+            .collect(),
+    }])
+    .unwrap();
+    let leaf = |f: f64| (filled(&[n, h, d]) * f).set_requires_grad(true);
+    let (q, keys, v) = (leaf(1.0), leaf(0.9), leaf(0.8));
+    let plain = AttentionOptions::new(0.125);
+    let seen = |window: i64| -> i64 {
+        let own = (0..prompt).map(|t| (t + 1).min(window)).sum::<i64>();
+        own + k
+            * (0..completion)
+                .map(|t| (prompt + t + 1).min(window))
+                .sum::<i64>()
+    };
+    let mut group = c.benchmark_group("attention, variants");
+    group.sample_size(10);
+    for (name, options, window) in [
+        ("plain", plain, n),
+        (
+            "soft cap",
+            AttentionOptions {
+                softcap: Some(50.0),
+                ..plain
+            },
+            n,
+        ),
+        (
+            "window",
+            AttentionOptions {
+                window: Some(128),
+                ..plain
+            },
+            128,
+        ),
+    ] {
+        let work = Throughput::Elements((14 * seen(window) * h * d) as u64);
+        group.throughput(bound(name, work));
+        group.bench_function(name, |b| {
+            b.iter(|| {
+                let out = shared_prefix_attention(&q, &keys, &v, &layout, &options).unwrap();
+                drop(Tensor::run_backward(
+                    &[out.sum(None)],
+                    &[&q, &keys, &v],
+                    false,
+                    false,
+                ));
+            });
+        });
+    }
+}
+
+/// The small operations of SmolLM2's layers over 768 tokens, forward and backward. Bound: what they read and write.
+fn layers(c: &mut Criterion) {
+    let (n, h, inner, heads, d) = (768i64, 576i64, 1536i64, 9i64, 64i64);
+    let leaf = |size: &[i64]| scattered(size).set_requires_grad(true);
+    let (x, more, w) = (leaf(&[n, h]), leaf(&[n, h]), leaf(&[h]));
+    let (gate, up) = (leaf(&[n, inner]), leaf(&[n, inner]));
+    let q = leaf(&[n, heads, d]);
+    let angle = filled(&[n, 1, d]);
+    let (cos, sin) = (angle.cos(), angle.sin());
+    let backward = |out: &[Tensor], leaves: &[&Tensor]| {
+        let loss = out
+            .iter()
+            .map(|t| t.sum(None))
+            .fold(Tensor::from(0f32), |a, b| a + b);
+        drop(Tensor::run_backward(&[loss], leaves, false, false));
+    };
+    let mut group = c.benchmark_group(format!("layer of {n} tokens"));
+    let numbers = |each: i64| Throughput::Bytes(4 * (each * n) as u64);
+    // Forward reads two and writes two rows; backward reads three and writes one.
+    group.throughput(bound("add_norm", numbers(8 * h)));
+    for (name, plain) in [("add_norm", false), ("add_norm, composed", true)] {
+        group.bench_function(name, |b| {
+            b.iter(|| {
+                let (x, y) = if plain {
+                    reference::add_norm(&x, Some(&more), &w, 1e-5)
+                } else {
+                    layer::add_norm(&x, Some(&more), &w, 1e-5).unwrap()
+                };
+                backward(&[x, y], &[&more, &w]);
+            });
+        });
+    }
+    group.throughput(bound("silu_mul", numbers(8 * inner)));
+    for (name, plain) in [("silu_mul", false), ("silu_mul, composed", true)] {
+        group.bench_function(name, |b| {
+            b.iter(|| {
+                let y = if plain {
+                    reference::silu_mul(&gate, &up)
+                } else {
+                    layer::silu_mul(&gate, &up).unwrap()
+                };
+                backward(&[y], &[&gate, &up]);
+            });
+        });
+    }
+    group.throughput(bound("rotate", numbers(4 * heads * d)));
+    for (name, plain) in [("rotate", false), ("rotate, composed", true)] {
+        group.bench_function(name, |b| {
+            b.iter(|| {
+                let y = if plain {
+                    reference::rotate(&q, &cos, &sin)
+                } else {
+                    layer::rotate(&q, &cos, &sin).unwrap()
+                };
+                backward(&[y], &[&q]);
+            });
+        });
+    }
+}
+
+/// A product computed again in backward: four instead of three.
+fn recomputed(c: &mut Criterion) {
+    let n = 768i64;
+    let x = filled(&[n, n]).set_requires_grad(true);
+    let w = filled(&[n, n]).set_requires_grad(true);
+    let step = |out: Tensor| {
+        drop(Tensor::run_backward(
+            &[out.sum(None)],
+            &[&x, &w],
+            false,
+            false,
+        ));
+    };
+    let product = 2 * (n * n * n) as u64;
+    let mut group = c.benchmark_group(format!("recompute, a product of {n}"));
+    group.throughput(bound("recompute", Throughput::Elements(4 * product)));
+    group.bench_function("recompute", |b| {
+        b.iter(|| step(recompute(&[&x, &w], |x| x[0].matmul(&x[1]).sin()).unwrap()));
+    });
+    group.throughput(bound("plain", Throughput::Elements(3 * product)));
+    group.bench_function("plain", |b| b.iter(|| step(x.matmul(&w).sin())));
+}
+
+/// Products of few rows with a matrix laid out for decoding: bound by reading it, or by arithmetic.
+fn panels(c: &mut Criterion) {
+    let (n, k) = (49_152i64, 576i64);
+    let packed = Panels::pack(&filled(&[n, k])).unwrap();
+    let mut group = c.benchmark_group(format!("panels {n}x{k}"));
+    group.sample_size(10);
+    for rows in [8i64, 32] {
+        let x = filled(&[rows, k]);
+        let name = format!("{rows} rows");
+        group.throughput(bound(
+            &name,
+            Throughput::Elements(2 * (rows * n * k) as u64),
+        ));
+        group.bench_function(name, |b| b.iter(|| packed.product(&x).unwrap()));
+    }
+}
+
 /// What one would write without this crate: each prompt with each completion as a sequence of its own.
 fn per_completion(
     q: &Tensor,
@@ -410,6 +665,19 @@ fn adamw(c: &mut Criterion) {
     group.throughput(bound("bound: a copy", Throughput::Bytes(8 * n as u64)));
     let (from, mut to) = (filled(&[n]), filled(&[n]));
     group.bench_function("bound: a copy", |b| b.iter(|| to.copy_(&from)));
+}
+
+/// The norm reads every gradient (4 bytes), scaling reads and writes it (8).
+fn clipping(c: &mut Criterion) {
+    let n = 4_000_000i64;
+    let grads: Vec<Tensor> = (0..40).map(|_| filled(&[n / 40])).collect();
+    let mut group = c.benchmark_group(format!("clip_grad_norm, {n} parameters"));
+    for (name, bytes, limit) in [("within the limit", 4, 1e9), ("beyond it", 12, 1e-3)] {
+        group.throughput(bound(name, Throughput::Bytes(bytes * n as u64)));
+        group.bench_function(name, |b| {
+            b.iter(|| clip_grad_norm(&grads, limit).unwrap());
+        });
+    }
 }
 
 /// One step of each optimiser over a matrix of 4 million.
@@ -503,10 +771,16 @@ fn surrogates(c: &mut Criterion) {
 criterion_group!(
     benches,
     logprobs,
+    logits,
     divergences,
     ragged,
     surrogates,
     attention,
+    attention_variants,
+    layers,
+    recomputed,
+    panels,
+    clipping,
     adamw,
     optimizers
 );

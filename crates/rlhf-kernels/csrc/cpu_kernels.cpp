@@ -399,12 +399,13 @@ INLINE void scores(const float *q, const float *keys, int64_t column, int64_t n,
   }
 }
 
-// out[d] = Σ weights[c] · values[c][d] over n columns, for d up to VECS vectors, all of them whole or not.
+// out[d] = Σ weights[c] · values[c][d] over n columns, added to what it is where there is `more`; for d up to VECS
+// vectors, all of them whole or not.
 template <int VECS, bool WHOLE>
-INLINE void mix(const float *values, int64_t column, const float *weights, int64_t n, int64_t d, float *out) {
+INLINE void mix(const float *values, int64_t column, const float *weights, int64_t n, int64_t d, bool more, float *out) {
   F acc[VECS];
 #pragma GCC unroll 4
-  for (int j = 0; j < VECS; ++j) acc[j] = F{};
+  for (int j = 0; j < VECS; ++j) acc[j] = more ? some(out + j * W, d - j * W) : F{};
   for (int64_t c = 0; c < n; ++c) {
     const F w = splat(weights[c]);
 #pragma GCC unroll 4
@@ -417,35 +418,55 @@ INLINE void mix(const float *values, int64_t column, const float *weights, int64
   for (int j = 0; j < VECS; ++j) put(out + j * W, acc[j], d - j * W);
 }
 
+// q · keys of n columns.
+template <class Each>
+INLINE void scores_of(const float *q, const float *keys, int64_t column, int64_t n, int64_t d, float *out, Each each) {
+  switch (d % W == 0 ? d / W : 0) {
+  case 4: scores<4>(q, keys, column, n, d, out, each); break;
+  case 8: scores<8>(q, keys, column, n, d, out, each); break;
+  default: scores<0>(q, keys, column, n, d, out, each);
+  }
+}
+
+INLINE void mix_of(const float *values, int64_t column, const float *weights, int64_t n, int64_t d, bool more,
+                   float *out) {
+  int64_t j = 0;
+  for (; j + 4 * W <= d; j += 4 * W) mix<4, true>(values + j, column, weights, n, d - j, more, out + j);
+  for (; j < d; j += W) mix<1, false>(values + j, column, weights, n, d - j, more, out + j);
+}
+
 void decode(const rlhf::Decode &a, int64_t sequence, int64_t head) {
   const int64_t d = a.d, each = a.hq / a.hkv, at = sequence * a.cache_row + head * a.cache_head;
   const float *k = a.k + sequence * a.k_row + head * a.k_head, *v = a.v + sequence * a.v_row + head * a.v_head;
   rotate(k, a, sequence, 1.f, a.keys + at + a.now * a.cache_column);
   __builtin_memcpy(a.values + at + a.now * a.cache_column, v, d * sizeof(float));
-  int64_t from = a.starts[sequence];
-  if (a.window > 0 && a.now + 1 - a.window > from) from = a.now + 1 - a.window;
-  const int64_t n = a.now + 1 - from;
+  // The columns before, then its own; what the window has left behind is at the front.
+  const int64_t length = a.before[sequence], all = length + a.now + 1 - a.starts[sequence];
+  const int64_t passed = a.window > 0 && all > a.window ? all - a.window : 0;
+  const int64_t skipped = passed < length ? passed : length, from = a.starts[sequence] + passed - skipped;
+  const int64_t old = length - skipped, own = a.now + 1 - from, n = old + own;
+  const int64_t there = old > 0 ? (head * length + skipped) * d : 0;
+  const float *old_keys = a.before_keys[sequence] + there, *old_values = a.before_values[sequence] + there;
   const float *keys = a.keys + at + from * a.cache_column, *values = a.values + at + from * a.cache_column;
   float *weights = scratch<float>(0, n + W), *q = scratch<float>(1, d + W);
   const float cap = (float)a.cap;
   // What this thread reads next is fetched while it computes.
   const int64_t after = head + 1 < a.hkv ? at + a.cache_head : at + a.cache_row - head * a.cache_head;
-  const bool last = sequence + 1 == a.n && head + 1 == a.hkv;
-  const auto fetch = [&](const float *next, int64_t c) {
-    for (int64_t j = 0; !last && j < d; j += 16) __builtin_prefetch(next + (from + c) * a.cache_column + j, 0, 2);
+  const bool last = sequence + 1 == a.n && head + 1 == a.hkv, more_heads = head + 1 < a.hkv;
+  const auto fetch = [&](bool wanted, const float *next) {
+    for (int64_t j = 0; wanted && j < d; j += 16) __builtin_prefetch(next + j, 0, 2);
   };
   for (int64_t g = 0; g < each; ++g) {
     const int64_t query = head * each + g;
     float *out = a.out + (sequence * a.hq + query) * d;
     rotate(a.q + sequence * a.q_row + query * a.q_head, a, sequence, (float)(cap > 0 ? a.scale / a.cap : a.scale), q);
-    const auto each = [&](int64_t c) {
-      if (g == 0) fetch(a.keys + after, c), fetch(a.values + after, c);
-    };
-    switch (d % W == 0 ? d / W : 0) {
-    case 4: scores<4>(q, keys, a.cache_column, n, d, weights, each); break;
-    case 8: scores<8>(q, keys, a.cache_column, n, d, weights, each); break;
-    default: scores<0>(q, keys, a.cache_column, n, d, weights, each);
-    }
+    scores_of(q, old_keys, d, old, d, weights, [&](int64_t c) {
+      fetch(more_heads && g == 0, old_keys + (length + c) * d), fetch(more_heads && g == 0, old_values + (length + c) * d);
+    });
+    scores_of(q, keys, a.cache_column, own, d, weights + old, [&](int64_t c) {
+      const int64_t next = after + (from + c) * a.cache_column;
+      fetch(!last && g == 0, a.keys + next), fetch(!last && g == 0, a.values + next);
+    });
     const float inf = __builtin_inff();
     F top = splat(-inf);
     for (int64_t c = 0; c < n; c += W) {
@@ -463,9 +484,8 @@ void decode(const rlhf::Decode &a, int64_t sequence, int64_t head) {
     }
     const float share = 1.f / folded(total);
     for (int64_t c = 0; c < n; ++c) weights[c] *= share;
-    int64_t j = 0;
-    for (; j + 4 * W <= d; j += 4 * W) mix<4, true>(values + j, a.cache_column, weights, n, d - j, out + j);
-    for (; j < d; j += W) mix<1, false>(values + j, a.cache_column, weights, n, d - j, out + j);
+    if (old > 0) mix_of(old_values, d, weights, old, d, false, out);
+    mix_of(values, a.cache_column, weights + old, own, d, old > 0, out);
   }
 }
 

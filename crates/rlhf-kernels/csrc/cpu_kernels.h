@@ -31,6 +31,9 @@ struct Decode {
   int64_t q_row, q_head, k_row, k_head, v_row, v_head;
   float *keys, *values;
   int64_t cache_row, cache_head, cache_column;
+  // [n] of what stands before a sequence's own columns, [Hkv][length][D] each; its length may be 0.
+  const float *const *before_keys, *const *before_values;
+  const int64_t *before;
   const float *cos, *sin; // [n][turning], the sign of the rotation in sin; null where keys carry no position
   int64_t turning;
   const int64_t *starts;

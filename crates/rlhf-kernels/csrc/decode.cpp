@@ -3,14 +3,25 @@
 #include "shim.h"
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <vector>
 
 // q [n,Hq,D], k and v [n,Hkv,D] of the new tokens; keys and values [rows ≥ n,Hkv,columns,D] with the same strides; cos
-// and sin [n,1,D'] contiguous or null; starts[n]. Unit stride in D. Result [n, Hq·D].
-RLHF_API char *rlhf_decode_attention(at::Tensor **out, const at::Tensor *const *t, const int64_t *starts, int64_t now,
-                                     double scale, double cap, int64_t window) {
+// and sin [n,1,D'] contiguous or null; starts[n]; prefixes[2n] keys and values [Hkv,L,D] of each sequence, contiguous or
+// null. Unit stride in D. Result [n, Hq·D].
+RLHF_API char *rlhf_decode_attention(at::Tensor **out, const at::Tensor *const *t, const int64_t *starts,
+                                     const at::Tensor *const *prefixes, int64_t now, double scale, double cap,
+                                     int64_t window) {
   return rlhf::guard([&] {
     const auto &q = *t[0], &k = *t[1], &v = *t[2], &keys = *t[3], &values = *t[4];
     const int64_t n = q.size(0);
+    std::vector<const float *> before_keys(n), before_values(n);
+    std::vector<int64_t> before(n);
+    for (int64_t i = 0; i < n; ++i) {
+      if (!prefixes[2 * i]) continue;
+      before_keys[i] = prefixes[2 * i]->const_data_ptr<float>();
+      before_values[i] = prefixes[2 * i + 1]->const_data_ptr<float>();
+      before[i] = prefixes[2 * i]->size(1);
+    }
     auto mixed = at::empty({n, q.size(1) * q.size(2)}, q.options());
     const rlhf::Decode d{q.const_data_ptr<float>(),
                          k.const_data_ptr<float>(),
@@ -26,6 +37,9 @@ RLHF_API char *rlhf_decode_attention(at::Tensor **out, const at::Tensor *const *
                          keys.stride(0),
                          keys.stride(1),
                          keys.stride(2),
+                         before_keys.data(),
+                         before_values.data(),
+                         before.data(),
                          t[5] ? t[5]->const_data_ptr<float>() : nullptr,
                          t[6] ? t[6]->const_data_ptr<float>() : nullptr,
                          t[5] ? t[5]->size(2) : 0,

@@ -1,5 +1,5 @@
 // log p(id) = log_softmax(cap(h·Wᵀ) / T)[id] and the entropy of each row, whole rows of logits at a time:
-// what other devices than the CPU run, and what filtering needs. (linear_tiles.cpp is the CPU's own way.)
+// what other devices than the CPU run. (linear_tiles.cpp is the CPU's own way.)
 //
 // From (hidden, weight) the [M,V] logits are never whole: forward keeps four numbers a row; backward
 // computes each chunk of logits again and turns it into its own gradient in place. So memory is
@@ -9,8 +9,7 @@
 //
 // With filtering, words that no row of a chunk gives a probability of `filter` are left out of its
 // gradients. Forward notes the others; backward computes logits and products of those alone, over their
-// rows of the weight gathered together (Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language
-// Models", section 4.3, which skips blocks).
+// rows of the weight gathered together.
 #include "rows.h"
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
@@ -107,6 +106,36 @@ void Extras::prepare(int64_t m, const at::TensorOptions &options) {
   }
 }
 
+void add_own(const Tensor &out, const Tensor &own, const Tensor &weight, const Tensor &ids) {
+  for (int64_t r = 0; r < ids.size(0); r += 128) {
+    const int64_t n = std::min<int64_t>(128, ids.size(0) - r);
+    const auto rows = weight.detach().index_select(0, ids.narrow(0, r, n)).to(out.scalar_type());
+    out.narrow(0, r, n).addcmul_(rows, own.narrow(0, r, n).unsqueeze(1));
+  }
+}
+
+void of_words(const Linear &set, const Tensor &words, const Tensor &h, const Tensor &ids, const Tensor &weight,
+              const Tensor &bias, const Tensor &stats, const Tensor &own, const Tensor &dense, const Tensor &entropy,
+              const Tensor &pull, Tensor hidden, Tensor to_weight, Tensor to_bias) {
+  const auto acc = h.scalar_type();
+  const auto some = weight.index_select(0, words).to(acc);
+  const auto y = at::empty({h.size(0), words.size(0)}, h.options());
+  set.logits(y, h, some.t(), bias.defined() ? bias.index_select(0, words).to(acc) : bias);
+  row_grad(y, stats, set.inv_t, set.cap, dense, entropy, pull, y);
+  if (hidden.defined()) {
+    at::mm_out(hidden, y, some);
+    if (own.defined()) add_own(hidden, own, weight, ids);
+  }
+  if (to_bias.defined()) {
+    to_bias.index_add_(0, words, y.sum(0));
+    if (own.defined()) to_bias.index_add_(0, ids, own);
+  }
+  if (to_weight.defined()) {
+    to_weight.index_add_(0, words, y.t().mm(h));
+    if (own.defined()) to_weight.index_add_(0, ids, h * own.unsqueeze(1));
+  }
+}
+
 void Linear::logits(Tensor out, const Tensor &h, const Tensor &wt, const Tensor &bias) const {
   if (bias.defined()) at::addmm_out(out, bias, h, wt);
   else at::mm_out(out, h, wt);
@@ -173,27 +202,9 @@ void of_chunk(Extras &e, int64_t r, const Tensor &z, const Tensor &ids, const Te
 // Words with a probability of at least `filter` in any row, i64 [A]; undefined where they are more than half,
 // so that gathering does not pay.
 Tensor likely(const Tensor &z, const Tensor &stats, double inv_t, double filter) {
-  const int64_t n = z.size(0), v = z.size(1);
+  const int64_t v = z.size(1);
   const auto least = (stats.select(1, 1) + std::log(filter)).div_(inv_t).add_(stats.select(1, 0));
-  Tensor any;
-  if (fast(z)) {
-    any = at::zeros({v}, z.options().dtype(at::kByte));
-    const float *x = z.const_data_ptr<float>(), *low = least.const_data_ptr<float>();
-    uint8_t *out = any.mutable_data_ptr<uint8_t>();
-    at::parallel_for(0, (v + 1023) / 1024, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        const int64_t at = b * 1024, count = std::min<int64_t>(1024, v - at);
-        int32_t seen[1024] = {};
-        for (int64_t i = 0; i < n; ++i) {
-          const float *row = x + i * v + at, limit = low[i];
-          for (int64_t j = 0; j < count; ++j) seen[j] |= row[j] >= limit;
-        }
-        for (int64_t j = 0; j < count; ++j) out[at + j] = seen[j] != 0;
-      }
-    });
-  } else {
-    any = (z >= least.unsqueeze(1)).any(0);
-  }
+  const auto any = (z >= least.unsqueeze(1)).any(0);
   const auto words = any.nonzero().squeeze(1);
   return words.size(0) * 2 > v ? Tensor() : words;
 }
@@ -301,25 +312,11 @@ struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
       const auto z = whole.narrow(0, 0, n), h = all.narrow(0, r, n), i = ids.narrow(0, r, n);
       auto part = [&](const Tensor &t) { return t.defined() ? t.narrow(0, r, n) : Tensor(); };
       if (const auto &words = saved[7 + r / set.rows]; words.defined()) {
-        const auto some = w.index_select(0, words);
-        const auto y = at::empty({n, words.size(0)}, w.options());
-        set.logits(y, h, some.t(), b.defined() ? b.index_select(0, words) : b);
         const auto own = g_logp.defined() ? own_slope_alone(set, h, w, b, i).mul_(part(g_logp)) : Tensor();
-        row_grad(y, stats.narrow(0, r, n), set.inv_t, set.cap, part(dense), part(g_entropy), part(pull), y);
-        if (need_h) {
-          auto rows = gh.narrow(0, r, n);
-          at::mm_out(rows, y, some);
-          if (own.defined()) rows.addcmul_(w.index_select(0, i), own.unsqueeze(1));
-        }
-        if (need_b) {
-          gb.index_add_(0, words, y.sum(0));
-          if (own.defined()) gb.index_add_(0, i, own);
-        }
-        if (!need_w) continue;
-        if (first) gw.zero_();
-        first = false;
-        gw.index_add_(0, words, y.t().mm(h));
-        if (own.defined()) gw.index_add_(0, i, h * own.unsqueeze(1));
+        if (need_w && first) gw.zero_();
+        if (need_w) first = false;
+        of_words(set, words, h, i, w, b, stats.narrow(0, r, n), own, part(dense), part(g_entropy), part(pull),
+                 need_h ? gh.narrow(0, r, n) : Tensor(), gw, gb);
         continue;
       }
       set.logits(z, h, wt, b);
@@ -394,8 +391,9 @@ RLHF_API char *rlhf_linear_logprobs(Tensor **out, const Tensor *hidden, const Te
     const auto i = ids->contiguous();
     Extras extras{o->top1 != 0, o->moments != 0, {}, {}, {}, {}};
     const Wanted what{o->entropy != 0, o->log_sum_exp != 0, o->penalty, ahead};
-    auto r = set.words > 0 ? linear_tiles(*hidden, *weight, b, i, set, what, &extras)
-                           : LinearLogprobs::apply(*hidden, *weight, b, i, set, what, wanted ? o->filter : 0.0, &extras);
+    const double filter = wanted ? o->filter : 0.0;
+    auto r = set.words > 0 ? linear_tiles(*hidden, *weight, b, i, set, what, filter, &extras)
+                           : LinearLogprobs::apply(*hidden, *weight, b, i, set, what, filter, &extras);
     size_t next = 0;
     out[0] = rlhf::give(r[next++]);
     if (o->entropy) out[1] = rlhf::give(r[next++]);

@@ -5,11 +5,18 @@
 // are carried from tile to tile; where its largest logit rises, what was added up shrinks by the same factor
 // (as in Milakov and Gimelshein 2018, arXiv 1805.02867). Where only `hidden` wants a gradient, forward carries
 // Σ exp(z)·W along in the same way, and backward recomputes nothing.
+//
+// With filtering forward keeps the largest logit of each row in each run of 32 words. Once all sums are known that
+// tells which runs no row of a chunk gives a probability of `filter`; backward leaves them out, and works on the
+// rows of the weight that are left, gathered together (Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary
+// Language Models", section 4.3). A chunk with more than half of the words left is computed in tiles.
 #include "rows.h"
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
+#include <algorithm>
 
 namespace rlhf {
 namespace {
@@ -42,10 +49,30 @@ void product(Tensor out, const Tensor &a, const Tensor &b, bool add) {
 }
 template <class T> T *data(const Tensor &t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; }
 
-// Takes a tile into its rows' sums; `mixture` [M,H], of which rows shrink where a logit rises, may be undefined.
+// Runs of words that are kept or left out together, counted from the beginning of each tile.
+constexpr int64_t kRun = 32;
+inline int64_t runs_of(int64_t words) { return (words + kRun - 1) / kRun; }
+
+// The largest of each run of a row's v words.
+template <class T> void run_tops(const T *z, int64_t v, T *tops) {
+  for (int64_t at = 0; at < v; at += kRun, ++tops) {
+    T lanes[16];
+    std::fill(lanes, lanes + 16, (T)-INFINITY);
+    const int64_t end = std::min(at + kRun, v);
+    int64_t i = at;
+    for (; i + 16 <= end; i += 16)
+      for (int k = 0; k < 16; ++k) lanes[k] = z[i + k] > lanes[k] ? z[i + k] : lanes[k];
+    for (; i < end; ++i) lanes[0] = z[i] > lanes[0] ? z[i] : lanes[0];
+    *tops = *std::max_element(lanes, lanes + 16);
+  }
+}
+
+// Takes a tile into its rows' sums; `mixture` [M,H], of which rows shrink where a logit rises, and `tops`, the largest
+// logits of runs [M,runs] from run `run` on, may be undefined.
 template <class T>
 void take(const Tensor &tile, int64_t row, int64_t word, const FoldSettings &settings, std::vector<RowSums> &sums,
-          const Tensor &ids, const Tensor &chosen, const Tensor &top1, const Tensor &mixture) {
+          const Tensor &ids, const Tensor &chosen, const Tensor &top1, const Tensor &mixture, const Tensor &tops,
+          int64_t run) {
   const int64_t v = tile.size(1), width = mixture.defined() ? mixture.size(1) : 0;
   const int64_t *wanted = ids.const_data_ptr<int64_t>();
   T *z = data<T>(tile), *own = data<T>(chosen), *mixed = data<T>(mixture);
@@ -54,6 +81,7 @@ void take(const Tensor &tile, int64_t row, int64_t word, const FoldSettings &set
     for (int64_t i = begin; i < end; ++i) {
       const int64_t at = row + i, id = wanted[at] - word;
       if (id >= 0 && id < v) own[at] = z[i * v + id];
+      if (tops.defined()) run_tops(z + i * v, v, data<T>(tops) + at * tops.size(1) + run);
       auto &s = sums[at];
       const T factor = (T)fold(z + i * v, v, settings, &s);
       if (agrees && s.raised >= 0) agrees[at] = s.raised == id;
@@ -86,19 +114,101 @@ template <class T> void join(const Tensor &tile, int64_t row, int64_t word, cons
 }
 #define RLHF_TYPED(kind, call) ((kind) == at::kDouble ? call<double> : call<float>)
 
-// out += own · W[ids], some rows at a time so that little of W is copied.
-void add_own(const Tensor &out, const Tensor &own, const Tensor &weight, const Tensor &ids) {
-  for_rows(ids.size(0), 128, [&](int64_t r, int64_t n) {
-    const auto rows = weight.detach().index_select(0, ids.narrow(0, r, n)).to(out.scalar_type());
-    out.narrow(0, r, n).addcmul_(rows, own.narrow(0, r, n).unsqueeze(1));
+// Rows that are filtered together.
+constexpr int64_t kFiltered = 128;
+
+// The words of the runs that some of the rows r.. gives a probability of `filter`; undefined where they are more than
+// half of all.
+template <class T>
+Tensor likely(const Tensor &tops, const Tensor &stats, int64_t r, int64_t n, int64_t v, const Linear &set, double filter,
+              const Tensor &ids) {
+  const int64_t runs = tops.size(1), each = runs_of(set.words);
+  std::vector<uint8_t> kept(runs);
+  for (int64_t i = r; i < r + n; ++i) {
+    const T *top = data<T>(tops) + i * runs, *s = data<T>(stats) + i * kStats;
+    const T least = (T)((std::log(filter) + s[1]) / set.inv_t + s[0]);
+    for (int64_t k = 0; k < runs; ++k) kept[k] |= top[k] >= least;
+  }
+  std::vector<int64_t> words;
+  for (int64_t k = 0; k < runs; ++k) {
+    const int64_t tile = k / each * set.words, begin = tile + k % each * kRun;
+    for (int64_t w = begin; kept[k] && w < std::min({begin + kRun, tile + set.words, v}); ++w) words.push_back(w);
+  }
+  const int64_t count = (int64_t)words.size();
+  if (count * 2 > v) return {};
+  auto out = at::empty({count}, ids.options());
+  std::copy(words.begin(), words.end(), data<int64_t>(out));
+  return out;
+}
+
+// What the gradients of the logits of some rows are made of, each [M] or undefined; see row_grad.
+struct Slopes {
+  Tensor own, dense, entropy, pull;
+  Slopes of(int64_t r, int64_t n) const {
+    auto part = [&](const Tensor &t) { return t.defined() ? t.narrow(0, r, n) : t; };
+    return {part(own), part(dense), part(entropy), part(pull)};
+  }
+};
+
+// The gradients that are wanted; undefined are those that are not.
+struct Gradients {
+  Tensor hidden, weight, bias;
+};
+
+// Gradients of the rows r.. in tiles. That of the weight is added to what is there, or takes its place.
+void in_tiles(const Linear &set, const Tensor &h, const Tensor &weight, const Tensor &bias, const Tensor &ids,
+              const Tensor &stats, const Slopes &of, int64_t first, int64_t rows, bool onto, const Gradients &out) {
+  const auto options = h.options();
+  const auto acc = h.scalar_type();
+  const bool apart = out.weight.defined() && out.weight.scalar_type() != acc;
+  for_blocks(set.words, weight, bias, [&](const Block &b) {
+    const auto part = out.weight.defined() ? out.weight.narrow(0, b.begin, b.count) : Tensor();
+    const auto sum = apart ? buffer(2, b.count, h.size(1), options) : part;
+    for_rows(rows, set.rows, [&](int64_t from, int64_t n) {
+      const int64_t r = first + from;
+      const auto z = buffer(0, n, b.count, options), x = h.narrow(0, r, n);
+      set.logits(z, x, b.weight.t(), b.bias);
+      RLHF_TYPED(acc, slope)(z, r, stats, set.inv_t, set.cap, of.dense, of.entropy, of.pull);
+      if (out.hidden.defined()) product(out.hidden.narrow(0, r, n), z, b.weight, b.begin > 0);
+      if (!out.weight.defined() && !out.bias.defined()) return;
+      if (of.own.defined()) RLHF_TYPED(acc, join)(z, r, b.begin, ids, of.own);
+      if (out.bias.defined()) out.bias.narrow(0, b.begin, b.count).add_(z.sum(0));
+      if (out.weight.defined()) product(sum, z.t(), x, from > 0 || (onto && !apart));
+    });
+    if (apart && rows > 0) onto ? part.add_(sum) : part.copy_(sum);
   });
+  if (out.hidden.defined() && of.own.defined() && rows > 0) {
+    const auto own = of.own.narrow(0, first, rows);
+    add_own(out.hidden.narrow(0, first, rows), own, weight, ids.narrow(0, first, rows));
+  }
+}
+
+// Gradients of all rows, of chunks of which some words alone are kept.
+void filtered(const Linear &set, const Tensor &h, const Tensor &weight, const Tensor &bias, const Tensor &ids,
+              const Tensor &stats, const Slopes &of, at::ArrayRef<Tensor> kept, const Gradients &out) {
+  const int64_t m = h.size(0), chunks = (int64_t)kept.size();
+  for (int64_t c = 0; c < chunks;) {
+    int64_t end = c + 1;
+    const int64_t r = c * kFiltered;
+    if (!kept[c].defined()) {
+      while (end < chunks && !kept[end].defined()) ++end;
+      in_tiles(set, h, weight, bias, ids, stats, of, r, std::min(end * kFiltered, m) - r, true, out);
+    } else {
+      const int64_t n = std::min(kFiltered, m - r);
+      const auto part = of.of(r, n);
+      of_words(set, kept[c], h.narrow(0, r, n), ids.narrow(0, r, n), weight, bias, stats.narrow(0, r, n), part.own,
+               part.dense, part.entropy, part.pull, out.hidden.defined() ? out.hidden.narrow(0, r, n) : Tensor(),
+               out.weight, out.bias);
+    }
+    c = end;
+  }
 }
 
 // Gives logp, then the entropy, the log-sum-exp and the logit penalty where they are asked for.
 struct LinearTiles : torch::autograd::Function<LinearTiles> {
   static variable_list forward(AutogradContext *ctx, const Tensor &hidden, const Tensor &weight,
                                const std::optional<Tensor> &bias, const Tensor &ids, Linear set, Wanted wanted,
-                               Extras *extras) {
+                               double filter, Extras *extras) {
     const auto acc = accumulation(hidden);
     const auto h = wide(hidden, acc);
     const auto options = h.options();
@@ -107,28 +217,41 @@ struct LinearTiles : torch::autograd::Function<LinearTiles> {
     auto logp = at::empty({m}, options), stats = at::empty({m, kStats}, options), own = at::empty({m}, options);
     auto fixed = wanted.ahead ? at::empty(h.sizes(), options) : Tensor();
     auto penalty = wanted.penalty != 0 ? at::empty({m}, options) : Tensor();
+    const bool along = wanted.ahead && filter == 0;
+    const int64_t each = runs_of(set.words), tiles = (v + set.words - 1) / set.words;
+    const auto tops = filter > 0 ? at::full({m, each * tiles}, -INFINITY, options) : Tensor();
     const FoldSettings settings{set.inv_t,     set.cap, wanted.entropy, extras->moments || penalty.defined(),
-                                extras->top1, wanted.ahead};
+                                extras->top1, along};
     std::vector<RowSums> sums(m);
     for_blocks(set.words, weight, bias.value_or(Tensor()), [&](const Block &b) {
       for_rows(m, set.rows, [&](int64_t r, int64_t n) {
         const auto z = buffer(0, n, b.count, options);
         set.logits(z, h.narrow(0, r, n), b.weight.t(), b.bias);
-        RLHF_TYPED(acc, take)(z, r, b.begin, settings, sums, ids, own, extras->is_top1, fixed);
-        if (wanted.ahead) product(fixed.narrow(0, r, n), z, b.weight, b.begin > 0);
+        RLHF_TYPED(acc, take)(z, r, b.begin, settings, sums, ids, own, extras->is_top1, along ? fixed : Tensor(), tops,
+                              b.begin / set.words * each);
+        if (along) product(fixed.narrow(0, r, n), z, b.weight, b.begin > 0);
       });
     });
     (acc == at::kDouble ? rows_done<double> : rows_done<float>)(sums, v, set, wanted, stats, own, logp, penalty, *extras);
-    if (wanted.ahead) {
+    variable_list kept;
+    for (int64_t r = 0; filter > 0 && r < m; r += kFiltered)
+      kept.push_back(RLHF_TYPED(acc, likely)(tops, stats, r, std::min(kFiltered, m - r), v, set, filter, ids));
+    if (along) {
       fixed.mul_((stats.narrow(1, 3, 1) * -set.inv_t));
       add_own(fixed, own, weight, ids);
+    } else if (wanted.ahead) {
+      const Slopes one{own, at::full({m}, 1.0, options), {}, {}};
+      filtered(set, h, weight.detach(), bias.value_or(Tensor()), ids, stats, one, kept, {fixed, {}, {}});
     }
     ctx->set_materialize_grads(false);
     set.save(ctx);
     ctx->saved_data["entropy"] = wanted.entropy;
     ctx->saved_data["lse"] = wanted.lse;
     ctx->saved_data["penalty"] = wanted.penalty;
-    ctx->save_for_backward({hidden, weight, bias.value_or(Tensor()), ids, stats, own, fixed});
+    variable_list all{hidden, weight, bias.value_or(Tensor()), ids, stats, own, fixed};
+    all.insert(all.end(), kept.begin(), kept.end());
+    ctx->save_for_backward(std::move(all));
+    ctx->saved_data["filtered"] = filter > 0;
     variable_list out{logp};
     if (wanted.entropy) out.push_back(stats.select(1, 2).clone());
     if (wanted.lse) out.push_back((stats.select(1, 0) * set.inv_t).add_(stats.select(1, 1)));
@@ -162,7 +285,7 @@ struct LinearTiles : torch::autograd::Function<LinearTiles> {
     once_differentiable("linear_logprobs");
     const auto saved = ctx->get_saved_variables();
     const auto set = Linear::of(ctx);
-    variable_list result(7);
+    variable_list result(8);
     size_t next = 0;
     auto given = [&](bool there) {
       return there && grads[next++].defined() ? grads[next - 1].contiguous() : Tensor();
@@ -190,31 +313,19 @@ struct LinearTiles : torch::autograd::Function<LinearTiles> {
     const auto options = h.options();
     const int64_t m = h.size(0);
     const auto pull = g_penalty.defined() ? g_penalty * (2 * penalty / weight.size(0)) : Tensor();
-    const bool narrow = weight.scalar_type() != acc;
-    auto gh = need_h ? at::empty(h.sizes(), options) : Tensor();
-    auto gw = need_w ? (m == 0 ? at::zeros(weight.sizes(), weight.options()) : at::empty(weight.sizes(), weight.options())) : Tensor();
-    auto gb = need_b ? at::zeros({weight.size(0)}, options) : Tensor();
-    for_blocks(set.words, weight, bias, [&](const Block &b) {
-      const auto part = !need_w ? gw : gw.narrow(0, b.begin, b.count);
-      const auto sum = need_w && narrow && m > 0 ? buffer(2, b.count, h.size(1), options) : part;
-      for_rows(m, set.rows, [&](int64_t r, int64_t n) {
-        const auto z = buffer(0, n, b.count, options), x = h.narrow(0, r, n);
-        set.logits(z, x, b.weight.t(), b.bias);
-        RLHF_TYPED(acc, slope)(z, r, stats, set.inv_t, set.cap, dense, g_entropy, pull);
-        if (need_h) product(gh.narrow(0, r, n), z, b.weight, b.begin > 0);
-        if (!need_w && !need_b) return;
-        if (own.defined()) RLHF_TYPED(acc, join)(z, r, b.begin, ids, own);
-        if (need_b) gb.narrow(0, b.begin, b.count).add_(z.sum(0));
-        if (need_w) product(sum, z.t(), x, r > 0);
-      });
-      if (need_w && narrow && m > 0) part.copy_(sum);
-    });
-    if (need_h) {
-      if (own.defined()) add_own(gh, own, weight, ids);
-      result[0] = gh.to(hidden.scalar_type());
-    }
-    result[1] = gw;
-    if (need_b) result[2] = gb.to(bias.scalar_type());
+    const bool filter = ctx->saved_data["filtered"].toBool(), empty = filter || m == 0;
+    // Filtered rows add to a gradient of few words each, in the type that sums are made in.
+    const auto like = filter ? weight.options().dtype(acc) : weight.options();
+    const Gradients out{need_h ? at::empty(h.sizes(), options) : Tensor(),
+                        !need_w ? Tensor() : empty ? at::zeros(weight.sizes(), like) : at::empty(weight.sizes(), like),
+                        need_b ? at::zeros({weight.size(0)}, options) : Tensor()};
+    const Slopes of{own, dense, g_entropy, pull};
+    const auto w = weight.detach(), b = bias.defined() ? bias.detach() : bias;
+    if (filter) filtered(set, h, w, b, ids, stats, of, at::ArrayRef<Tensor>(saved).slice(7), out);
+    else in_tiles(set, h, w, b, ids, stats, of, 0, m, false, out);
+    if (need_h) result[0] = out.hidden.to(hidden.scalar_type());
+    if (need_w) result[1] = out.weight.to(weight.scalar_type());
+    if (need_b) result[2] = out.bias.to(bias.scalar_type());
     return result;
   }
 };
@@ -222,7 +333,7 @@ struct LinearTiles : torch::autograd::Function<LinearTiles> {
 
 torch::autograd::variable_list linear_tiles(const Tensor &hidden, const Tensor &weight,
                                             const std::optional<Tensor> &bias, const Tensor &ids, Linear set,
-                                            Wanted wanted, Extras *extras) {
-  return LinearTiles::apply(hidden, weight, bias, ids, set, wanted, extras);
+                                            Wanted wanted, double filter, Extras *extras) {
+  return LinearTiles::apply(hidden, weight, bias, ids, set, wanted, filter, extras);
 }
 } // namespace rlhf

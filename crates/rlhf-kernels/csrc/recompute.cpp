@@ -1,8 +1,11 @@
 // Activation checkpointing: run a closure without recording, run it again in backward.
 #include "shim.h"
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <mutex>
 
 namespace {
 using at::Tensor;
@@ -13,10 +16,39 @@ using torch::autograd::variable_list;
 using Call = Tensor *(*)(void *data, const Tensor *const *inputs, int64_t n, char **message);
 using Drop = void (*)(void *data);
 
+// The global generators that a body on these inputs may draw from, and their states.
+struct Draws {
+  std::vector<std::pair<at::Generator, Tensor>> states;
+  void note(at::Generator g) {
+    std::lock_guard<std::mutex> lock(g.mutex());
+    states.emplace_back(g, g.get_state());
+  }
+  explicit Draws(const variable_list &inputs) {
+    note(at::detail::getDefaultCPUGenerator());
+    if (inputs[0].is_cuda()) note(at::globalContext().defaultGenerator(inputs[0].device()));
+  }
+  void set() {
+    for (auto &[g, state] : states) {
+      std::lock_guard<std::mutex> lock(g.mutex());
+      g.set_state(state);
+    }
+  }
+};
+
+// While it lives the generators repeat what they drew the first time; then they go on where they were.
+struct Again {
+  Draws now;
+  Again(Draws &then, const variable_list &inputs) : now(inputs) { then.set(); }
+  Again(const Again &) = delete;
+  ~Again() { now.set(); }
+};
+
 struct Closure : torch::CustomClassHolder {
   void *data;
   Call call;
   Drop drop;
+  // As the generators were before the first run.
+  std::unique_ptr<Draws> draws;
   Closure(void *d, Call c, Drop f) : data(d), call(c), drop(f) {}
   Closure(const Closure &) = delete;
   ~Closure() override { drop(data); }
@@ -37,6 +69,7 @@ struct Recompute : torch::autograd::Function<Recompute> {
   static Tensor forward(AutogradContext *ctx, const Tensor &, at::TensorList list,
                         c10::intrusive_ptr<Closure> closure) {
     const auto inputs = list.vec();
+    closure->draws = std::make_unique<Draws>(inputs);
     Tensor out;
     {
       c10::AutoGradMode off(false);
@@ -54,6 +87,7 @@ struct Recompute : torch::autograd::Function<Recompute> {
     for (size_t i = 0; i < saved.size(); ++i) inputs.push_back(saved[i].detach().requires_grad_(ctx->needs_input_grad(1 + i)));
     Tensor out;
     {
+      const Again again(*closure->draws, inputs);
       c10::AutoGradMode on(true);
       out = closure->run(inputs);
     }

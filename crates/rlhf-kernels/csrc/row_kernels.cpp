@@ -117,11 +117,77 @@ void grad(const T *z, T *out, int64_t v, const T *s, double inv_t, double cap, T
   row(z, out, v, s, (T)inv_t, (T)cap, g, ge, gq);
 }
 
+template <class T> T norm(const T *a, const T *b, const T *w, int64_t d, T eps, T *x, T *y) {
+  constexpr int64_t step = Simd<T>::W;
+  Vec<T> squares{};
+  for (int64_t i = 0; i < d; i += step) {
+    Vec<T> v = end_of(a + i, d - i, T(0));
+    if (b) {
+      v += end_of(b + i, d - i, T(0));
+      put(x + i, v, d - i);
+    }
+    squares += v * v;
+  }
+  const T root = T(1) / (T)__builtin_sqrt(sum<T>(squares) / (T)d + eps);
+  const T *from = b ? x : a;
+  for (int64_t i = 0; i < d; i += step)
+    put(y + i, end_of(from + i, d - i, T(0)) * root * end_of(w + i, d - i, T(0)), d - i);
+  return root;
+}
+template <class T>
+void norm_grad(const T *g, const T *x, const T *w, T root, int64_t d, const T *more, T *dx, T *dw) {
+  constexpr int64_t step = Simd<T>::W;
+  Vec<T> dots{};
+  for (int64_t i = 0; i < d; i += step)
+    dots += end_of(g + i, d - i, T(0)) * end_of(w + i, d - i, T(0)) * end_of(x + i, d - i, T(0));
+  const T back = sum<T>(dots) * root * root / (T)d;
+  for (int64_t i = 0; i < d; i += step) {
+    const int64_t left = d - i;
+    const Vec<T> gi = end_of(g + i, left, T(0)), xi = end_of(x + i, left, T(0));
+    Vec<T> to = (gi * end_of(w + i, left, T(0)) - xi * back) * root;
+    if (more) to += end_of(more + i, left, T(0));
+    if (dw) put(dw + i, end_of(dw + i, left, T(0)) + gi * xi * root, left);
+    put(dx + i, to, left);
+  }
+}
+// 1/(1 + e^−x); the exponential is right for numbers that are not too large only, beyond them the quotient is 0.
+template <class T> INLINE Vec<T> sigmoid(Vec<T> x) {
+  const T most = sizeof(T) == 4 ? T(88) : T(700);
+  return T(1) / (exp(-x > most ? splat<T>(most) : -x) + T(1));
+}
+template <class T> void silu(const T *gate, const T *up, int64_t d, T *y) {
+  for (int64_t i = 0; i < d; i += Simd<T>::W) {
+    const Vec<T> x = end_of(gate + i, d - i, T(0));
+    put(y + i, x * sigmoid<T>(x) * end_of(up + i, d - i, T(0)), d - i);
+  }
+}
+template <class T> void silu_grad(const T *gate, const T *up, const T *g, int64_t d, T *to_gate, T *to_up) {
+  for (int64_t i = 0; i < d; i += Simd<T>::W) {
+    const int64_t left = d - i;
+    const Vec<T> x = end_of(gate + i, left, T(0)), s = sigmoid<T>(x), gi = end_of(g + i, left, T(0));
+    put(to_up + i, gi * x * s, left);
+    put(to_gate + i, gi * end_of(up + i, left, T(0)) * s * (x * (T(1) - s) + T(1)), left);
+  }
+}
+template <class T> void rotate(const T *x, const T *cos, const T *low, const T *high, int64_t turning, int64_t d, T *y) {
+  const int64_t half = turning / 2;
+  for (int64_t i = 0; i < half; i += Simd<T>::W) {
+    const int64_t left = half - i;
+    const Vec<T> a = end_of(x + i, left, T(0)), b = end_of(x + half + i, left, T(0));
+    put(y + i, a * end_of(cos + i, left, T(0)) + b * end_of(low + i, left, T(0)), left);
+    put(y + half + i, b * end_of(cos + half + i, left, T(0)) + a * end_of(high + i, left, T(0)), left);
+  }
+  for (int64_t i = turning; i < d; ++i) y[i] = x[i];
+}
+
 } // namespace
 
 namespace rlhf {
 #define RLHF_JOIN(a, b) a##b
 #define RLHF_NAME(isa) RLHF_JOIN(isa, _rows)
 extern const RowKernels RLHF_NAME(RLHF_ISA);
-const RowKernels RLHF_NAME(RLHF_ISA) = {fold<float>, fold<double>, grad<float>, grad<double>};
+const RowKernels RLHF_NAME(RLHF_ISA) = {
+    fold<float>, fold<double>, grad<float>, grad<double>,
+    {norm<float>, norm_grad<float>, silu<float>, silu_grad<float>, rotate<float>},
+    {norm<double>, norm_grad<double>, silu<double>, silu_grad<double>, rotate<double>}};
 } // namespace rlhf

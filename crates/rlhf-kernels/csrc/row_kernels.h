@@ -23,6 +23,19 @@ struct FoldSettings {
 // and 1/S. Probabilities come from 1/S: log S in f32 would make all of a row's wrong by the same factor.
 constexpr int64_t kStats = 4;
 
+// Rows of a layer's small operations; see layer.cpp.
+template <class T> struct LayerKernels {
+  // x = a + b, or a where b is null (x is not written then), y = x·w / √(mean x² + ε); gives 1/√….
+  T (*norm)(const T *a, const T *b, const T *w, int64_t d, T eps, T *x, T *y);
+  // dx = more + dy/dx·g, dw += dy/dw·g; `more` and dw may be null.
+  void (*norm_grad)(const T *g, const T *x, const T *w, T root, int64_t d, const T *more, T *dx, T *dw);
+  // y = gate·σ(gate)·up, and its gradients.
+  void (*silu)(const T *gate, const T *up, int64_t d, T *y);
+  void (*silu_grad)(const T *gate, const T *up, const T *g, int64_t d, T *to_gate, T *to_up);
+  // The halves of the first `turning` numbers: y₁ = x₁·cos₁ + x₂·low, y₂ = x₂·cos₂ + x₁·high; the rest stays.
+  void (*rotate)(const T *x, const T *cos, const T *low, const T *high, int64_t turning, int64_t d, T *y);
+};
+
 struct RowKernels {
   // Takes v more words into a row's sums; gives the factor that the former sums were multiplied by, because the
   // largest logit rose.
@@ -34,6 +47,8 @@ struct RowKernels {
                    float ge, float gq);
   void (*grad_f64)(const double *z, double *out, int64_t v, const double *stats, double inv_t, double cap, double g,
                    double ge, double gq);
+  LayerKernels<float> layer_f32;
+  LayerKernels<double> layer_f64;
 };
 
 const RowKernels &row_kernels();

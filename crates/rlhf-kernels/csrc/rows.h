@@ -95,8 +95,17 @@ struct Wanted {
   double penalty; // of (z/T)², mean over words; 0 for none
   bool ahead;     // only hidden states want a gradient
 };
-// On the CPU, a tile of rows and words at a time: see linear_tiles.cpp.
+// out += own · W[ids], some rows at a time so that little of W is copied.
+void add_own(const Tensor &out, const Tensor &own, const Tensor &weight, const Tensor &ids);
+
+// The gradients of n rows where all but some `words` are left out: that of the hidden states is written, those of weight
+// and bias are added to what is there; each may be undefined. The slopes are as in row_grad, `own` the chosen ids'.
+void of_words(const Linear &set, const Tensor &words, const Tensor &h, const Tensor &ids, const Tensor &weight,
+              const Tensor &bias, const Tensor &stats, const Tensor &own, const Tensor &dense, const Tensor &entropy,
+              const Tensor &pull, Tensor hidden, Tensor to_weight, Tensor to_bias);
+
+// On the CPU, a tile of rows and words at a time: see linear_tiles.cpp. `filter` is 0 for none.
 torch::autograd::variable_list linear_tiles(const Tensor &hidden, const Tensor &weight,
                                             const std::optional<Tensor> &bias, const Tensor &ids, Linear set, Wanted,
-                                            Extras *);
+                                            double filter, Extras *);
 } // namespace rlhf

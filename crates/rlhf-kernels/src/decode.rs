@@ -29,6 +29,15 @@ fn rows_of(op: &'static str, x: &Tensor, shape: &[i64]) -> Result<()> {
     })
 }
 
+/// What stands before a sequence's own columns: a prompt that several sequences may share.
+#[derive(Clone, Copy, Debug)]
+pub struct Prefix<'a> {
+    /// `[Hkv, L, D]`, contiguous, turned already.
+    pub keys: &'a Tensor,
+    /// As `keys`.
+    pub values: &'a Tensor,
+}
+
 /// The cache that new tokens are written into, and who owns which columns.
 #[derive(Clone, Copy, Debug)]
 pub struct DecodeCache<'a> {
@@ -38,12 +47,14 @@ pub struct DecodeCache<'a> {
     pub values: &'a Tensor,
     /// `[n]`, each sequence's first column.
     pub starts: &'a [i64],
+    /// `[n]`, or nothing where no sequence has one.
+    pub prefixes: &'a [Option<Prefix<'a>>],
     /// The column that the new tokens get.
     pub now: i64,
 }
 
 /// Attention of one new token a sequence: turns queries and keys, writes keys and values into the cache,
-/// and mixes what each sequence has there.
+/// and mixes what each sequence has there and before. A window counts the columns of both.
 ///
 /// # Shapes
 /// `q` `[n, Hq, D]`, `k` and `v` `[n, Hkv, D]`, `rope`: cos and sin `[n, 1, D']`, the first half of sin
@@ -87,6 +98,20 @@ pub fn decode_attention(
             )
         },
     )?;
+    ensure(
+        cache.prefixes.is_empty() || cache.prefixes.len() as i64 == n,
+        OP,
+        || format!("{} prefixes for {n} sequences", cache.prefixes.len()),
+    )?;
+    for prefix in cache.prefixes.iter().flatten() {
+        rows_of(OP, prefix.keys, &[hkv, -1, d])?;
+        rows_of(OP, prefix.values, &prefix.keys.size())?;
+        ensure(
+            prefix.keys.is_contiguous() && prefix.values.is_contiguous(),
+            OP,
+            || "a prefix is not contiguous".into(),
+        )?;
+    }
     let turned;
     let rope = match rope {
         None => None,
@@ -102,7 +127,8 @@ pub fn decode_attention(
         }
     };
     let tensors = [q, k, v, cache.keys, cache.values];
-    ffi::decode_attention(tensors, rope, cache.starts, cache.now, options)
+    let (starts, prefixes) = (cache.starts, cache.prefixes);
+    ffi::decode_attention(tensors, rope, starts, prefixes, cache.now, options)
 }
 
 /// x·w / √(mean x² + ε) of every row.

@@ -12,6 +12,7 @@ use torch_sys::C_tensor;
 
 use crate::attention::AttentionOptions;
 use crate::collective::Rendezvous;
+use crate::decode::Prefix;
 use crate::error::{Error, Result};
 
 type Call =
@@ -146,10 +147,35 @@ unsafe extern "C" {
         out: *mut *mut C_tensor,
         tensors: *const *const C_tensor,
         starts: *const i64,
+        prefixes: *const *const C_tensor,
         now: i64,
         scale: f64,
         cap: f64,
         window: i64,
+    ) -> *mut c_char;
+    fn rlhf_add_norm(
+        out: *mut *mut C_tensor,
+        x: *const C_tensor,
+        more: *const C_tensor,
+        weight: *const C_tensor,
+        eps: f64,
+    ) -> *mut c_char;
+    fn rlhf_silu_mul(
+        out: *mut *mut C_tensor,
+        gate: *const C_tensor,
+        up: *const C_tensor,
+    ) -> *mut c_char;
+    fn rlhf_rotate(
+        out: *mut *mut C_tensor,
+        x: *const C_tensor,
+        cos: *const C_tensor,
+        sin: *const C_tensor,
+    ) -> *mut c_char;
+    fn rlhf_linears(
+        out: *mut *mut C_tensor,
+        x: *const C_tensor,
+        weights: *const *const C_tensor,
+        n: i64,
     ) -> *mut c_char;
     fn rlhf_rms_norm(
         out: *mut *mut C_tensor,
@@ -551,20 +577,28 @@ pub(crate) fn decode_attention(
     tensors: [&Tensor; 5],
     rope: Option<(&Tensor, &Tensor)>,
     starts: &[i64],
+    prefixes: &[Option<Prefix<'_>>],
     now: i64,
     options: &AttentionOptions,
 ) -> Result<Tensor> {
     let mut list = pointers(&tensors);
     let null = std::ptr::null::<C_tensor>();
     list.extend(rope.map_or([null; 2], |(cos, sin)| [cos.as_ptr(), sin.as_ptr()]));
+    let mut before = vec![null; 2 * starts.len()];
+    for (two, prefix) in before.chunks_mut(2).zip(prefixes) {
+        if let Some(p) = prefix {
+            two.copy_from_slice(&[p.keys.as_ptr(), p.values.as_ptr()]);
+        }
+    }
     let mut out = std::ptr::null_mut();
-    // SAFETY: the list holds five live tensors and two that live or are null; there is a start for every
-    // row, and every column that is touched lies in the cache.
+    // SAFETY: the list holds five live tensors and two that live or are null; there are a start and two tensors
+    // that live or are null for every row, and every column that is touched lies in the cache.
     let message = unsafe {
         rlhf_decode_attention(
             &raw mut out,
             list.as_ptr(),
             starts.as_ptr(),
+            before.as_ptr(),
             now,
             options.scale,
             options.softcap.unwrap_or(0.0),
@@ -573,6 +607,63 @@ pub(crate) fn decode_attention(
     };
     check("decode_attention", message)?;
     Ok(take(out))
+}
+
+/// All f32 or all f64 on the CPU, `more` as large as `x`, `weight` as long as its last dimension.
+pub(crate) fn add_norm(
+    x: &Tensor,
+    more: Option<&Tensor>,
+    weight: &Tensor,
+    eps: f64,
+) -> Result<(Tensor, Tensor)> {
+    let mut out = [std::ptr::null_mut(); 2];
+    // SAFETY: the tensors are alive for the call; the caller checked types, shapes and devices.
+    let message = unsafe {
+        rlhf_add_norm(
+            out.as_mut_ptr(),
+            x.as_ptr(),
+            maybe(more),
+            weight.as_ptr(),
+            eps,
+        )
+    };
+    check("add_norm", message)?;
+    Ok((take(out[0]), take(out[1])))
+}
+
+/// Both f32 or both f64 `[n, D]` on the CPU.
+pub(crate) fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: both tensors are alive for the call; the caller checked types, shapes and devices.
+    let message = unsafe { rlhf_silu_mul(&raw mut out, gate.as_ptr(), up.as_ptr()) };
+    check("silu_mul", message)?;
+    Ok(take(out))
+}
+
+/// All f32 or all f64 on the CPU: `x` `[n, heads, D]`, `cos` and `sin` of n·D' numbers, D' even and at most D.
+pub(crate) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: the tensors are alive for the call; the caller checked types, shapes and devices.
+    let message = unsafe { rlhf_rotate(&raw mut out, x.as_ptr(), cos.as_ptr(), sin.as_ptr()) };
+    check("rotate", message)?;
+    Ok(take(out))
+}
+
+/// `x` `[n, D]`, each weight `[out, D]`.
+pub(crate) fn linears(x: &Tensor, weights: &[&Tensor]) -> Result<Vec<Tensor>> {
+    let list = pointers(weights);
+    let mut out = vec![std::ptr::null_mut(); list.len()];
+    // SAFETY: the list holds live tensors, and there is a place for the result of each.
+    let message = unsafe {
+        rlhf_linears(
+            out.as_mut_ptr(),
+            x.as_ptr(),
+            list.as_ptr(),
+            list.len() as i64,
+        )
+    };
+    check("linears", message)?;
+    Ok(out.into_iter().map(take).collect())
 }
 
 /// `x` f32 `[n, D]` with unit stride in D, `weight` f32 `[D]`, both on the CPU.
@@ -788,9 +879,10 @@ mod tests {
     use super::*;
     use crate::decode;
     use crate::kl::{Divergence, KlOptions, Logits};
+    use crate::surrogate::{Advantages, SurrogateInputs, SurrogateOptions, TokenWeight};
     use crate::{
-        AttentionGroup, AttentionLayout, LogprobOptions, linear_kl, linear_logprobs,
-        shared_prefix_attention,
+        AttentionGroup, AttentionLayout, LogprobOptions, Offsets, Panels, Ragged, linear_kl,
+        linear_logprobs, shared_prefix_attention, surrogate,
     };
 
     /// Results and gradients of both kernels, as one row of numbers.
@@ -808,6 +900,9 @@ mod tests {
             entropy: true,
             softcap: Some(3.0),
             temperature: 0.7,
+            top1: true,
+            moments: true,
+            logit_penalty: Some(0.2),
             ..Default::default()
         };
         let out = linear_logprobs(&hidden, &weight, &ids, &options).unwrap();
@@ -833,6 +928,35 @@ mod tests {
         let (q, k) = (wave(&[60, 4, 20], 0.37), wave(&[60, 2, 20], 0.53));
         let seen =
             shared_prefix_attention(&q, &k, &k, &layout, &AttentionOptions::new(0.3)).unwrap();
+        let capped = AttentionOptions {
+            softcap: Some(1.5),
+            window: Some(7),
+            ..AttentionOptions::new(0.3)
+        };
+        let near = shared_prefix_attention(&q, &k, &k, &layout, &capped).unwrap();
+        let panels = Panels::pack(&weight.detach()).unwrap();
+        let product = panels.product(&hidden.detach()).unwrap();
+        let ratios = Ragged::new(
+            out.logprobs.shallow_clone(),
+            Offsets::from_lengths(&[2, 3]).unwrap(),
+        );
+        let old = out.logprobs.detach() + 0.05;
+        let clipped = surrogate(
+            &SurrogateInputs {
+                logprobs: &ratios.unwrap(),
+                old_logprobs: &old,
+                advantages: Advantages::Token(&wave(&[5], 0.7).detach()),
+                weights: None,
+                kl: None,
+            },
+            &SurrogateOptions {
+                epsilon_low: 0.2,
+                epsilon_high: 0.2,
+                dual: None,
+                token_weight: TokenWeight::SequenceMean,
+            },
+        )
+        .unwrap();
         let cache = wave(&[60, 2, 33, 20], 0.21).detach();
         let starts: Vec<i64> = (0..60).map(|i| i % 30).collect();
         let (one_q, one_k) = (q.detach(), k.detach());
@@ -845,6 +969,7 @@ mod tests {
                 keys: &cache,
                 values: &cache.copy(),
                 starts: &starts,
+                prefixes: &[],
                 now: 32,
             },
             &AttentionOptions::new(0.3),
@@ -858,8 +983,13 @@ mod tests {
         (out.logprobs.sum(None)
             + entropy.sum(None) * 0.3
             + kl.sum(None)
-            + (&seen * &seen).sum(None))
-        .backward();
+            + out.logit_penalty.unwrap().sum(None)
+            + (&seen * &seen).sum(None)
+            + (&near * &near).sum(None)
+            + &clipped.loss.sum)
+            .backward();
+        let top1 = out.top1.unwrap();
+        let moments = out.moments.unwrap();
         let all = [
             &kl,
             &out.logprobs,
@@ -873,6 +1003,12 @@ mod tests {
             &gated,
             &normed,
             &drawn,
+            &near,
+            &product,
+            &clipped.loss.sum,
+            &top1.logprobs,
+            &moments.log_sum_sq_probs,
+            &moments.mean_logits,
         ];
         let flat: Vec<Tensor> = all.iter().map(|t| t.detach().flatten(0, -1)).collect();
         Vec::try_from(Tensor::cat(&flat, 0)).unwrap()

@@ -26,6 +26,7 @@ mod error;
 #[allow(unsafe_code, reason = "the one place that calls C++")]
 mod ffi;
 pub mod kl;
+pub mod layer;
 mod linear_logprobs;
 mod nucleus;
 pub mod optim;

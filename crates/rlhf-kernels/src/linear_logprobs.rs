@@ -46,7 +46,7 @@ pub struct LogprobOptions {
     /// [`F32_RESOLUTION`] and [`linear_logprobs`]. Values are exact all the same.
     pub filter: Option<f64>,
     /// Bytes of logits held at once. By default 4 MiB on the CPU, where they are a tile of rows and words
-    /// that stays in the cache; with a filter 64 MiB, and 256 MiB on other devices, of whole rows.
+    /// that stays in the cache, and 256 MiB on other devices, of whole rows.
     pub chunk_bytes: Option<i64>,
     /// Rows computed at once, whatever they take.
     pub chunk_rows: Option<i64>,
@@ -234,14 +234,12 @@ pub fn linear_logprobs<'a>(
         OP,
         || "a filter leaves out words that a logit_penalty is about: give one of them".into(),
     )?;
-    // Filtering needs a row's log-sum-exp before its words are looked at.
-    let (chunk_rows, chunk_words) =
-        if hidden.device() == tch::Device::Cpu && options.filter.is_none() {
-            tile(m, v, hidden, options)
-        } else {
-            let rows = || rows_of_budget(hidden, v, 1, options.chunk_bytes);
-            (options.chunk_rows.unwrap_or_else(rows), 0)
-        };
+    let (chunk_rows, chunk_words) = if hidden.device() == tch::Device::Cpu {
+        tile(m, v, hidden, options)
+    } else {
+        let rows = || rows_of_budget(hidden, v, 1, options.chunk_bytes);
+        (options.chunk_rows.unwrap_or_else(rows), 0)
+    };
     let raw = ffi::RawLogprobOptions {
         temperature: options.temperature,
         softcap: options.softcap.unwrap_or(0.0),

@@ -10,7 +10,8 @@ use crate::ffi;
 ///
 /// Gradients reach `inputs` and, accumulating in `.grad` as `backward` does, every parameter that
 /// `body` captures; they equal those of running it plainly. `body` must give the same result both
-/// times: no state, no global randomness.
+/// times, so it keeps no state; what it draws from libtorch's global generators (dropout) is drawn again
+/// the second time, and the generators then go on where they were.
 ///
 /// # Errors
 /// When `inputs` is empty, `body` panics or libtorch fails. A panic of the second run makes

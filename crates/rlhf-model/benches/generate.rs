@@ -112,20 +112,29 @@ fn shapes() -> Vec<Shape> {
     ]
 }
 
-/// f32 multiply-adds per second of a large square product.
-fn gemm_rate() -> f64 {
+/// f32 multiply-adds per second of a large square product, and bytes per second of a stream of reads.
+fn machine() -> (f64, f64) {
     let a = Tensor::ones([1024, 1024], (Kind::Float, Device::Cpu));
     let _ = a.mm(&a);
     let start = Instant::now();
     for _ in 0..8 {
         let _ = a.mm(&a);
     }
-    8.0 * 1024_f64.powi(3) / start.elapsed().as_secs_f64()
+    let products = 8.0 * 1024_f64.powi(3) / start.elapsed().as_secs_f64();
+    // 512 MiB: no cache holds it.
+    let far = Tensor::ones([1 << 27], (Kind::Float, Device::Cpu));
+    let _ = far.max();
+    let start = Instant::now();
+    for _ in 0..4 {
+        let _ = far.max();
+    }
+    let reads = 4.0 * f64::from(1 << 29) / start.elapsed().as_secs_f64();
+    (products, reads)
 }
 
 fn generation(c: &mut Criterion) {
     let _no_grad = tch::no_grad_guard();
-    let rate = gemm_rate();
+    let (products, reads) = machine();
     let mut group = c.benchmark_group("generate");
     group.sample_size(10);
     for shape in shapes() {
@@ -152,11 +161,21 @@ fn generation(c: &mut Criterion) {
             ..SamplingConfig::default()
         };
         let tokens = (shape.prompts as usize * shape.samples * shape.new_tokens) as u64;
+        let parameters = shape.config.num_parameters() as f64;
+        let width = match shape.weights {
+            DecoderWeights::AsLoaded => 4.0,
+            DecoderWeights::Bf16 => 2.0,
+        };
+        // Every step draws one token of every completion and reads the weights once.
+        let rows = f64::from(shape.prompts) * shape.samples as f64;
         eprintln!(
-            "{}: {} parameters; matrix products alone allow {:.0} tokens/s",
+            "{}: {parameters} parameters; reading them at {:.1} GB/s allows {:.0} tokens/s, products at the {:.0} G \
+             multiply-adds/s of a large one {:.0}",
             shape.name,
-            shape.config.num_parameters(),
-            rate / shape.config.num_parameters() as f64
+            reads * 1e-9,
+            rows * reads / (parameters * width),
+            products * 1e-9,
+            products / parameters
         );
         group.throughput(Throughput::Elements(tokens));
         let decoder = || Decoder::with_weights(model(), shape.weights).expect("memory");

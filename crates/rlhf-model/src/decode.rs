@@ -4,8 +4,11 @@
 //! cache, whatever its length, so a step writes one column and reads one contiguous window. A
 //! sequence owns the columns from its start on; what lies before is masked. Rotary positions are in
 //! the keys already, so columns carry no meaning of their own and may be shifted together.
+//!
+//! In f32 on the CPU the columns hold completions alone: the keys and values of a prompt lie once beside the
+//! cache, and all of its samples read them there. Elsewhere every sample has a copy before its own columns.
 
-use rlhf_kernels::decode::{DecodeCache, decode_attention, decodes, silu_gate};
+use rlhf_kernels::decode::{DecodeCache, Prefix, decode_attention, decodes, silu_gate};
 use rlhf_kernels::{AttentionLayout, AttentionOptions, Panels, shared_prefix_attention};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -208,31 +211,41 @@ impl DecodeLayer {
         Ok((qk, values))
     }
 
-    /// The layer's attention: heads, the cache, and what is mixed of it, `[n, Hq · D]`.
+    /// Attention of the model's layer `index`: heads, the cache, and what is mixed of it, `[n, Hq · D]`.
     fn attend(
         &self,
+        index: usize,
         c: &Config,
         x: &Tensor,
         angles: &[Angles],
-        (keys, values): (&Tensor, &Tensor),
+        cache: &KvCache,
         window: &Window<'_>,
     ) -> Result<Tensor> {
+        let (keys, values) = (&cache.keys[index], &cache.values[index]);
         let (n, d) = (window.starts.len() as i64, c.head_dim);
         let (hq, hkv) = (c.num_attention_heads, c.num_key_value_heads);
         let (qk, v) = self.heads(c, x)?;
         let angles = self.rope.map(|which| &angles[which]);
         if decodes(&qk) {
+            let mut prefixes = Vec::with_capacity(window.prompts.len());
+            for prompt in window.prompts {
+                prefixes.push(prompt.map(|p| Prefix {
+                    keys: &p.keys[index],
+                    values: &p.values[index],
+                }));
+            }
             let cache = DecodeCache {
                 keys,
                 values,
                 starts: window.starts,
+                prefixes: &prefixes,
                 now: window.now,
             };
             let (q, k) = (qk.narrow(1, 0, hq), qk.narrow(1, hq, hkv));
             let rope = angles.map(Angles::parts);
             return Ok(decode_attention(&q, &k, &v, rope, &cache, &self.options)?);
         }
-        let qk = angles.map_or_else(|| qk.shallow_clone(), |a| a.rotate(&qk));
+        let qk = angles.map_or_else(|| Ok(qk.shallow_clone()), |a| a.rotate(&qk))?;
         let now = |t: &Tensor| t.narrow(0, 0, n).select(2, window.now);
         now(keys).copy_(&qk.narrow(1, hq, hkv));
         now(values).copy_(&v);
@@ -331,6 +344,8 @@ impl DecodeWeights {
 pub(crate) struct Window<'a> {
     /// The first column of every row in use.
     pub(crate) starts: &'a [i64],
+    /// What each row's sequence began with, where prompts are shared; else nothing.
+    pub(crate) prompts: &'a [Option<&'a PromptCache>],
     /// The first column that anybody owns.
     pub(crate) from: i64,
     /// The column that the step writes.
@@ -414,7 +429,7 @@ impl KvCache {
     }
 }
 
-/// Keys and values of packed prompts, `[N, Hkv, D]` a layer.
+/// Keys and values a layer: of packed prompts `[N, Hkv, D]`, of one that is shared `[Hkv, N, D]`.
 #[derive(Debug, Default)]
 pub(crate) struct PromptCache {
     pub(crate) keys: Vec<Tensor>,
@@ -424,14 +439,18 @@ pub(crate) struct PromptCache {
 impl PromptCache {
     /// The rows of one prompt, on their own.
     pub(crate) fn slice(&self, start: i64, length: i64) -> Self {
-        let cut = |list: &[Tensor]| {
-            list.iter()
-                .map(|t| t.narrow(0, start, length).copy())
-                .collect()
-        };
+        self.cut(|t| t.narrow(0, start, length).copy())
+    }
+
+    /// The rows of one prompt as decoding shares them.
+    pub(crate) fn shared(&self, start: i64, length: i64) -> Self {
+        self.cut(|t| t.narrow(0, start, length).transpose(0, 1).contiguous())
+    }
+
+    fn cut(&self, cut: impl Fn(&Tensor) -> Tensor) -> Self {
         Self {
-            keys: cut(&self.keys),
-            values: cut(&self.values),
+            keys: self.keys.iter().map(&cut).collect(),
+            values: self.values.iter().map(&cut).collect(),
         }
     }
 }
@@ -454,8 +473,7 @@ pub(crate) fn step(
     let mut x = trunk.embed(ids, positions)?;
     for (i, layer) in weights.layers.iter().enumerate() {
         let input = norm(layer.input_norm.as_ref(), &x)?;
-        let cached = (&cache.keys[i], &cache.values[i]);
-        let mixed = layer.attend(c, &input, angles, cached, window)?;
+        let mixed = layer.attend(i, c, &input, angles, cache, window)?;
         x = layer.after(c, &x, &mixed)?;
     }
     weights.logits(&weights.norm.decode(&x)?)
@@ -485,9 +503,10 @@ pub(crate) fn prompts(
     let mut x = trunk.embed(ids, positions)?;
     for layer in &weights.layers {
         let (qk, v) = layer.heads(c, &norm(layer.input_norm.as_ref(), &x)?)?;
-        let qk = layer
-            .rope
-            .map_or_else(|| qk.shallow_clone(), |which| angles[which].rotate(&qk));
+        let qk = match layer.rope {
+            Some(which) => angles[which].rotate(&qk)?,
+            None => qk,
+        };
         // Copies: the cache must not hold on to the queries.
         let (k, v) = (qk.narrow(1, hq, hkv).copy(), v.copy());
         let q = qk.narrow(1, 0, hq);

@@ -30,6 +30,12 @@ pub enum TensorProblem {
         /// The type found, as safetensors spells it.
         found: String,
     },
+    /// A file holds a tensor that the configuration has no place for. Listed where something else is wrong too: it
+    /// may be what is missing, under another name.
+    Unexpected {
+        /// Its name.
+        name: String,
+    },
     /// More layers are missing than it is useful to name.
     More {
         /// How many further tensors are missing.
@@ -57,6 +63,7 @@ impl std::fmt::Display for TensorProblem {
                     "{name} has type {found}; weights are F64, F32, F16 or BF16"
                 )
             }
+            Self::Unexpected { name } => write!(f, "unexpected {name}"),
             Self::More { missing } => write!(f, "{missing} further tensors are missing"),
         }
     }

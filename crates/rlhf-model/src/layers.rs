@@ -6,13 +6,14 @@
 use std::collections::HashMap;
 
 use rlhf_kernels::decode::{decodes, rms_norm};
+use rlhf_kernels::layer::{add_norm, silu_mul};
 use rlhf_kernels::{AttentionLayout, AttentionOptions, shared_prefix_attention};
 use tch::Tensor;
 
 use crate::config::{Activation, Config};
 use crate::error::{Error, Result};
 use crate::family::{NormKind, Part};
-use crate::linear::Linear;
+use crate::linear::{Linear, together};
 use crate::rope::Angles;
 
 /// After a module's name: the scales of its weight, where that is kept in eight bits.
@@ -35,6 +36,19 @@ impl Norm {
             NormKind::RmsPlusOne => x.rms_norm(n, Some(&(&self.weight + 1.0)), self.eps),
             NormKind::Layer => x.layer_norm(n, w, self.bias.as_ref(), self.eps, false),
         }
+    }
+
+    /// x + more, or x itself, and its norm.
+    fn after(&self, x: &Tensor, more: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
+        Ok(match self.kind {
+            NormKind::Rms => add_norm(x, more, &self.weight, self.eps)?,
+            NormKind::RmsPlusOne => add_norm(x, more, &(&self.weight + 1.0), self.eps)?,
+            NormKind::Layer => {
+                let x = more.map_or_else(|| x.shallow_clone(), |more| x + more);
+                let y = self.forward(&x);
+                (x, y)
+            }
+        })
     }
 
     /// As [`Norm::forward`] without gradients, in one pass where there is a kernel for it.
@@ -78,6 +92,17 @@ pub(crate) fn normed(norm: Option<&Norm>, x: Tensor) -> Tensor {
     }
 }
 
+/// The residual stream and what a block reads of it, by a norm that may not be there.
+fn read(norm: Option<&Norm>, x: Tensor, more: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
+    match norm {
+        Some(norm) => norm.after(&x, more),
+        None => {
+            let x = more.map_or_else(|| x.shallow_clone(), |more| &x + more);
+            Ok((x.shallow_clone(), x))
+        }
+    }
+}
+
 /// The projections to queries, keys and values.
 #[derive(Debug)]
 pub(crate) enum Qkv {
@@ -118,15 +143,26 @@ impl Mlp {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let act = |x: &Tensor| activate(self.activation, x);
         let inner = match &self.first {
-            First::Gated { gate, up } => act(&gate.forward(x)?) * up.forward(x)?,
+            First::Gated { gate, up } => {
+                let [gate, up] = together(x, [gate, up])?;
+                self.gated(&gate, &up)?
+            }
             First::GateUp(both) => {
                 let both = both.forward(x)?;
                 let half = both.size()[1] / 2;
-                act(&both.narrow(1, 0, half)) * both.narrow(1, half, half)
+                self.gated(&both.narrow(1, 0, half), &both.narrow(1, half, half))?
             }
             First::Plain(up) => act(&up.forward(x)?),
         };
         self.down.forward(&inner)
+    }
+
+    /// act(gate) · up
+    fn gated(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+        Ok(match self.activation {
+            Activation::Silu => silu_mul(gate, up)?,
+            activation => activate(activation, gate) * up,
+        })
     }
 }
 
@@ -232,19 +268,18 @@ impl Layer {
         layout: &AttentionLayout,
         capture: &mut dyn FnMut(&Tensor, &Tensor),
     ) -> Result<Tensor> {
-        let input = normed(self.input_norm.as_ref(), x.shallow_clone());
+        let (x, input) = read(self.input_norm.as_ref(), x, None)?;
         let (q, k, v) = self.heads(config, &input)?;
         let rotate = |t: Tensor| match self.rope {
             Some(which) => angles[which].rotate(&t),
-            None => t,
+            None => Ok(t),
         };
-        let (q, k) = (rotate(q), rotate(k));
+        let (q, k) = (rotate(q)?, rotate(k)?);
         capture(&k, &v);
         let seen = shared_prefix_attention(&q, &k, &v, layout, &self.options)?;
         let seen = self.o.forward(&seen.flatten(1, 2))?;
-        // A new tensor each time: the backward pass still needs the old one.
-        let x = normed(self.attention_norm.as_ref(), seen) + x;
-        let input = normed(self.mlp_norm.as_ref(), x.shallow_clone());
+        let seen = normed(self.attention_norm.as_ref(), seen);
+        let (x, input) = read(self.mlp_norm.as_ref(), x, Some(&seen))?;
         Ok(normed(self.mlp_out_norm.as_ref(), self.mlp.forward(&input)?) + x)
     }
 
@@ -258,8 +293,8 @@ impl Layer {
         };
         let (q, k, v) = match &self.qkv {
             Qkv::Apart(three) => {
-                let [q, k, v] = &**three;
-                (q.forward(x)?, k.forward(x)?, v.forward(x)?)
+                let [q, k, v] = together(x, three.each_ref())?;
+                (q, k, v)
             }
             Qkv::Together(all) => {
                 let all = all.forward(x)?;

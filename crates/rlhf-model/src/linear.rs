@@ -1,5 +1,6 @@
 //! A matrix with a bias, its low-rank adapter, and its eight-bit form.
 
+use rlhf_kernels::layer::linears;
 use rlhf_kernels::recompute;
 use tch::{Kind, Tensor};
 
@@ -139,6 +140,14 @@ impl Linear {
         })
     }
 
+    /// The weight `[out, in]`, where the product with it is all there is.
+    fn plain(&self) -> Option<&Tensor> {
+        match &self.weight {
+            Weight::Rows(w) if self.bias.is_none() && self.adapter.is_none() => Some(w),
+            _ => None,
+        }
+    }
+
     fn delta(&self, x: &Tensor) -> Tensor {
         match &self.adapter {
             Some(adapter) => adapter.delta(x),
@@ -237,6 +246,18 @@ impl Linear {
         });
         Ok(())
     }
+}
+
+/// What several projections make of one input.
+pub(crate) fn together<const N: usize>(x: &Tensor, all: [&Linear; N]) -> Result<[Tensor; N]> {
+    let plain: Vec<&Tensor> = all.iter().filter_map(|l| l.plain()).collect();
+    let outs = if plain.len() == N {
+        linears(x, &plain)?
+    } else {
+        all.iter().map(|l| l.forward(x)).collect::<Result<_>>()?
+    };
+    outs.try_into()
+        .map_err(|_| Error::Argument(format!("{N} projections did not give as many results")))
 }
 
 /// A leaf that is trained.

@@ -7,6 +7,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::config::{Config, RopeScaling};
+use crate::error::Result;
 
 /// One way to rotate: D'/2 inverse frequencies, and what cos and sin are multiplied by.
 #[derive(Debug)]
@@ -93,14 +94,8 @@ impl Angles {
     }
 
     /// Rotates the first D' dimensions of `x` `[N, heads, D]`.
-    pub(crate) fn rotate(&self, x: &Tensor) -> Tensor {
-        let (d, turning) = (x.size()[2], self.cos.size()[2]);
-        let turn = |x: &Tensor| (x * &self.cos).addcmul(&x.roll(turning / 2, -1), &self.sin);
-        if d == turning {
-            return turn(x);
-        }
-        let still = x.narrow(2, turning, d - turning);
-        Tensor::cat(&[turn(&x.narrow(2, 0, turning)), still], 2)
+    pub(crate) fn rotate(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(rlhf_kernels::layer::rotate(x, &self.cos, &self.sin)?)
     }
 }
 
@@ -169,7 +164,7 @@ mod tests {
         let ropes = Rope::of(&config, Kind::Double, Device::Cpu);
         let angles = Angles::new(&ropes[0], &Tensor::from_slice(&[0_i64, 3]), Kind::Double);
         let x = Tensor::from_slice(&[1.0_f64, 0.0, 1.0, 0.0]).view([2, 1, 2]);
-        let y: Vec<f64> = Vec::try_from(angles.rotate(&x).view(-1)).unwrap();
+        let y: Vec<f64> = Vec::try_from(angles.rotate(&x).unwrap().view(-1)).unwrap();
         // (1, 0) by 3 rad is (cos 3, sin 3).
         for (a, b) in y.iter().zip([1.0, 0.0, 3.0_f64.cos(), 3.0_f64.sin()]) {
             assert!((a - b).abs() < 1e-15, "{a} {b}");

@@ -140,6 +140,9 @@ fn steps(args: &Args) {
             prompts_per_step: per_step,
             group_size: group,
             temperature: 1.0,
+            top_k: None,
+            top_p: None,
+            min_p: None,
             max_new_tokens: args.number("--new", 64),
             max_sequences: 256,
             weights: DecoderWeights::AsLoaded,
@@ -150,6 +153,7 @@ fn steps(args: &Args) {
         },
         steps: steps + 1,
         epochs: 1,
+        minibatches: 1,
         micro_tokens: args.number("--micro", 8192),
         advantage: AdvantageEstimator::GroupNormalized {
             std_epsilon: 1e-4,
@@ -190,6 +194,7 @@ fn steps(args: &Args) {
         rewards: &rewards,
         steps: None,
         server: None,
+        scene: None,
     };
     train(
         players,

@@ -221,6 +221,11 @@ impl<'a> Source<'a> {
             "rollouts",
             || "drawing ahead is for the policy's own weights, not for a server".into(),
         )?;
+        ensure(
+            rules.ahead == 0 || players.scene.is_none(),
+            "rollouts",
+            || "talks are not drawn ahead; leave `ahead` or the environment out".into(),
+        )?;
         let worker = (rules.ahead > 0)
             .then(|| Worker::spawn(scope, players, cfg, rules.greedy))
             .transpose()?;

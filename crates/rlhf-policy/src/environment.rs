@@ -19,12 +19,13 @@ use rlhf_data::record::SftRecord;
 use rlhf_data::seed::{Purpose, Stream};
 use rlhf_data::tokenize::{ChatTokenizer, Limits, Outcome};
 use rlhf_model::{GenerateRequest, Sampler, SamplingConfig};
-use rlhf_reward::source::RewardMix;
+
+use serde::{Deserialize, Serialize};
 
 pub use calculator::{Calculator, evaluate};
 
 use crate::error::{Result, ensure};
-use crate::rollout::{Prompt, Rollout, RolloutConfig, Scored, ScoredRollout, score};
+use crate::rollout::{Prompt, Rollout, RolloutConfig};
 
 /// What the policy just wrote, and all before it.
 #[derive(Clone, Copy, Debug)]
@@ -60,8 +61,26 @@ pub enum Reply {
     End(f64),
 }
 
+/// Something to talk with, and for how long.
+#[derive(Clone, Copy)]
+pub struct Scene<'a> {
+    /// It.
+    pub environment: &'a dyn Environment,
+    /// How long a talk may be.
+    pub limits: TalkLimits,
+}
+
+impl std::fmt::Debug for Scene<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Scene")
+            .field("environment", &self.environment.name())
+            .field("limits", &self.limits)
+            .finish()
+    }
+}
+
 /// Something to talk with.
-pub trait Environment {
+pub trait Environment: Sync {
     /// A short name for metrics.
     fn name(&self) -> &str;
 
@@ -79,7 +98,8 @@ pub trait Environment {
 }
 
 /// How long a talk may be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct TalkLimits {
     /// Turns of the policy.
     pub max_turns: usize,
@@ -149,7 +169,7 @@ impl Talk {
 }
 
 /// Lets `cfg.group_size` talks of each chosen prompt go on in `environment` until it ends them; each gives a
-/// completion with its reward. `cfg.max_new_tokens` bounds each turn of the policy. A talk that runs out of turns
+/// completion with its reward in [`Rollout::earned`]. `cfg.max_new_tokens` bounds each turn of the policy. A talk that runs out of turns
 /// or room is broken off ([`Finish::Length`], [`Environment::unfinished`]); an answer for which there is no room
 /// is left out.
 ///
@@ -161,12 +181,15 @@ impl Talk {
 pub fn play(
     sampler: &dyn Sampler,
     tokenizer: &ChatTokenizer,
-    environment: &dyn Environment,
-    limits: TalkLimits,
+    scene: Scene<'_>,
     (prompts, chosen): (&[Prompt], &[usize]),
     cfg: &RolloutConfig,
     step: u64,
-) -> Result<Vec<ScoredRollout>> {
+) -> Result<Vec<Rollout>> {
+    let Scene {
+        environment,
+        limits,
+    } = scene;
     ensure(
         limits.max_turns > 0 && limits.max_tokens > 0,
         "environment",
@@ -313,58 +336,27 @@ fn gather(
     tokenizer: &ChatTokenizer,
     (prompts, chosen): (&[Prompt], &[usize]),
     step: u64,
-) -> Result<Vec<ScoredRollout>> {
-    let mut all: Vec<ScoredRollout> = chosen
+) -> Result<Vec<Rollout>> {
+    let mut all: Vec<Rollout> = chosen
         .iter()
-        .map(|&prompt| ScoredRollout {
-            rollout: Rollout {
-                prompt,
-                group: PromptGroup {
-                    row: prompts[prompt].row,
-                    prompt: prompts[prompt].ids.clone(),
-                    completions: Vec::new(),
-                },
-                texts: Vec::new(),
+        .map(|&prompt| Rollout {
+            prompt,
+            group: PromptGroup {
+                row: prompts[prompt].row,
+                prompt: prompts[prompt].ids.clone(),
+                completions: Vec::new(),
             },
-            rewards: Vec::new(),
-            steps: Vec::new(),
+            texts: Vec::new(),
+            earned: Vec::new(),
         })
         .collect();
     for talk in talks {
         let of = &mut all[talk.place];
-        of.rollout.texts.push(tokenizer.decode(&talk.ids, true)?);
-        of.rewards.push(talk.reward.unwrap_or_default());
-        of.rollout
-            .group
-            .completions
-            .push(talk.into_completion(step));
+        of.texts.push(tokenizer.decode(&talk.ids, true)?);
+        of.earned.push(talk.reward.unwrap_or_default());
+        of.group.completions.push(talk.into_completion(step));
     }
     Ok(all)
-}
-
-/// Adds the rewards of `mix`, which judges whole talks, to those of the environment. Also gives the means of all
-/// parts by name, as [`score`] does.
-///
-/// # Errors
-/// When a reward source fails.
-pub fn add_rewards(
-    played: Vec<ScoredRollout>,
-    environment: &dyn Environment,
-    prompts: &[Prompt],
-    mix: &RewardMix,
-) -> Result<Scored> {
-    let (rollouts, own): (Vec<Rollout>, Vec<Vec<f64>>) =
-        played.into_iter().map(|p| (p.rollout, p.rewards)).unzip();
-    let (mut scored, mut parts) = score(rollouts, prompts, mix)?;
-    let n = own.iter().map(Vec::len).sum::<usize>().max(1) as f64;
-    let mean = own.iter().flatten().sum::<f64>() / n;
-    for (s, own) in scored.iter_mut().zip(&own) {
-        for (total, own) in s.rewards.iter_mut().zip(own) {
-            *total += own;
-        }
-    }
-    parts.insert(0, (environment.name().to_owned(), mean));
-    Ok((scored, parts))
 }
 
 /// Ids of text in the middle of other text: without what the tokenizer puts before a whole one.

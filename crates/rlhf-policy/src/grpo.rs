@@ -7,9 +7,10 @@
 use std::time::Instant;
 
 use rlhf_data::group::PromptGroup;
+use rlhf_data::order::Permutation;
 use rlhf_data::tokenize::ChatTokenizer;
 use rlhf_kernels::Ragged;
-use rlhf_model::{DeviceBatch, Mismatch, Sampler, Transformer, target_logprobs};
+use rlhf_model::{Mismatch, Sampler, Transformer, target_logprobs};
 use rlhf_reward::source::RewardMix;
 use rlhf_train::{Flow, Session, Stepper};
 use serde::{Deserialize, Serialize};
@@ -17,11 +18,12 @@ use tch::Kind;
 
 use crate::advantage::{AdvantageEstimator, Earned};
 use crate::collect::{Harvest, Place, Rules, Samples, Source, drawing};
+use crate::environment::{self, Scene};
 use crate::error::{Error, Result};
 use crate::kl::{KlController, KlPenalty, KlPlacement};
 use crate::learner::{
-    Micro, PerToken, StepLog, each_kl, gather, logprobs_of, mean_k3, mean_kl, micro_batches,
-    mismatch, on_host, penalties, sampler_logprobs, scatter, silence_cut, step_rewards, told,
+    PerToken, StepLog, each_kl, gather, logprobs_of, mean_k3, mean_kl, micro_batches, mismatch,
+    on_host, penalties, pick, sampler_logprobs, scatter, silence_cut, step_rewards, told,
 };
 use crate::loss::mismatch::Correction;
 use crate::loss::{KlTerm, PolicyInputs, PolicyLoss, PolicyStats};
@@ -37,8 +39,11 @@ pub struct GrpoConfig {
     pub rules: Rules,
     /// Batches of rollouts.
     pub steps: u64,
-    /// Passes over each batch, one optimiser step each.
+    /// Passes over each batch.
     pub epochs: u64,
+    /// Optimiser steps of a pass, each on as many whole groups. With more than one the old policy's log-probs are
+    /// computed before the first.
+    pub minibatches: usize,
     /// Packed tokens a micro-batch.
     pub micro_tokens: usize,
     /// How rewards become advantages.
@@ -100,6 +105,8 @@ pub struct Players<'a> {
     pub steps: Option<&'a dyn StepSource>,
     /// Who draws completions, where that is not the policy itself.
     pub server: Option<&'a dyn Sampler>,
+    /// Whom the policy talks with; without it a completion is one turn.
+    pub scene: Option<Scene<'a>>,
 }
 
 impl std::fmt::Debug for Players<'_> {
@@ -109,6 +116,7 @@ impl std::fmt::Debug for Players<'_> {
             .field("rewards", &self.rewards)
             .field("steps", &self.steps.map(StepSource::name))
             .field("server", &self.server)
+            .field("scene", &self.scene)
             .finish_non_exhaustive()
     }
 }
@@ -121,8 +129,12 @@ impl Players<'_> {
         chosen: &[usize],
         step: u64,
     ) -> Result<Vec<Rollout>> {
-        let draw = |sampler: &dyn Sampler| {
-            rollout::draw(sampler, self.tokenizer, self.prompts, chosen, cfg, step)
+        let draw = |sampler: &dyn Sampler| match self.scene {
+            None => rollout::draw(sampler, self.tokenizer, self.prompts, chosen, cfg, step),
+            Some(scene) => {
+                let prompts = (self.prompts, chosen);
+                environment::play(sampler, self.tokenizer, scene, prompts, cfg, step)
+            }
         };
         match self.server {
             Some(server) => draw(server),
@@ -224,6 +236,7 @@ fn run(
         state.update(cfg, &harvest, kl);
 
         let batch = Batch {
+            step,
             groups: &groups,
             sampler: &sampler,
             base: base.as_ref(),
@@ -301,6 +314,7 @@ impl State {
 
 /// What is known of a batch of rollouts, for each token of each completion.
 struct Batch<'a> {
+    step: u64,
     groups: &'a [&'a PromptGroup],
     sampler: &'a PerToken,
     base: Option<&'a PerToken>,
@@ -330,66 +344,86 @@ fn learn(
         // Every completion was cut off: nothing to learn.
         return Ok(learned);
     }
-    let micros = micro_batches(batch.groups, cfg.micro_tokens)?;
-    // The first pass runs on the weights that the old policy has.
-    let mut old: PerToken = Vec::new();
+    // The first pass runs on the weights that the old policy has, unless it takes several steps.
+    let (n, one_step) = (batch.groups.len(), cfg.minibatches <= 1);
+    let (temperature, device) = (cfg.rollouts.temperature, policy.device());
+    let mut old: PerToken = if one_step {
+        Vec::new()
+    } else {
+        logprobs_of(policy, batch.groups, temperature, cfg.micro_tokens, device)?
+    };
     let mut gap = Mismatch::default();
     let mut last = None;
     for epoch in 0..cfg.epochs {
         let whole_ratios = epoch + 1 == cfg.epochs;
-        for micro in &micros {
-            let packed = micro.pack(batch.groups, policy.device())?;
-            if packed.offsets.num_values() == 0 {
-                if epoch == 0 {
-                    old.extend(micro.completions.clone().map(|_| Vec::new()));
+        let first = epoch == 0 && one_step;
+        let shuffled = Permutation::new(cfg.rollouts.seed ^ batch.step, n, epoch);
+        let at = |i| if one_step { i } else { shuffled.at(i) };
+        let order: Vec<usize> = (0..n).map(at).collect();
+        for part in order.chunks(n.div_ceil(cfg.minibatches.max(1)).max(1)) {
+            let (picked, completions) = pick(batch.groups, part);
+            let mut trained = false;
+            for micro in micro_batches(&picked, cfg.micro_tokens)? {
+                let packed = micro.pack(&picked, device)?;
+                let here = &completions[micro.completions.clone()];
+                if packed.offsets.num_values() == 0 {
+                    if first {
+                        old.extend(here.iter().map(|_| Vec::new()));
+                    }
+                    continue;
                 }
-                continue;
-            }
-            let now = target_logprobs(policy, &packed, cfg.rollouts.temperature, true)?;
-            if epoch == 0 {
-                old.extend(scatter(&now.logprobs)?);
-            }
-            let list = |lists: &PerToken| of_micro(lists, micro, &packed);
-            let before = match cfg.old {
-                OldPolicy::Sampler => list(batch.sampler)?,
-                OldPolicy::Learner if epoch == 0 => {
-                    now.logprobs.with_values(now.logprobs.values().detach())?
+                trained = true;
+                let now = target_logprobs(policy, &packed, temperature, true)?;
+                if first {
+                    old.extend(scatter(&now.logprobs)?);
                 }
-                OldPolicy::Learner => list(&old)?,
-            };
-            if whole_ratios {
-                let log_ratio = now.logprobs.values().detach() - before.values();
-                let ratios = log_ratio.exp().to_kind(Kind::Double);
-                learned
-                    .ratios
-                    .extend(Vec::<f64>::try_from(&ratios.to_device(tch::Device::Cpu))?);
+                let list = |lists: &PerToken| {
+                    let rows = here.iter().map(|&i| &lists[i]);
+                    gather(rows, &packed.offsets, Kind::Float, device)
+                };
+                let before = match cfg.old {
+                    OldPolicy::Sampler => list(batch.sampler)?,
+                    OldPolicy::Learner if first => {
+                        now.logprobs.with_values(now.logprobs.values().detach())?
+                    }
+                    OldPolicy::Learner => list(&old)?,
+                };
+                if whole_ratios {
+                    let log_ratio = now.logprobs.values().detach() - before.values();
+                    let ratios = log_ratio.exp().to_kind(Kind::Double);
+                    learned
+                        .ratios
+                        .extend(Vec::<f64>::try_from(&ratios.to_device(tch::Device::Cpu))?);
+                }
+                let advantages = list(batch.advantages)?;
+                let mut inputs = PolicyInputs::new(&now.logprobs, &before, &advantages);
+                inputs.entropy = now.entropy.as_ref();
+                let weights = match &cfg.correction {
+                    Some(c) => Some(c.weights(&before, &list(batch.sampler)?)?),
+                    None => None,
+                };
+                inputs.weights = weights.as_ref();
+                let ref_logprobs = batch.base.map(list).transpose()?;
+                if cfg.kl.placement != KlPlacement::InReward && batch.kl_coef > 0.0 {
+                    inputs.kl = Some(KlTerm {
+                        ref_logprobs: ref_logprobs.as_ref().ok_or_else(no_reference)?,
+                        penalty: KlPenalty {
+                            coef: batch.kl_coef,
+                            ..cfg.kl
+                        },
+                    });
+                }
+                let out = cfg.loss.compute(&inputs)?;
+                learned.stats.merge(&out.stats);
+                stepper.accumulate(out.loss)?;
             }
-            let advantages = list(batch.advantages)?;
-            let mut inputs = PolicyInputs::new(&now.logprobs, &before, &advantages);
-            inputs.entropy = now.entropy.as_ref();
-            let weights = match &cfg.correction {
-                Some(c) => Some(c.weights(&before, &list(batch.sampler)?)?),
-                None => None,
-            };
-            inputs.weights = weights.as_ref();
-            let ref_logprobs = batch.base.map(list).transpose()?;
-            if cfg.kl.placement != KlPlacement::InReward && batch.kl_coef > 0.0 {
-                inputs.kl = Some(KlTerm {
-                    ref_logprobs: ref_logprobs.as_ref().ok_or_else(no_reference)?,
-                    penalty: KlPenalty {
-                        coef: batch.kl_coef,
-                        ..cfg.kl
-                    },
-                });
+            if trained {
+                last = Some(stepper.apply()?);
             }
-            let out = cfg.loss.compute(&inputs)?;
-            learned.stats.merge(&out.stats);
-            stepper.accumulate(out.loss)?;
         }
         if epoch == 0 {
             gap = mismatch(&old, batch.sampler);
         }
-        last = Some(stepper.apply()?);
     }
     if let Some(report) = last {
         learned.metrics = vec![
@@ -401,13 +435,6 @@ fn learn(
         ];
     }
     Ok(learned)
-}
-
-/// The facts of a micro-batch's completions.
-fn of_micro(lists: &PerToken, micro: &Micro, packed: &DeviceBatch) -> Result<Ragged> {
-    let here = lists[micro.completions.clone()].iter();
-    let device = packed.target_ids.device();
-    gather(here, &packed.offsets, Kind::Float, device)
 }
 
 fn no_reference() -> Error {

@@ -88,6 +88,22 @@ impl Micro {
     }
 }
 
+/// The chosen groups, and the index of each of their completions over all groups.
+pub(crate) fn pick<'a>(
+    groups: &[&'a PromptGroup],
+    chosen: &[usize],
+) -> (Vec<&'a PromptGroup>, Vec<usize>) {
+    let mut first = vec![0];
+    for g in groups {
+        first.push(first[first.len() - 1] + g.completions.len());
+    }
+    let completions = chosen
+        .iter()
+        .flat_map(|&i| first[i]..first[i + 1])
+        .collect();
+    (chosen.iter().map(|&i| groups[i]).collect(), completions)
+}
+
 /// Log-probs of every trained token under `model`, without gradients.
 pub(crate) fn logprobs_of(
     model: &dyn CausalLm,
@@ -369,6 +385,7 @@ mod tests {
                     completions: vec![completion],
                 },
                 texts: vec![String::new()],
+                earned: Vec::new(),
             },
             rewards: vec![1.0],
             steps: vec![steps],

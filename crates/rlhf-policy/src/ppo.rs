@@ -22,7 +22,7 @@ use crate::grpo::Players;
 use crate::kl::{KlController, KlEstimator};
 use crate::learner::{
     PerToken, StepLog, each_kl, gather, logprobs_of, mean_k3, mean_kl, micro_batches, mismatch,
-    on_host, sampler_logprobs, scatter, silence_cut, step_rewards, told,
+    on_host, pick, sampler_logprobs, scatter, silence_cut, step_rewards, told,
 };
 use crate::loss::ppo::{PpoLoss, ScorePlace, ValueInputs, ValueStats, token_rewards, value_loss};
 use crate::loss::{PolicyInputs, PolicyStats, RatioLevel, Reduction, clipped};
@@ -500,19 +500,6 @@ fn know(
         old,
         values,
     })
-}
-
-/// The chosen groups, and the index of each of their completions over all groups.
-fn pick<'a>(groups: &[&'a PromptGroup], chosen: &[usize]) -> (Vec<&'a PromptGroup>, Vec<usize>) {
-    let mut first = vec![0];
-    for g in groups {
-        first.push(first[first.len() - 1] + g.completions.len());
-    }
-    let completions = chosen
-        .iter()
-        .flat_map(|&i| first[i]..first[i + 1])
-        .collect();
-    (chosen.iter().map(|&i| groups[i]).collect(), completions)
 }
 
 #[cfg(test)]

@@ -26,6 +26,8 @@ pub(crate) struct Kept {
     row: u64,
     prompt_ids: Vec<u32>,
     completions: Vec<KeptCompletion>,
+    #[serde(default)]
+    earned: Vec<f64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -55,6 +57,7 @@ impl Kept {
             row: rollout.group.row,
             prompt_ids: rollout.group.prompt.clone(),
             completions: rollout.group.completions.iter().map(completion).collect(),
+            earned: rollout.earned.clone(),
         }
     }
 
@@ -84,6 +87,7 @@ impl Kept {
             prompt: self.prompt as usize,
             group,
             texts,
+            earned: self.earned,
         })
     }
 }
@@ -227,6 +231,7 @@ pub fn replay(
                 row: row.int("row")?,
                 prompt_ids: row.ints("prompt_ids")?,
                 completions: Vec::new(),
+                earned: Vec::new(),
             };
             let known = prompts.get(kept.prompt as usize);
             if known.is_none_or(|p| p.ids != kept.prompt_ids) {
@@ -370,6 +375,7 @@ mod tests {
                         completions,
                     },
                     texts,
+                    earned: Vec::new(),
                 },
                 rewards: vec![0.1 + 0.2, f64::NAN],
                 steps: vec![vec![(2, 1.0 / 3.0)], Vec::new()],

@@ -41,6 +41,13 @@ pub struct RolloutConfig {
     pub group_size: usize,
     /// Sampling temperature; the learner's log-probs use it too.
     pub temperature: f64,
+    /// As in [`SamplingConfig`]. Policy losses take completions to be drawn from the whole distribution: for
+    /// evaluation and rejection sampling.
+    pub top_k: Option<usize>,
+    /// As `top_k`.
+    pub top_p: Option<f64>,
+    /// As `top_k`.
+    pub min_p: Option<f64>,
     /// Longest completion in tokens.
     pub max_new_tokens: usize,
     /// Sequences decoded together.
@@ -58,6 +65,8 @@ pub struct Rollout {
     pub group: PromptGroup,
     /// Each completion's text.
     pub texts: Vec<String>,
+    /// `[K]` rewards that an environment gave, which are added to those of all sources; empty where there is none.
+    pub earned: Vec<f64>,
 }
 
 /// A rollout with a reward for each completion.
@@ -135,6 +144,9 @@ pub fn draw(
         .collect();
     let sampling = SamplingConfig {
         temperature: cfg.temperature,
+        top_k: cfg.top_k,
+        top_p: cfg.top_p,
+        min_p: cfg.min_p,
         max_new_tokens: cfg.max_new_tokens,
         eos_ids: tokenizer.eos_ids().to_vec(),
         seed: cfg.seed,
@@ -156,6 +168,7 @@ pub fn draw(
                 prompt,
                 group,
                 texts,
+                earned: Vec::new(),
             })
         })
         .collect()
@@ -164,7 +177,7 @@ pub fn draw(
 /// Scored rollouts, and the mean of each part of the reward by name.
 pub type Scored = (Vec<ScoredRollout>, Vec<(String, f64)>);
 
-/// Scores rollouts; also gives the mean of each part of the reward by name.
+/// Scores rollouts; also gives the mean of each part of the reward by name, that of an environment as `environment`.
 ///
 /// # Errors
 /// When a reward source fails.
@@ -179,16 +192,27 @@ pub fn score(rollouts: Vec<Rollout>, prompts: &[Prompt], rewards: &RewardMix) ->
         })
         .collect();
     let scores = rewards.scores(&items)?;
+    let earned: Vec<f64> = rollouts.iter().flat_map(|r| &r.earned).copied().collect();
+    let mut parts = scores.part_means;
+    if !earned.is_empty() {
+        let mean = earned.iter().sum::<f64>() / earned.len() as f64;
+        parts.insert(0, ("environment".to_owned(), mean));
+    }
     let scored = rollouts
         .into_iter()
         .zip(scores.total)
-        .map(|(rollout, rewards)| ScoredRollout {
-            rollout,
-            rewards,
-            steps: Vec::new(),
+        .map(|(rollout, mut rewards)| {
+            for (total, earned) in rewards.iter_mut().zip(&rollout.earned) {
+                *total += earned;
+            }
+            ScoredRollout {
+                rollout,
+                rewards,
+                steps: Vec::new(),
+            }
         })
         .collect();
-    Ok((scored, scores.part_means))
+    Ok((scored, parts))
 }
 
 /// Scores the steps of completions.

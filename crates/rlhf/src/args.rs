@@ -163,7 +163,7 @@ pub struct ServerArgs {
 }
 
 /// How tokens are drawn.
-#[derive(Clone, Copy, Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct SamplingArgs {
     /// 0 is greedy
     #[arg(long, default_value_t = 0.7)]
@@ -177,6 +177,15 @@ pub struct SamplingArgs {
     /// Keep tokens of at least this share of the likeliest's probability
     #[arg(long)]
     pub min_p: Option<f64>,
+    /// Divide the logits of tokens that are there already
+    #[arg(long, default_value_t = 1.0, value_name = "FACTOR")]
+    pub repetition_penalty: f64,
+    /// Subtract from the logits of tokens that the completion holds
+    #[arg(long, default_value_t = 0.0, value_name = "LOGITS")]
+    pub presence_penalty: f64,
+    /// End a completion at this text, too; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
     /// Longest completion in tokens
     #[arg(long, default_value_t = 128)]
     pub max_new_tokens: usize,

@@ -60,6 +60,10 @@ pub const SHIPPED: &[Shipped] = &[
         text: include_str!("../recipes/smollm2-gsm8k.toml"),
     },
     Shipped {
+        name: "smollm2-gsm8k-grpo",
+        text: include_str!("../recipes/smollm2-gsm8k-grpo.toml"),
+    },
+    Shipped {
         name: "smollm2-harmless",
         text: include_str!("../recipes/smollm2-harmless.toml"),
     },

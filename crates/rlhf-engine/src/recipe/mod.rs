@@ -19,13 +19,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::memory::{Memory, WeightsKind};
 use rlhf_policy::rejection::Selection;
+use rlhf_reward::verify::Check;
 
 pub use align::{Align, OnlineDpo, Ranked, Replay, Unpaired};
 pub use control::{Control, Predictor};
 pub use judges::{JudgePart, Style};
 pub use stages::{
     Critique, Data, Dpo, Eval, Grpo, Members, MomentKind, Opd, Optim, Ppo, Process, Ptx, Rejection,
-    Reward, RewardPart, Rollouts, Sampling, SelfInstruct, Server, Sft, Share, Writer,
+    Reward, RewardPart, Rollouts, Sampling, Scenery, SelfInstruct, Server, Sft, Share, Writer,
 };
 
 /// A whole recipe.
@@ -590,9 +591,22 @@ impl Source {
                 r.sampling.temperature > 0.0,
                 "rollouts.sampling.temperature must be above 0: greedy draws give no gradient",
             );
+            let endless = |Scenery::Calculator { limits, .. }: &Scenery| {
+                limits.max_turns == 0 || limits.max_tokens == 0
+            };
             need(
-                r.sampling.max_new_tokens > 0,
-                "rollouts.sampling.max_new_tokens must be above 0",
+                !r.environment.as_ref().is_some_and(endless),
+                "rollouts.environment.limits: max_turns and max_tokens must be above 0",
+            );
+            need(
+                r.ahead == 0 || r.environment.is_none(),
+                "rollouts.ahead: talks are not drawn ahead; leave `ahead` or `environment` out",
+            );
+            let problem = r.sampling.problem();
+            need(problem.is_none(), &problem.unwrap_or_default());
+            need(
+                !r.sampling.filtered(),
+                "rollouts.sampling: the losses take completions to be drawn from the whole distribution; leave top_k, top_p and min_p to evaluation and rejection sampling",
             );
             need(
                 !(r.record && r.replay.is_some()),
@@ -688,8 +702,8 @@ impl Source {
                     need(false, &format!("correction: {e}"));
                 }
                 need(
-                    s.steps > 0 && s.epochs > 0,
-                    "steps and epochs must be above 0",
+                    s.steps > 0 && s.epochs > 0 && s.minibatches > 0,
+                    "steps, epochs and minibatches must be above 0",
                 );
             }
             StageKind::Ppo(s) => {
@@ -733,10 +747,8 @@ impl Source {
                     s.samples > 0 && s.prompts_at_once > 0,
                     "samples and prompts_at_once must be above 0",
                 );
-                need(
-                    s.sampling.max_new_tokens > 0,
-                    "sampling.max_new_tokens must be above 0",
-                );
+                let problem = s.sampling.problem();
+                need(problem.is_none(), &problem.unwrap_or_default());
                 need(!s.reward.is_empty(), "reward must have at least one part");
                 let problem = s.reward.iter().find_map(RewardPart::problem);
                 need(problem.is_none(), &problem.unwrap_or_default());
@@ -768,6 +780,15 @@ impl Source {
                     s.prompts.is_none() || s.sampling.is_some(),
                     "an evaluation with prompts needs `sampling`",
                 );
+                need(
+                    s.judge.is_none() || s.verifier.is_none(),
+                    "an evaluation has one gold judge: `judge` or `verifier`",
+                );
+                let built = s.verifier.as_ref().map(Check::build);
+                let problem = built.and_then(Result::err).map(|e| e.to_string());
+                need(problem.is_none(), &problem.unwrap_or_default());
+                let problem = s.sampling.as_ref().and_then(Sampling::problem);
+                need(problem.is_none(), &problem.unwrap_or_default());
             }
         }
         wrong.map_or(Ok(()), |what| Err(usage(what, place, "mend the value")))

@@ -1,5 +1,6 @@
 //! What a recipe says of each kind of stage.
 
+use rlhf_data::conversation::Role;
 use rlhf_data::synthetic::{critique, self_instruct};
 use rlhf_data::tokenize::{Truncation, Turns};
 use rlhf_dpo::loss::{Divergence, PreferenceLoss, PreferenceMix, WeightedLoss};
@@ -7,6 +8,7 @@ use rlhf_kernels::optim::{AdamWConfig, OptimizerConfig};
 use rlhf_model::DecoderWeights;
 use rlhf_policy::advantage::{AdvantageEstimator, Whitening};
 use rlhf_policy::collect::{Dynamic, Overlong, Samples};
+use rlhf_policy::environment::TalkLimits;
 use rlhf_policy::grpo::{AdaptiveKl, OldPolicy};
 use rlhf_policy::kl::{KlController, KlPenalty};
 use rlhf_policy::loss::clipped::Clip;
@@ -333,6 +335,16 @@ impl Dpo {
 pub struct Sampling {
     /// 0 is greedy.
     pub temperature: f64,
+    /// Keeps the k likeliest tokens. This and the next two are for evaluation and rejection sampling: policy losses
+    /// take completions to be drawn from the whole distribution.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub top_k: Option<usize>,
+    /// Keeps the likeliest tokens that together reach this probability.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub top_p: Option<f64>,
+    /// Keeps tokens at least this fraction as likely as the likeliest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_p: Option<f64>,
     /// Longest completion in tokens.
     pub max_new_tokens: usize,
     /// Sequences decoded together.
@@ -341,6 +353,25 @@ pub struct Sampling {
     /// (`sampler_gap` in the metrics).
     #[serde(default, skip_serializing_if = "is_default")]
     pub weights: DecoderWeights,
+}
+
+impl Sampling {
+    /// Whether some tokens are never drawn.
+    pub(crate) fn filtered(&self) -> bool {
+        (self.top_k, self.top_p, self.min_p) != (None, None, None)
+    }
+
+    /// What is wrong with it.
+    pub(crate) fn problem(&self) -> Option<String> {
+        let outside = |p: Option<f64>| p.is_some_and(|p| !(p > 0.0 && p <= 1.0));
+        if self.max_new_tokens == 0 {
+            return Some("sampling.max_new_tokens must be above 0".into());
+        }
+        if outside(self.top_p) || outside(self.min_p) || self.top_k == Some(0) {
+            return Some("sampling: top_p and min_p lie in 0 < p <= 1, top_k is above 0".into());
+        }
+        None
+    }
 }
 
 /// An OpenAI-compatible server that draws completions, such as vLLM. It keeps the weights that it has: the
@@ -432,6 +463,39 @@ impl RewardPart {
     }
 }
 
+/// An environment by its name. Programs have others by implementing `rlhf_policy::environment::Environment`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Scenery {
+    /// A turn that begins with `calc ` asks a calculator; any other is the answer, worth 1 where it is that of the
+    /// row's `field`.
+    Calculator {
+        /// The column with the answer.
+        field: String,
+        /// Who speaks for the calculator: `user` where the chat template knows no tools.
+        #[serde(default = "tool")]
+        role: Role,
+        /// How long a talk may be; `sampling.max_new_tokens` is a turn's.
+        limits: TalkLimits,
+    },
+}
+
+fn one() -> usize {
+    1
+}
+
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde asks for a reference"
+)]
+fn is_one(n: &usize) -> bool {
+    *n == 1
+}
+
+fn tool() -> Role {
+    Role::Tool
+}
+
 /// What GRPO and PPO share.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -447,7 +511,11 @@ pub struct Rollouts {
     /// Who draws them, where it is not the policy itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub server: Option<Server>,
-    /// The reward: a weighted sum.
+    /// Whom the policy talks with, turn by turn; without it a completion is one turn:
+    /// `{ kind = "calculator", field = "answer", limits = { max_turns = 4, max_tokens = 64 } }`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub environment: Option<Scenery>,
+    /// The reward: a weighted sum, added to what an environment gives.
     #[serde(default)]
     pub reward: Vec<RewardPart>,
     /// Added to the score of a completion that was cut off before its end-of-sequence token.
@@ -508,6 +576,9 @@ pub struct Grpo {
     pub steps: u64,
     /// Passes over each batch of rollouts.
     pub epochs: u64,
+    /// Optimiser steps of a pass, each on as many whole groups.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub minibatches: usize,
     /// Packed tokens a micro-batch.
     pub micro_tokens: usize,
     /// How rewards become advantages.
@@ -746,6 +817,9 @@ pub struct Eval {
     /// The gold judge.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub judge: Option<Rule>,
+    /// A verifier as the gold judge, by its name in docs/verifiers.md: `{ kind = "math", answer = "answer" }`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verifier: Option<Check>,
     /// How completions are drawn.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sampling: Option<Sampling>,

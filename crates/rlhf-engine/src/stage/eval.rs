@@ -7,6 +7,7 @@ use rlhf_data::tokenize::ChatTokenizer;
 use rlhf_dpo::train::{PairSums, evaluate, pair_sums};
 use rlhf_reward::source::RewardSource;
 use rlhf_reward::train::pair_scores;
+use rlhf_reward::verify::{PoolConfig, VerifierSource};
 
 use super::measure::{Judges, Written, write};
 use super::policy::rollout_config;
@@ -32,6 +33,16 @@ pub(super) fn run(ctx: &Context<'_>, name: &str, s: &Eval) -> anyhow::Result<End
         .map(|r| ctx.reward_source(r, s.micro_tokens))
         .transpose()?;
 
+    let verifier = match &s.verifier {
+        Some(check) => Some(VerifierSource::new(check.build()?, PoolConfig::default())?),
+        None => None,
+    };
+    let gold = match (&s.judge, &verifier) {
+        (Some(rule), _) => Some(rule as &dyn RewardSource),
+        (None, Some(verifier)) => Some(verifier as &dyn RewardSource),
+        (None, None) => None,
+    };
+
     let base_sums = match &s.pairs {
         Some(data) => {
             let pairs = ctx.inputs.preference(data)?;
@@ -50,7 +61,7 @@ pub(super) fn run(ctx: &Context<'_>, name: &str, s: &Eval) -> anyhow::Result<End
             let judges = Judges {
                 tokenizer: ctx.tokenizer()?,
                 baseline: &baseline,
-                gold: s.judge.as_ref(),
+                gold,
                 reward: reward.as_ref().map(|r| r as &dyn RewardSource),
                 micro_tokens: s.micro_tokens,
             };

@@ -6,7 +6,7 @@ use rlhf_data::pack::{PackedBatch, batches_by_tokens};
 use rlhf_data::tokenize::ChatTokenizer;
 use rlhf_model::{DeviceBatch, Transformer, target_logprobs};
 use rlhf_policy::rollout::{self, Prompt, Rollout, RolloutConfig};
-use rlhf_reward::source::{Judged, RewardSource, Rule};
+use rlhf_reward::source::{Judged, RewardSource};
 use tch::Kind;
 
 /// What a policy wrote for the held-out prompts, one completion each.
@@ -64,7 +64,7 @@ impl Written {
 pub(crate) struct Judges<'a> {
     pub tokenizer: &'a ChatTokenizer,
     pub baseline: &'a Transformer,
-    pub gold: Option<&'a Rule>,
+    pub gold: Option<&'a dyn RewardSource>,
     pub reward: Option<&'a dyn RewardSource>,
     pub micro_tokens: usize,
 }

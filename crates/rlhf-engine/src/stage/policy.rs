@@ -6,6 +6,7 @@ use rlhf_model::{
 };
 use rlhf_policy::advantage::AdvantageEstimator;
 use rlhf_policy::collect::Rules;
+use rlhf_policy::environment::{Calculator, Environment, Scene, TalkLimits};
 use rlhf_policy::grpo::{self, GrpoConfig, Players};
 use rlhf_policy::loss::ppo::PpoLoss;
 use rlhf_policy::opd::{self, OpdConfig};
@@ -17,7 +18,7 @@ use rlhf_train::Session;
 use tch::Kind;
 
 use super::{Context, Ended};
-use crate::recipe::{Grpo, Opd, Optim, Ppo, Rollouts, SHARED, Sampling};
+use crate::recipe::{Grpo, Opd, Optim, Ppo, Rollouts, SHARED, Sampling, Scenery};
 use rlhf::usage;
 
 pub(super) fn rollout_config(
@@ -31,6 +32,9 @@ pub(super) fn rollout_config(
         prompts_per_step,
         group_size,
         temperature: s.temperature,
+        top_k: s.top_k,
+        top_p: s.top_p,
+        min_p: s.min_p,
         max_new_tokens: s.max_new_tokens,
         max_sequences: s.max_sequences,
         weights: s.weights,
@@ -139,6 +143,7 @@ pub(super) fn grpo(ctx: &Context<'_>, name: &str, s: &Grpo) -> anyhow::Result<En
         },
         steps: s.steps,
         epochs: s.epochs,
+        minibatches: s.minibatches,
         micro_tokens: s.micro_tokens,
         advantage: s.advantage,
         loss: s.loss,
@@ -150,7 +155,9 @@ pub(super) fn grpo(ctx: &Context<'_>, name: &str, s: &Grpo) -> anyhow::Result<En
         correction: s.correction,
         samples: s.rollouts.samples,
     };
-    let mut stepper = ctx.stepper(policy.parameters(), &s.optim, &s.memory, s.steps * s.epochs);
+    let updates = s.steps * s.epochs * s.minibatches as u64;
+    let mut stepper = ctx.stepper(policy.parameters(), &s.optim, &s.memory, updates);
+    let talk = talk(&s.rollouts);
     let players = Players {
         policy: &policy,
         reference: reference.as_ref(),
@@ -159,12 +166,44 @@ pub(super) fn grpo(ctx: &Context<'_>, name: &str, s: &Grpo) -> anyhow::Result<En
         rewards: &rewards,
         steps: steps.as_ref().map(|s| s as &dyn StepSource),
         server: server.as_ref().map(|s| s as &dyn Sampler),
+        scene: talk.as_ref().map(Talk::scene),
     };
     let flow = grpo::train(players, &cfg, &mut stepper, &mut session)?;
     let ended = ctx.finish(flow, session)?;
     said_if_short(ctx, &ended, s.steps);
     ctx.save_policy(name, &policy)?;
     Ok(ended)
+}
+
+/// An environment of a recipe.
+struct Talk {
+    environment: Box<dyn Environment>,
+    limits: TalkLimits,
+}
+
+impl Talk {
+    fn scene(&self) -> Scene<'_> {
+        Scene {
+            environment: &*self.environment,
+            limits: self.limits,
+        }
+    }
+}
+
+fn talk(r: &Rollouts) -> Option<Talk> {
+    r.environment.as_ref().map(|e| match e {
+        Scenery::Calculator {
+            field,
+            role,
+            limits,
+        } => Talk {
+            environment: Box::new(Calculator {
+                field: field.clone(),
+                role: *role,
+            }),
+            limits: *limits,
+        },
+    })
 }
 
 /// A training that stayed short of its steps did so because of its KL.
@@ -217,6 +256,7 @@ pub(super) fn ppo(ctx: &Context<'_>, name: &str, s: &Ppo) -> anyhow::Result<Ende
         batch_size: p.batch_size,
         coef: p.coef,
     });
+    let talk = talk(&s.rollouts);
     let players = Players {
         policy: &policy,
         reference: reference.as_ref(),
@@ -225,6 +265,7 @@ pub(super) fn ppo(ctx: &Context<'_>, name: &str, s: &Ppo) -> anyhow::Result<Ende
         rewards: &rewards,
         steps: steps.as_ref().map(|s| s as &dyn StepSource),
         server: server.as_ref().map(|s| s as &dyn Sampler),
+        scene: talk.as_ref().map(Talk::scene),
     };
     let updates = s.steps * s.epochs * s.minibatches as u64;
     let flow = if s.value_model == SHARED {
@@ -305,6 +346,7 @@ pub(super) fn opd(ctx: &Context<'_>, name: &str, s: &Opd) -> anyhow::Result<Ende
     };
     let mut stepper = ctx.stepper(policy.parameters(), &s.optim, &s.memory, s.steps * s.epochs);
     let mut session = ctx.session(name, s.steps)?;
+    let talk = talk(&s.rollouts);
     let players = Players {
         policy: &policy,
         reference: None,
@@ -313,6 +355,7 @@ pub(super) fn opd(ctx: &Context<'_>, name: &str, s: &Opd) -> anyhow::Result<Ende
         rewards: &rewards,
         steps: None,
         server: server.as_ref().map(|s| s as &dyn Sampler),
+        scene: talk.as_ref().map(Talk::scene),
     };
     let flow = opd::train(players, &teacher, &cfg, &mut stepper, &mut session)?;
     let ended = ctx.finish(flow, session)?;

@@ -2,7 +2,9 @@
 
 use proptest::prelude::*;
 use rlhf_kernels::AttentionOptions;
-use rlhf_kernels::decode::{DecodeCache, decode_attention, decodes, draw, rms_norm, silu_gate};
+use rlhf_kernels::decode::{
+    DecodeCache, Prefix, decode_attention, decodes, draw, rms_norm, silu_gate,
+};
 use tch::{Kind, Tensor};
 
 use crate::{largest_difference, wave};
@@ -29,6 +31,8 @@ struct Problem {
     now: i64,
     softcap: Option<f64>,
     window: Option<i64>,
+    /// Columns of what the even sequences share.
+    before: i64,
 }
 
 fn problems() -> impl Strategy<Value = Problem> {
@@ -38,9 +42,10 @@ fn problems() -> impl Strategy<Value = Problem> {
         0..36i64,
         proptest::option::of(0.5..30.0f64),
         proptest::option::of(1..20i64),
+        0..20i64,
     );
     (sizes, options).prop_map(
-        |((n, hkv, each, d, now), (turns, pairs, softcap, window))| Problem {
+        |((n, hkv, each, d, now), (turns, pairs, softcap, window, before))| Problem {
             n,
             hkv,
             each,
@@ -49,6 +54,7 @@ fn problems() -> impl Strategy<Value = Problem> {
             now,
             softcap,
             window,
+            before,
         },
     )
 }
@@ -75,7 +81,10 @@ proptest! {
             (angle.cos(), angle.sin())
         });
         let options = AttentionOptions { scale: 0.3, softcap: p.softcap, window: p.window };
-        let cache = DecodeCache { keys: &keys, values: &values, starts: &starts, now };
+        let shared = [5.0, 6.0].map(|seed| wave(&[hkv, p.before, d], seed, Kind::Float));
+        let prefix = Prefix { keys: &shared[0], values: &shared[1] };
+        let prefixes: Vec<Option<Prefix<'_>>> = (0..n).map(|i| (i % 2 == 0).then_some(prefix)).collect();
+        let cache = DecodeCache { keys: &keys, values: &values, starts: &starts, prefixes: &prefixes, now };
         let rope = angles.as_ref().map(|(c, s)| (c, s));
         let out = decode_attention(&q, &k, &v, rope, &cache, &options).unwrap();
         prop_assert_eq!(out.size(), [n, hq * d]);
@@ -85,12 +94,18 @@ proptest! {
                 None => x,
             };
             let (rq, rk) = (turn(double(&q.get(row))), turn(double(&k.get(row))));
-            let from = starts[row as usize].max(p.window.map_or(0, |w| now + 1 - w));
-            let width = now - from;
+            let from = starts[row as usize];
+            let before = if row % 2 == 0 { p.before } else { 0 };
+            let all = before + now + 1 - from;
+            let seen = p.window.map_or(all, |w| w.min(all));
             for head in 0..hkv {
-                let old = |t: &Tensor| double(&t.get(row).get(head).narrow(0, from, width));
-                let ks = Tensor::cat(&[old(&before_k), rk.narrow(0, head, 1)], 0);
-                let vs = Tensor::cat(&[old(&before_v), double(&v.get(row)).narrow(0, head, 1)], 0);
+                let joined = |shared: &Tensor, own: &Tensor, new: &Tensor| {
+                    let shared = double(&shared.get(head).narrow(0, 0, before));
+                    let own = double(&own.get(row).get(head).narrow(0, from, now - from));
+                    Tensor::cat(&[shared, own, new.narrow(0, head, 1)], 0).narrow(0, all - seen, seen)
+                };
+                let ks = joined(&shared[0], &before_k, &rk);
+                let vs = joined(&shared[1], &before_v, &double(&v.get(row)));
                 for g in 0..each {
                     let query = rq.get(head * each + g);
                     let mut scores = ks.mv(&query) * options.scale;
@@ -192,6 +207,7 @@ fn what_does_not_fit_is_refused() {
     };
     let run = |q: &Tensor, k: &Tensor, keys: &Tensor, starts: &[i64], now: i64| {
         let cache = DecodeCache {
+            prefixes: &[],
             keys,
             values: &values,
             starts,

@@ -1,8 +1,11 @@
 //! Every gradient against central differences in f64.
 
+use rlhf_kernels::kl::SampledKl;
+use rlhf_kernels::surrogate::{Advantages, KlTerm, SurrogateInputs, SurrogateOptions, TokenWeight};
 use rlhf_kernels::{
     AttentionOptions, Direction, Head, LogprobOptions, Mean, Offsets, Ragged, entropy,
-    linear_logprobs, recompute, scan, shared_prefix_attention, token_logprobs,
+    linear_logprobs, recompute, scan, shared_prefix_attention, surrogate, token_logprobs,
+    token_logprobs_in_place,
 };
 use tch::{Kind, Tensor};
 
@@ -199,7 +202,67 @@ fn from_logits() {
     check("token_logprobs", &[logits.copy()], &|x| {
         token_logprobs(&x[0], &ids).unwrap()
     });
+    // Of a product, whose backward does not need it: a leaf may not be written over.
+    check("token_logprobs_in_place", &[logits.copy()], &|x| {
+        token_logprobs_in_place(&(&x[0] * 1.5), &ids).unwrap()
+    });
     check("entropy", &[logits], &|x| entropy(&x[0]).unwrap());
+}
+
+#[test]
+fn sampled_divergences() {
+    let (logprobs, other) = (wave(&[6], 1.0, Kind::Double), wave(&[6], 4.0, Kind::Double));
+    for kl in [SampledKl::K1, SampledKl::K2, SampledKl::K3] {
+        check(&format!("{kl:?}"), &[logprobs.copy()], &|x| {
+            kl.estimate(&x[0], &other).unwrap()
+        });
+    }
+    // The value of one with the gradient of another is no function's derivative: against the other's own.
+    let leaf = logprobs.set_requires_grad(true);
+    let of = |y: Tensor| Tensor::run_backward(&[y.sum(None)], &[&leaf], false, false).remove(0);
+    let through = SampledKl::K3.straight_through(SampledKl::K2, &leaf, &other);
+    assert_eq!(
+        of(through.unwrap()),
+        of(SampledKl::K2.estimate(&leaf, &other).unwrap())
+    );
+}
+
+/// One advantage a completion, its own weight a token, a divergence: all in the fused pass.
+#[test]
+fn surrogate_of_completions() {
+    let offsets = Offsets::from_lengths(&[2, 0, 3]).unwrap();
+    let (old, other) = (
+        wave(&[5], 2.0, Kind::Double) * 0.3,
+        wave(&[5], 3.0, Kind::Double),
+    );
+    let advantages = Tensor::from_slice(&[1.2f64, 3.0, -0.7]);
+    let weights = Tensor::from_slice(&[1.0f64, 0.5, 0.0, 2.0, 1.0]);
+    for token_weight in [TokenWeight::One, TokenWeight::SequenceMean] {
+        let logprobs = wave(&[5], 1.0, Kind::Double) * 0.3;
+        check(&format!("{token_weight:?}"), &[logprobs], &|x| {
+            let logprobs = Ragged::new(x[0].shallow_clone(), offsets.clone()).unwrap();
+            let inputs = SurrogateInputs {
+                logprobs: &logprobs,
+                old_logprobs: &old,
+                advantages: Advantages::Completion(&advantages),
+                weights: Some(&weights),
+                kl: Some(KlTerm {
+                    ref_logprobs: &other,
+                    value: SampledKl::K3,
+                    gradient: SampledKl::K3,
+                    coef: 0.3,
+                    weighted: false,
+                }),
+            };
+            let options = SurrogateOptions {
+                epsilon_low: 0.2,
+                epsilon_high: 0.3,
+                dual: None,
+                token_weight,
+            };
+            surrogate(&inputs, &options).unwrap().loss.sum
+        });
+    }
 }
 
 #[test]
@@ -216,6 +279,23 @@ fn attention_ragged_groups_and_shared_heads() {
         check(&format!("{hq} over {hkv} heads of {d}"), &inputs, &|x| {
             shared_prefix_attention(&x[0], &x[1], &x[2], &layout, &AttentionOptions::new(0.9))
                 .unwrap()
+        });
+    }
+}
+
+#[test]
+fn attention_with_cap_and_window() {
+    let layout = layout(&[(3, &[2, 3]), (0, &[4])]);
+    let n = layout.num_rows();
+    let inputs = [4, 2, 2].map(|h| wave(&[n, h, 3], 1.0 + h as f64, Kind::Double));
+    for (softcap, window) in [(Some(0.8), None), (None, Some(2)), (Some(1.5), Some(3))] {
+        let options = AttentionOptions {
+            softcap,
+            window,
+            ..AttentionOptions::new(0.9)
+        };
+        check(&format!("{options:?}"), &inputs, &|x| {
+            shared_prefix_attention(&x[0], &x[1], &x[2], &layout, &options).unwrap()
         });
     }
 }

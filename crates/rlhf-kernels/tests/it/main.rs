@@ -16,6 +16,7 @@ mod golden;
 mod golden_io;
 mod gradcheck;
 mod kl;
+mod layer;
 mod optim;
 mod props;
 mod surrogate;

@@ -2,12 +2,13 @@
 
 use proptest::prelude::*;
 use rlhf_kernels::{
-    Direction, LogprobOptions, Offsets, Ragged, discounted_returns, gae, linear_logprobs,
-    reference, scan,
+    AttentionOptions, Direction, Head, LogprobOptions, Mean, Offsets, Ragged, discounted_returns,
+    entropy, gae, linear_logprobs, nucleus, reference, scan, shared_prefix_attention,
+    token_logprobs,
 };
 use tch::{Device, Kind, Tensor};
 
-use crate::{largest_difference, wave};
+use crate::{largest_difference, layout, wave};
 
 /// Up to six sequences of up to nine values, empty ones among them.
 fn ragged() -> impl Strategy<Value = Vec<Vec<f64>>> {
@@ -148,6 +149,102 @@ proptest! {
         for (a, b) in ours.iter().zip(&plain) {
             let scale = if b.numel() == 0 { 1.0 } else { b.abs().max().double_value(&[]).max(1.0) };
             prop_assert!(largest_difference(a, b) < 2e-5 * scale, "{}", largest_difference(a, b));
+        }
+    }
+
+    /// With a bias, a cap, a frozen head and what else comes out.
+    #[test]
+    fn linear_logprobs_with_every_option(m in 0..9i64, h in 1..9i64, v in 1..70i64, bytes in prop::option::of(1..2000i64), cap in prop::option::of(0.5..5.0f64), frozen: bool, biased: bool) {
+        let hidden = wave(&[m, h], 1.0, Kind::Float).set_requires_grad(true);
+        let weight = (wave(&[v, h], 2.0, Kind::Float) * 3.0).set_requires_grad(!frozen);
+        let bias = wave(&[v], 5.0, Kind::Float);
+        let head = || Head { weight: &weight, bias: biased.then_some(&bias) };
+        let ids = (Tensor::arange(m, (Kind::Int64, Device::Cpu)) * 5).remainder(v);
+        let options = LogprobOptions { softcap: cap, chunk_bytes: bytes, log_sum_exp: true, moments: true, ..Default::default() };
+        let leaves: Vec<&Tensor> = if frozen { vec![&hidden] } else { vec![&hidden, &weight] };
+        let run = |out: rlhf_kernels::Logprobs| {
+            let loss = out.logprobs.sum(Kind::Float) + out.log_sum_exp.as_ref().unwrap().sum(Kind::Float) * 0.5;
+            let mut all = Tensor::run_backward(&[loss], &leaves, false, false);
+            all.push(out.logprobs.detach());
+            all.push(out.moments.unwrap().log_sum_sq_probs.detach());
+            all
+        };
+        let ours = run(linear_logprobs(&hidden, head(), &ids, &options).unwrap());
+        let plain = run(reference::linear_logprobs(&hidden, head(), &ids, &options).unwrap());
+        for (a, b) in ours.iter().zip(&plain) {
+            let scale = if b.numel() == 0 { 1.0 } else { b.abs().max().double_value(&[]).max(1.0) };
+            prop_assert!(largest_difference(a, b) < 2e-5 * scale, "{}", largest_difference(a, b));
+        }
+    }
+
+    /// Values and gradients of logits that exist, and what top-p sampling keeps of them, by its definition.
+    #[test]
+    fn of_logits(m in 0..6i64, v in 1..40i64, wide in 0.1..20.0f64, p in 0.01..1.0f64) {
+        let logits = (wave(&[m, v], 1.0, Kind::Double) * wide).set_requires_grad(true);
+        let ids = (Tensor::arange(m, (Kind::Int64, Device::Cpu)) * 3).remainder(v);
+        let run = |logprobs: Tensor, entropy: Tensor| {
+            let loss = logprobs.sum(None) + entropy.sum(None) * 0.5;
+            let g = Tensor::run_backward(&[loss], &[&logits], false, false).remove(0);
+            [logprobs.detach(), entropy.detach(), g]
+        };
+        let ours = run(token_logprobs(&logits, &ids).unwrap(), entropy(&logits).unwrap());
+        let plain = run(reference::token_logprobs(&logits, &ids).unwrap(), reference::entropy(&logits).unwrap());
+        for (a, b) in ours.iter().zip(&plain) {
+            prop_assert!(largest_difference(a, b) < 1e-11);
+        }
+        let kept = nucleus(&logits, p).unwrap();
+        for row in 0..m {
+            let mut all = host(&logits.detach().get(row).softmax(0, Kind::Double));
+            all.sort_by(|a, b| b.total_cmp(a));
+            let (mut mass, mut size) = (0.0, 0);
+            while size == 0 || (mass < p && size < all.len()) {
+                mass += all[size];
+                size += 1;
+            }
+            // Where p is met but for rounding, one word more or less is right.
+            if (mass - p).abs() > 1e-12 && (mass - all[size - 1] - p).abs() > 1e-12 {
+                prop_assert_eq!(kept.size.int64_value(&[row]), size as i64);
+                prop_assert!((kept.mass.double_value(&[row]) - mass).abs() < 1e-12);
+            }
+        }
+    }
+
+    /// Any groups, empty prompts and completions among them, any cap and window.
+    #[test]
+    fn attention_of_any_groups(groups in prop::collection::vec((0..6i64, prop::collection::vec(0..5i64, 0..4)), 0..4), hkv in 1..3i64, shared in 1..3i64, d in 1..7i64, cap in prop::option::of(0.5..3.0f64), window in prop::option::of(1..5i64)) {
+        let groups: Vec<(i64, &[i64])> = groups.iter().map(|(p, c)| (*p, &c[..])).collect();
+        let layout = layout(&groups);
+        let n = layout.num_rows();
+        let [q, k, v] = [hkv * shared, hkv, hkv].map(|h| wave(&[n, h, d], 1.0 + h as f64, Kind::Double).set_requires_grad(true));
+        let options = AttentionOptions { softcap: cap, window, ..AttentionOptions::new(0.7) };
+        let run = |out: Tensor| {
+            let mut all = Tensor::run_backward(&[(&out * &out).sum(None)], &[&q, &k, &v], false, false);
+            all.push(out.detach());
+            all
+        };
+        let ours = run(shared_prefix_attention(&q, &k, &v, &layout, &options).unwrap());
+        let plain = run(reference::shared_prefix_attention(&q, &k, &v, &layout, &options).unwrap());
+        for (a, b) in ours.iter().zip(&plain) {
+            prop_assert!(largest_difference(a, b) < 1e-11, "{}", largest_difference(a, b));
+        }
+    }
+
+    /// Mean 0 and deviation 1 over all values, or the mean kept.
+    #[test]
+    fn whitening(rows in ragged()) {
+        let x = build(&rows);
+        let all = rows.concat();
+        let n = all.len() as f64;
+        let mean = all.iter().sum::<f64>() / n.max(1.0);
+        let var = all.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
+        let removed = host(x.whitened(Mean::Removed).values());
+        let kept = host(x.whitened(Mean::Kept).values());
+        prop_assert_eq!(removed.len(), all.len());
+        if n > 1.0 && var > 1e-3 {
+            for ((x, r), k) in all.iter().zip(&removed).zip(&kept) {
+                let expected = (x - mean) / (var + 1e-8).sqrt();
+                prop_assert!((r - expected).abs() < 1e-9 && (k - expected - mean).abs() < 1e-9);
+            }
         }
     }
 }

@@ -1,11 +1,12 @@
 //! The running batch: who joins, who leaves, and a token for everybody between.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
 
 use rlhf_data::group::{Completion, Finish, PromptGroup, SamplerRecord};
 use rlhf_data::seed::{Purpose, Stream};
 use rlhf_kernels::{AttentionGroup, AttentionLayout};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::settings::check;
 use super::{
@@ -35,6 +36,8 @@ struct Slot {
     limit: usize,
     /// Its first column of the cache.
     start: i64,
+    /// Its prompt, one for each part, where prompts are shared.
+    prompt: Option<Rc<Vec<PromptCache>>>,
     done: Option<Finish>,
 }
 
@@ -42,8 +45,7 @@ struct Slot {
 struct Waiting {
     request: usize,
     next_sample: usize,
-    /// One for each part.
-    caches: Vec<PromptCache>,
+    caches: Rc<Vec<PromptCache>>,
     /// `[1, V]`.
     logits: Tensor,
 }
@@ -66,6 +68,8 @@ pub(super) struct Wave<'a> {
     filters: Option<Filters>,
     stream: Stream,
     max_prefill_tokens: usize,
+    /// Whether all samples of a prompt read its keys and values in one place.
+    shares: bool,
     /// Most completions together.
     capacity: usize,
     /// The decoder's model, and another one where there is one.
@@ -113,7 +117,15 @@ impl<'a> Wave<'a> {
         let capacity = (limits.max_cache_tokens / width.max(1))
             .clamp(1, limits.max_batch_sequences)
             .min(total.max(1));
-        let columns = if capacity < total { width + 64 } else { width };
+        let shares = decoder
+            .parts()
+            .all(|(model, ..)| model.kind() == Kind::Float && model.device() == Device::Cpu);
+        let columns = if shares { new_tokens } else { width };
+        let columns = if capacity < total {
+            columns + 64
+        } else {
+            columns
+        };
         let positions =
             Tensor::arange((longest + new_tokens) as i64, (Kind::Int64, trunk.device()));
         let mut pending: Vec<usize> = (0..requests.len())
@@ -139,6 +151,7 @@ impl<'a> Wave<'a> {
             filters,
             stream: Stream::new(config.seed, Purpose::Sample),
             max_prefill_tokens: limits.max_prefill_tokens,
+            shares,
             capacity,
             columns: Tensor::arange(columns as i64, (Kind::Int64, trunk.device())),
             pending: pending.into(),
@@ -214,7 +227,7 @@ impl<'a> Wave<'a> {
                 return Ok(());
             }
             let prompts = match self.waiting.take() {
-                Some(waiting) => waiting.into_prompts(),
+                Some(waiting) => waiting.into_prompts(self.shares),
                 None => self.prefill(room)?,
             };
             self.place(prompts, room, progress)?;
@@ -266,6 +279,15 @@ impl<'a> Wave<'a> {
             caches.push(cache);
             part.weights.logits(&hidden.index_select(0, &last))
         })?;
+        let caches = if self.shares {
+            let one = |s: &Span| {
+                let part = |c: &PromptCache| c.shared(s.start as i64, s.length as i64);
+                Rc::new(caches.iter().map(part).collect())
+            };
+            Computed::Shared(spans.iter().map(one).collect())
+        } else {
+            Computed::Packed(Rc::new(caches))
+        };
         Ok(Prompts {
             spans,
             caches,
@@ -311,6 +333,7 @@ impl<'a> Wave<'a> {
                     held: self.held(span.request),
                     limit: self.limit(span.request),
                     start: 0,
+                    prompt: prompts.caches.shared(i),
                     done: None,
                 });
                 spans_of.push(i);
@@ -320,37 +343,53 @@ impl<'a> Wave<'a> {
                 self.waiting = Some(Waiting {
                     request: span.request,
                     next_sample: span.first_sample + taken,
-                    caches: prompts
-                        .caches
-                        .iter()
-                        .map(|c| c.slice(span.start as i64, span.length as i64))
-                        .collect(),
+                    caches: prompts.caches.of(i, span),
                     logits: prompts.logits.narrow(0, i as i64, 1).copy(),
                 });
             }
         }
         self.unplaced -= spans_of.len();
-        let length = prompts.spans.iter().map(|s| s.length).max().unwrap_or(0);
+        match &prompts.caches {
+            Computed::Shared(_) => {
+                self.make_room_before(0, first);
+                for slot in &mut self.slots[first..] {
+                    slot.start = self.now;
+                }
+            }
+            Computed::Packed(caches) => self.copy_in(&prompts.spans, caches, first, &spans_of)?,
+        }
+        self.refresh_bias();
+        let of: Vec<i64> = spans_of.iter().map(|&i| i as i64).collect();
+        let device = self.decoder.model.device();
+        let of = Tensor::f_from_slice(&of)?.f_to_device(device)?;
+        self.draw(&prompts.logits.index_select(0, &of), first, progress)
+    }
+
+    /// Copies packed prompts before the columns of the rows from `first` on; `spans_of` names each row's.
+    fn copy_in(
+        &mut self,
+        spans: &[Span],
+        caches: &[PromptCache],
+        first: usize,
+        spans_of: &[usize],
+    ) -> Result<()> {
+        let length = spans.iter().map(|s| s.length).max().unwrap_or(0);
         self.make_room_before(length as i64, first);
         let mut index = Vec::with_capacity(spans_of.len() * length);
-        for (slot, &i) in self.slots[first..].iter_mut().zip(&spans_of) {
-            let span = &prompts.spans[i];
+        for (slot, &i) in self.slots[first..].iter_mut().zip(spans_of) {
+            let span = &spans[i];
             slot.start = self.now - span.length as i64;
             // Columns before the sequence's start are masked; any row serves.
             index.extend(std::iter::repeat_n(span.start as i64, length - span.length));
             index.extend((span.start..span.start + span.length).map(|row| row as i64));
         }
-        let device = self.decoder.model.device();
-        let index = Tensor::f_from_slice(&index)?.f_to_device(device)?;
+        let index = Tensor::f_from_slice(&index)?.f_to_device(self.decoder.model.device())?;
         let rows = spans_of.len() as i64;
-        for (part, cache) in self.parts.iter().zip(&prompts.caches) {
+        for (part, cache) in self.parts.iter().zip(caches) {
             part.cache
                 .place(cache, &index, first as i64, rows, self.now);
         }
-        self.refresh_bias();
-        let of: Vec<i64> = spans_of.iter().map(|&i| i as i64).collect();
-        let of = Tensor::f_from_slice(&of)?.f_to_device(device)?;
-        self.draw(&prompts.logits.index_select(0, &of), first, progress)
+        Ok(())
     }
 
     /// One token more for every row.
@@ -370,14 +409,23 @@ impl<'a> Wave<'a> {
         // A finished row sees itself alone: nobody reads what it says.
         let start = |s: &Slot| if s.done.is_some() { self.now } else { s.start };
         let starts: Vec<i64> = self.slots.iter().map(start).collect();
-        let window = Window {
-            starts: &starts,
-            from: self.window_start(),
-            now: self.now,
-            bias: self.bias.as_ref(),
-        };
+        let (from, bias) = (self.window_start(), self.bias.as_ref());
+        let mut number = 0;
         let logits = self.mixed(|part| {
             let angles: Vec<Angles> = part.angles.iter().map(|a| a.select(&positions)).collect();
+            // A finished row has no prompt any more.
+            let mut prompts: Vec<Option<&PromptCache>> = Vec::new();
+            for slot in self.slots.iter().filter(|_| self.shares) {
+                prompts.push(slot.prompt.as_ref().map(|parts| &parts[number]));
+            }
+            number += 1;
+            let window = Window {
+                starts: &starts,
+                prompts: &prompts,
+                from,
+                now: self.now,
+                bias,
+            };
             step(
                 part.trunk,
                 part.weights,
@@ -465,6 +513,7 @@ impl<'a> Wave<'a> {
             }
             if let Some(finish) = slot.done {
                 self.finished += 1;
+                slot.prompt = None;
                 let ids = std::mem::take(&mut slot.ids);
                 let mut completion = Completion::whole(ids, finish);
                 completion.sampler = Some(SamplerRecord {
@@ -602,6 +651,10 @@ impl<'a> Wave<'a> {
 
     /// Rebuilds the mask of columns before each row's start.
     fn refresh_bias(&mut self) {
+        if self.shares {
+            // The kernel knows each row's start.
+            return;
+        }
         let from = self.window_start();
         self.bias = self.slots.iter().any(|s| s.start != from).then(|| {
             let model = self.decoder.model;
@@ -654,16 +707,45 @@ struct Span {
 /// Computed prompts.
 struct Prompts {
     spans: Vec<Span>,
-    /// One for each part.
-    caches: Vec<PromptCache>,
+    caches: Computed,
     /// `[prompts, V]`, after the last token of each.
     logits: Tensor,
 }
 
+/// Keys and values of prompts, one for each part.
+enum Computed {
+    /// Of each prompt, where all its samples read them.
+    Shared(Vec<Rc<Vec<PromptCache>>>),
+    /// Of all together, to be copied.
+    Packed(Rc<Vec<PromptCache>>),
+}
+
+impl Computed {
+    /// What the samples of prompt `i` share.
+    fn shared(&self, i: usize) -> Option<Rc<Vec<PromptCache>>> {
+        match self {
+            Self::Shared(each) => Some(Rc::clone(&each[i])),
+            Self::Packed(_) => None,
+        }
+    }
+
+    /// Prompt `i` alone.
+    fn of(&self, i: usize, span: &Span) -> Rc<Vec<PromptCache>> {
+        match self {
+            Self::Shared(each) => Rc::clone(&each[i]),
+            Self::Packed(all) => {
+                let one = |c: &PromptCache| c.slice(span.start as i64, span.length as i64);
+                Rc::new(all.iter().map(one).collect())
+            }
+        }
+    }
+}
+
 impl Waiting {
-    fn into_prompts(self) -> Prompts {
+    fn into_prompts(self, shares: bool) -> Prompts {
+        // Keys are `[Hkv, N, D]` where they are shared, else `[N, Hkv, D]`.
         let keys = self.caches.first().and_then(|c| c.keys.first());
-        let length = keys.map_or(0, |k| k.size()[0] as usize);
+        let length = keys.map_or(0, |k| k.size()[usize::from(shares)] as usize);
         Prompts {
             spans: vec![Span {
                 request: self.request,
@@ -671,7 +753,11 @@ impl Waiting {
                 start: 0,
                 length,
             }],
-            caches: self.caches,
+            caches: if shares {
+                Computed::Shared(vec![self.caches])
+            } else {
+                Computed::Packed(self.caches)
+            },
             logits: self.logits,
         }
     }

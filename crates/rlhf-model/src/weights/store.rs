@@ -187,15 +187,14 @@ impl<'a> Load<'a> {
 
     /// Fails with every disagreement; else the names of tensors that nobody asked for.
     pub(crate) fn finish(mut self) -> Result<Vec<String>> {
+        let unexpected = |name: &&str| !self.taken.contains(*name);
+        let names = self.store.names().filter(unexpected).map(str::to_owned);
+        let unexpected: Vec<String> = names.collect();
         if self.problems.is_empty() {
-            let unexpected = |name: &&str| !self.taken.contains(*name);
-            return Ok(self
-                .store
-                .names()
-                .filter(unexpected)
-                .map(str::to_owned)
-                .collect());
+            return Ok(unexpected);
         }
+        let as_problem = |name| TensorProblem::Unexpected { name };
+        self.problems.extend(unexpected.into_iter().map(as_problem));
         if self.uncounted > 0 {
             self.problems.push(TensorProblem::More {
                 missing: self.uncounted,

@@ -183,6 +183,11 @@ fn every_disagreement_is_listed() {
         e.to_string()
             .contains("missing model.layers.2.self_attn.k_proj.bias")
     );
+    // With a layer too few what is left over is listed beside what is misshapen.
+    json["num_hidden_layers"] = 1.into();
+    std::fs::write(&path, json.to_string()).unwrap();
+    let fewer = load(&dir).unwrap_err().to_string();
+    assert!(fewer.contains("unexpected model.layers.1.self_attn.k_proj.weight"));
     assert!(
         e.to_string()
             .contains("model.layers.1.mlp.down_proj.weight has shape [24, 64]")

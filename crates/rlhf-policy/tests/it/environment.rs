@@ -12,9 +12,9 @@ use rlhf_model::{
     target_logprobs,
 };
 use rlhf_policy::environment::{
-    Calculator, Environment, Reply, TalkLimits, Turn, add_rewards, continuation, play,
+    Calculator, Environment, Reply, Scene, TalkLimits, Turn, continuation, play,
 };
-use rlhf_policy::rollout::{Prompt, RolloutConfig, draw};
+use rlhf_policy::rollout::{Prompt, RolloutConfig, draw, score};
 use rlhf_reward::source::{Part, RewardMix, Rule};
 use serde_json::Map;
 use tch::{Device, Kind};
@@ -48,9 +48,19 @@ fn config(group_size: usize, max_new_tokens: usize) -> RolloutConfig {
         prompts_per_step: 2,
         group_size,
         temperature: 0.8,
+        top_k: None,
+        top_p: None,
+        min_p: None,
         max_new_tokens,
         max_sequences: 16,
         weights: DecoderWeights::AsLoaded,
+    }
+}
+
+fn scene(environment: &dyn Environment, limits: TalkLimits) -> Scene<'_> {
+    Scene {
+        environment,
+        limits,
     }
 }
 
@@ -131,20 +141,19 @@ fn a_calculator_answers_and_its_words_are_not_trained() {
     let out = play(
         &actor,
         &t,
-        &env,
-        LIMITS,
+        scene(&env, LIMITS),
         (&prompts, &[0]),
         &config(3, 12),
         5,
     )
     .unwrap();
     assert_eq!(out.len(), 1);
-    let group = &out[0].rollout.group;
+    let group = &out[0].group;
     group.validate().unwrap();
     assert_eq!((group.row, &group.prompt), (10, &prompts[0].ids));
-    assert_eq!(out[0].rewards, [1.0, 0.0, 1.0]);
-    assert_eq!(out[0].rollout.texts[0], "calc 6*74242");
-    assert!(out[0].rollout.texts[2].contains("error: `*`"));
+    assert_eq!(out[0].earned, [1.0, 0.0, 1.0]);
+    assert_eq!(out[0].texts[0], "calc 6*74242");
+    assert!(out[0].texts[2].contains("error: `*`"));
     // What follows the prompt is the conversation as the template writes it.
     let told = |role, text: &str| Message::new(role, text);
     let whole = Text::Messages(vec![
@@ -202,8 +211,7 @@ fn turns_and_room_end_a_talk() {
         play(
             &actor(),
             &t,
-            &calculator(),
-            limits,
+            scene(&calculator(), limits),
             (&prompts, &[0]),
             &config(1, 12),
             0,
@@ -211,8 +219,8 @@ fn turns_and_room_end_a_talk() {
     };
     let turns = |max_turns, max_tokens| {
         let out = go(max_turns, max_tokens).unwrap();
-        let c = &out[0].rollout.group.completions[0];
-        assert_eq!((c.finish, out[0].rewards[0]), (Finish::Length, 0.0));
+        let c = &out[0].group.completions[0];
+        assert_eq!((c.finish, out[0].earned[0]), (Finish::Length, 0.0));
         // What nobody goes on from is left out: the last token is the policy's.
         assert_eq!(c.trained.last().unwrap().end, c.ids.len());
         assert!(c.ids.len() <= max_tokens);
@@ -272,13 +280,21 @@ fn a_talk_of_one_turn_is_a_rollout() {
         max_turns: 1,
         max_tokens: 10,
     };
-    let played = play(&sampler, &t, &Silent, limits, (&prompts, &[1, 0]), &cfg, 2).unwrap();
+    let played = play(
+        &sampler,
+        &t,
+        scene(&Silent, limits),
+        (&prompts, &[1, 0]),
+        &cfg,
+        2,
+    )
+    .unwrap();
     let drawn = draw(&sampler, &t, &prompts, &[1, 0], &cfg, 2).unwrap();
     for (p, d) in played.iter().zip(&drawn) {
-        assert_eq!((p.rollout.prompt, &p.rollout.group), (d.prompt, &d.group));
-        assert_eq!(p.rollout.texts, d.texts);
+        assert_eq!((p.prompt, &p.group), (d.prompt, &d.group));
+        assert_eq!(p.texts, d.texts);
         let lengths = d.group.completions.iter().map(|c| c.ids.len() as f64);
-        assert_eq!(p.rewards, lengths.collect::<Vec<_>>());
+        assert_eq!(p.earned, lengths.collect::<Vec<_>>());
     }
 }
 
@@ -290,10 +306,19 @@ fn learner_and_sampler_agree_on_every_trained_token() {
     let prompts = prompts(&t, &[("1+1", "2"), ("3+4", "7")]);
     let (model, cfg) = (model(&t), config(3, 8));
     let sampler = cfg.local(&model).unwrap();
-    let all =
-        |chosen: &[usize]| play(&sampler, &t, &Echo, LIMITS, (&prompts, chosen), &cfg, 2).unwrap();
+    let all = |chosen: &[usize]| {
+        play(
+            &sampler,
+            &t,
+            scene(&Echo, LIMITS),
+            (&prompts, chosen),
+            &cfg,
+            2,
+        )
+        .unwrap()
+    };
     let played = all(&[0, 1]);
-    let groups: Vec<PromptGroup> = played.iter().map(|p| p.rollout.group.clone()).collect();
+    let groups: Vec<PromptGroup> = played.iter().map(|p| p.group.clone()).collect();
     let batch = DeviceBatch::new(&PackedBatch::pack(&groups).unwrap(), Device::Cpu).unwrap();
     let learner = tch::no_grad(|| target_logprobs(&model, &batch, cfg.temperature, false).unwrap());
     let learner = Vec::<f32>::try_from(learner.logprobs.values()).unwrap();
@@ -315,7 +340,6 @@ fn learner_and_sampler_agree_on_every_trained_token() {
     assert_ne!(groups[0].completions[0].ids, groups[0].completions[1].ids);
     assert_eq!(
         all(&[1])[0]
-            .rollout
             .group
             .completions
             .iter()
@@ -342,8 +366,7 @@ fn rewards_of_other_sources_are_added() {
     let played = play(
         &actor,
         &t,
-        &env,
-        LIMITS,
+        scene(&env, LIMITS),
         (&prompts, &[0]),
         &config(2, 12),
         0,
@@ -355,12 +378,12 @@ fn rewards_of_other_sources_are_added() {
         negative: vec![],
     };
     mix.push(Part::new(0.25, Box::new(rule))).unwrap();
-    let (scored, parts) = add_rewards(played, &env, &prompts, &mix).unwrap();
+    let (scored, parts) = score(played, &prompts, &mix).unwrap();
     assert_eq!(scored[0].rewards, [1.0, 0.25]);
     assert_eq!(
         parts,
         [
-            ("calculator".to_owned(), 0.5),
+            ("environment".to_owned(), 0.5),
             ("words".to_owned(), 0.5),
             ("words_part".to_owned(), 0.125)
         ]

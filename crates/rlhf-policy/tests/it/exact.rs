@@ -696,3 +696,66 @@ fn reinforce_plus_plus_points_near_the_truth_and_not_along_it() {
     );
     assert!(cosine > 0.8 && cosine < 1.0 - 1e-4, "{cosine}");
 }
+
+/// A policy that follows the expected gradients alone comes to rest at π* ∝ π₀ exp(r/β), the optimum of
+/// E[r] − β KL(π‖π₀): REINFORCE and RLOO with k1 in the reward, and, of one token, k2 in the loss (of more tokens it
+/// knows nothing of what a token does to the later ones).
+#[test]
+fn the_regularised_optimum_is_reached() {
+    const BETA: f64 = 1.0;
+    let penalty = KlPenalty {
+        estimator: KlEstimator::K2,
+        placement: KlPlacement::InLoss,
+        coef: BETA,
+    };
+    for (way, tokens) in [
+        ("reinforce", 2),
+        ("rloo", 2),
+        ("reinforce", 1),
+        ("k2 in the loss", 1),
+    ] {
+        let start = || match tokens {
+            1 => Problem::one_token(),
+            _ => Problem::two_tokens(),
+        };
+        let tilt = Tensor::from_slice(&start().rewards) / BETA;
+        let scores = start().reference.sequences().detach() + tilt;
+        let optimum = scores.softmax(0, Kind::Double);
+        let (mut first, mut second) = ([0.3, -0.5, 0.9], [0.0; 9]);
+        let mut apart = 1.0;
+        for _ in 0..1000 {
+            let problem = Problem {
+                policy: Table::new(first, (tokens == 2).then_some(second)),
+                ..start()
+            };
+            let now = problem.policy.sequences().detach().exp();
+            apart = (now - &optimum).abs().sum(Kind::Double).double_value(&[]) / 2.0;
+            if apart < 1e-7 {
+                break;
+            }
+            let log_ratios = problem.log_ratios();
+            let tied = |s: usize| problem.rewards[s] - BETA * log_ratios[s];
+            let gradient = match way {
+                "reinforce" => {
+                    problem.expected(1, |g| problem.surrogate(g, &[tied(g[0])], COMPLETION, None))
+                }
+                "rloo" => problem.expected(2, |g| {
+                    let rewards: Vec<f64> = g.iter().map(|&s| tied(s)).collect();
+                    let rloo = AdvantageEstimator::LeaveOneOut {};
+                    let advantages = rloo.advantages(&rewards, &[2]).unwrap();
+                    problem.surrogate(g, &advantages, COMPLETION, None)
+                }),
+                _ => problem.expected(1, |g| {
+                    problem.surrogate(g, &[problem.rewards[g[0]]], COMPLETION, Some(penalty))
+                }),
+            };
+            for (x, slope) in first.iter_mut().chain(&mut second).zip(gradient) {
+                *x -= 3.0 * slope;
+            }
+        }
+        assert!(
+            apart < 1e-6,
+            "{way}, {tokens}: {apart:.1e} from the optimum"
+        );
+    }
+}

@@ -1,0 +1,120 @@
+//! A layer's small operations: their gradients by finite differences, and against libtorch's composition.
+
+use proptest::prelude::*;
+use rlhf_kernels::layer::{add_norm, linears, rotate, silu_mul};
+use rlhf_kernels::reference;
+use tch::{Kind, Tensor};
+
+use crate::gradcheck::check;
+use crate::{largest_difference, wave};
+
+fn double(size: &[i64], seed: f64) -> Tensor {
+    wave(size, seed, Kind::Double)
+}
+
+#[test]
+fn gradients() {
+    let (x, more, w) = (
+        double(&[3, 5], 1.0),
+        double(&[3, 5], 2.0),
+        double(&[5], 3.0),
+    );
+    let both = |(x, y): (Tensor, Tensor)| Tensor::cat(&[x * 0.7, y], 0);
+    check("norm", &[x.copy(), w.copy()], &|t| {
+        both(add_norm(&t[0], None, &t[1], 1e-5).unwrap())
+    });
+    check("norm alone", &[x.copy(), w.copy()], &|t| {
+        add_norm(&t[0], None, &t[1], 1e-5).unwrap().1
+    });
+    check("add and norm", &[x.copy(), more, w.copy()], &|t| {
+        both(add_norm(&t[0], Some(&t[1]), &t[2], 1e-5).unwrap())
+    });
+    let frozen = w;
+    check("norm, frozen weight", &[x.copy()], &|t| {
+        both(add_norm(&t[0], None, &frozen, 1e-5).unwrap())
+    });
+    let (gate, up) = (double(&[4, 6], 4.0) * 3.0, double(&[4, 6], 5.0));
+    check("silu_mul", &[gate, up], &|t| {
+        silu_mul(&t[0], &t[1]).unwrap()
+    });
+    let heads = double(&[3, 2, 8], 6.0);
+    for turning in [8, 4] {
+        let angle = double(&[3, 1, turning], 7.0) * 3.0;
+        let (cos, sin) = (angle.cos(), angle.sin());
+        check(&format!("rotate {turning}"), &[heads.copy()], &|t| {
+            rotate(&t[0], &cos, &sin).unwrap()
+        });
+    }
+    let weights = [double(&[4, 5], 8.0), double(&[2, 5], 9.0)];
+    check(
+        "linears",
+        &[x.copy(), weights[0].copy(), weights[1].copy()],
+        &|t| {
+            let out = linears(&t[0], &[&t[1], &t[2]]).unwrap();
+            Tensor::cat(&out, 1)
+        },
+    );
+    let [first, second] = &weights;
+    check("linears, one frozen", &[x, first.copy()], &|t| {
+        let out = linears(&t[0], &[&t[1], second]).unwrap();
+        Tensor::cat(&out, 1)
+    });
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    /// In f32, of any width, empty and strided, values and gradients.
+    #[test]
+    fn as_composed(n in 0..150i64, d in 1..80i64, heads in 1..4i64, pairs in 0..40i64, sums: bool) {
+        let all = wave(&[n, 3 * d], 1.0, Kind::Float).set_requires_grad(true);
+        let part = |i: i64| all.narrow(1, i * d, d);
+        let w = wave(&[d], 2.0, Kind::Float).set_requires_grad(true);
+        let turning = 2 * pairs.min(d / 2);
+        let angle = wave(&[n, 1, turning], 3.0, Kind::Float) * 3.0;
+        let (cos, sin) = (angle.cos(), angle.sin());
+        let run = |norm: (Tensor, Tensor), silu: Tensor, turned: Tensor| {
+            let loss = (&norm.0 * &norm.1).sum(Kind::Float) + silu.sin().sum(Kind::Float) + turned.square().sum(Kind::Float);
+            let mut out = Tensor::run_backward(&[loss], &[&all, &w], false, false);
+            out.extend([norm.0.detach(), norm.1.detach(), silu.detach(), turned.detach()]);
+            out
+        };
+        let (x, y, z) = (part(0), part(1), part(2));
+        let more = sums.then_some(&z);
+        let wide = || all.view([n, 3, d]).repeat([1, heads, 1]);
+        let ours = run(
+            add_norm(&x, more, &w, 1e-5).unwrap(),
+            silu_mul(&(&y * 9.0), &z).unwrap(),
+            rotate(&wide(), &cos, &sin).unwrap(),
+        );
+        let plain = run(
+            reference::add_norm(&x, more, &w, 1e-5),
+            reference::silu_mul(&(&y * 9.0), &z),
+            reference::rotate(&wide(), &cos, &sin),
+        );
+        for (a, b) in ours.iter().zip(&plain) {
+            let scale = if b.numel() == 0 { 1.0 } else { b.abs().max().double_value(&[]).max(1.0) };
+            prop_assert!(largest_difference(a, b) < 2e-5 * scale, "{}", largest_difference(a, b));
+        }
+    }
+}
+
+#[test]
+fn shapes_that_do_not_fit() {
+    let t = |size: &[i64]| wave(size, 1.0, Kind::Float);
+    let said = [
+        add_norm(&t(&[2, 3]), None, &t(&[4]), 1e-5).unwrap_err(),
+        add_norm(&t(&[2, 3]), Some(&t(&[1, 3])), &t(&[3]), 1e-5).unwrap_err(),
+        silu_mul(&t(&[2, 3]), &t(&[2, 4])).unwrap_err(),
+        rotate(&t(&[2, 1, 4]), &t(&[2, 1, 6]), &t(&[2, 1, 6])).unwrap_err(),
+        rotate(&t(&[2, 1, 4]), &t(&[2, 1, 3]), &t(&[2, 1, 3])).unwrap_err(),
+        linears(&t(&[2, 3]), &[&t(&[2, 4])]).unwrap_err(),
+    ];
+    for e in said {
+        assert!(e.to_string().contains("expected"), "{e}");
+    }
+    // The type that the passes are not for is composed.
+    let narrow = t(&[2, 3]).to_kind(Kind::BFloat16);
+    let (x, y) = add_norm(&narrow, Some(&narrow), &narrow.get(0), 1e-5).unwrap();
+    assert_eq!((x.kind(), y.kind()), (Kind::BFloat16, Kind::BFloat16));
+}
