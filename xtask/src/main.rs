@@ -12,6 +12,7 @@ mod check;
 mod doctor;
 mod fetch;
 mod libtorch;
+mod seeds;
 mod setup;
 mod shell;
 mod standin;
@@ -50,6 +51,17 @@ enum Command {
         /// A recipe, then the flags of `rlhf run`
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
+    },
+    /// Run a recipe with several seeds and put their evaluations side by side
+    Seeds {
+        /// A recipe
+        recipe: String,
+        /// The seeds
+        #[arg(long, value_delimiter = ',', default_values_t = [1, 2, 3])]
+        seeds: Vec<u64>,
+        /// Flags of `rlhf run`
+        #[arg(last = true)]
+        flags: Vec<String>,
     },
     /// Run the tests: by cargo-nextest where it is installed, else by cargo
     #[command(disable_help_flag = true)]
@@ -93,6 +105,11 @@ fn main() -> ExitCode {
         Command::Doctor => doctor::run(),
         Command::Env => env(),
         Command::Pipeline { args } => pipeline(&args),
+        Command::Seeds {
+            recipe,
+            seeds,
+            flags,
+        } => seeds::run(&recipe, &seeds, &flags),
         Command::Test { args } => test(&args),
         Command::Bench { args } => setup::run(false).and_then(|_| {
             cargo("bench", &["--workspace"])

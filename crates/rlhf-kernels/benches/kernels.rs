@@ -73,11 +73,17 @@ fn bound(name: &str, work: Throughput) -> Throughput {
     work
 }
 
-/// A fixed pattern instead of noise: no global generator.
+/// Numbers in −1..1 without pattern, by SplitMix64: no global generator.
 fn scattered(size: &[i64]) -> Tensor {
     let n: i64 = size.iter().product();
-    let x = (Tensor::arange(n, (Kind::Double, Device::Cpu)) * 12.9898).sin() * 437.5;
-    x.fmod(1.0).to_kind(Kind::Float).view(size)
+    let of = |i: u64| {
+        let mut z = (i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) >> 40) as f32 / (1u32 << 23) as f32 - 1.0
+    };
+    let out: Vec<f32> = (0..n as u64).map(of).collect();
+    Tensor::from_slice(&out).view(size)
 }
 
 /// Another, smoother and of low rank.

@@ -18,14 +18,16 @@ const M: i64 = 2048;
 const H: i64 = 576;
 const V: i64 = 49152;
 
-/// Numbers in −1..1 without pattern: no global generator.
-fn scattered(size: &[i64], seed: f64) -> Tensor {
+/// Numbers in −1..1 without pattern, by SplitMix64: no global generator.
+fn scattered(size: &[i64], seed: u64) -> Tensor {
     let n: i64 = size.iter().product();
-    let mut out = Vec::with_capacity(n as usize);
-    for i in 0..n {
-        let x = ((i as f64 + seed) * 12.9898).sin() * 437.5;
-        out.push(x.fract() as f32);
-    }
+    let of = |i: u64| {
+        let mut z = (i + (seed << 40) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) >> 40) as f32 / (1u32 << 23) as f32 - 1.0
+    };
+    let out: Vec<f32> = (0..n as u64).map(of).collect();
     Tensor::from_slice(&out).view(size)
 }
 
@@ -48,7 +50,7 @@ fn main() {
     let chunk_bytes = args
         .next()
         .map(|n| n.parse::<i64>().expect("a number") << 10);
-    let weight = scattered(&[V, H], 1.0) * (H as f64).powf(-0.5) * 1.7;
+    let weight = scattered(&[V, H], 1) * (H as f64).powf(-0.5) * 1.7;
     let ids = (Tensor::arange(M, (Kind::Int64, Device::Cpu)) * 7919).remainder(V);
     let peaked = matches!(mode.as_str(), "peaked" | "filtered");
     let hidden = if peaked {
@@ -59,9 +61,9 @@ fn main() {
             .sum_dim_intlist(&[1i64][..], true, None::<Kind>);
         rows / squares * 40.0
     } else {
-        scattered(&[M, H], 2.0) * 1.7
+        scattered(&[M, H], 2) * 1.7
     };
-    let g = scattered(&[M], 3.0);
+    let g = scattered(&[M], 3);
     let trains = mode != "forward" && mode != "product";
     let hidden = hidden.set_requires_grad(trains);
     let weight = weight.set_requires_grad(trains && mode != "frozen");
