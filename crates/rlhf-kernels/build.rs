@@ -40,6 +40,7 @@ fn main() {
     shim.files(
         [
             "attention",
+            "attention_parts",
             "cpu_dispatch",
             "decode",
             "layer",

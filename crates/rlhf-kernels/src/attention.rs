@@ -96,8 +96,9 @@ impl AttentionOptions {
 ///
 /// On the CPU the prompt's keys and values are laid out once, however many completions look at them,
 /// and scores exist for a block of rows at a time; keys that a whole block has left its window behind
-/// are not computed; types narrower than f32 compute in f32. Other devices run libtorch's attention
-/// completion by completion.
+/// are not computed; types narrower than f32 compute in f32. On CUDA in 16 bits, without cap and window, libtorch's
+/// flash kernel runs twice, over every row's own sequence and over the prompts that completions see; neither masks
+/// nor copies of prompts are made. All else runs libtorch's attention completion by completion.
 ///
 /// # Shapes
 /// `q` `[N, Hq, D]`, `k` and `v` `[N, Hkv, D]`; result `[N, Hq, D]`.
@@ -180,8 +181,17 @@ pub fn shared_prefix_attention(
                     .to_kind(q.kind()),
             )
         }
+        (Device::Cuda(_), Kind::BFloat16 | Kind::Half) if flash_takes(&qs, options) => {
+            ffi::prefix_attention_by_parts([q, k, v], &layout.flat, scale, true)
+        }
         _ => by_completion(q, k, v, layout, options),
     }
+}
+
+/// Whether libtorch's flash kernel is for these queries.
+fn flash_takes(size: &[i64], options: &AttentionOptions) -> bool {
+    let plain = options.softcap.is_none() && options.window.is_none();
+    plain && size[0] > 0 && size[2] % 8 == 0 && size[2] <= 256
 }
 
 /// Any device: libtorch's attention for each prompt and each completion, whose keys are the prompt's
@@ -337,9 +347,20 @@ mod tests {
             let plain = run(&|| {
                 reference::shared_prefix_attention(&q, &k, &v, &layout(), &options).unwrap()
             });
-            let ours = run(&|| by_completion(&q, &k, &v, &layout(), &options).unwrap());
-            for (a, b) in ours.iter().zip(&plain) {
-                assert!((a - b).abs().max().double_value(&[]) < 1e-12);
+            let mut ways = vec![run(&|| {
+                by_completion(&q, &k, &v, &layout(), &options).unwrap()
+            })];
+            // What merges the flash kernel's two results, over its definition.
+            if softcap.is_none() && window.is_none() {
+                ways.push(run(&|| {
+                    let flat = layout().flat;
+                    ffi::prefix_attention_by_parts([&q, &k, &v], &flat, 0.4, false).unwrap()
+                }));
+            }
+            for ours in ways {
+                for (a, b) in ours.iter().zip(&plain) {
+                    assert!((a - b).abs().max().double_value(&[]) < 1e-12);
+                }
             }
         }
     }

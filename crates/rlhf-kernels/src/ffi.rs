@@ -111,6 +111,16 @@ unsafe extern "C" {
         softcap: f64,
         window: i64,
     ) -> *mut c_char;
+    fn rlhf_prefix_attention_by_parts(
+        out: *mut *mut C_tensor,
+        q: *const C_tensor,
+        k: *const C_tensor,
+        v: *const C_tensor,
+        flat: *const i64,
+        n: i64,
+        scale: f64,
+        flash: c_int,
+    ) -> *mut c_char;
     fn rlhf_logit_logprobs(
         out: *mut *mut C_tensor,
         logits: *const C_tensor,
@@ -129,6 +139,7 @@ unsafe extern "C" {
         tensors: *const *const C_tensor,
         n: i64,
         lr: f64,
+        factor: f64,
         beta1: f64,
         beta2: f64,
         weight_decay: f64,
@@ -210,6 +221,7 @@ unsafe extern "C" {
     #[cfg(test)]
     fn rlhf_dynamic_maps(out: *mut f32);
     fn rlhf_global_norm(norm: *mut f64, tensors: *const *const C_tensor, n: i64) -> *mut c_char;
+    fn rlhf_forget_grads(tensors: *const *const C_tensor, n: i64) -> *mut c_char;
     fn rlhf_scale(tensors: *const *const C_tensor, n: i64, factor: f64) -> *mut c_char;
     #[cfg(test)]
     fn rlhf_cap_instruction_set(cap: c_int) -> c_int;
@@ -704,6 +716,32 @@ pub(crate) fn draw(scores: &Tensor, uniforms: &[f64]) -> Result<(Vec<i64>, Vec<f
     Ok((ids, logprobs, sums))
 }
 
+/// Without cap and window, by variable-length attention in two parts: libtorch's flash kernel on CUDA, or its
+/// definition on any device. Shapes and types fit each other.
+pub(crate) fn prefix_attention_by_parts(
+    [q, k, v]: [&Tensor; 3],
+    flat: &[i64],
+    scale: f64,
+    flash: bool,
+) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: the tensors live for the call; the layout's rows are those of the tensors.
+    let message = unsafe {
+        rlhf_prefix_attention_by_parts(
+            &raw mut out,
+            q.as_ptr(),
+            k.as_ptr(),
+            v.as_ptr(),
+            flat.as_ptr(),
+            flat.len() as i64,
+            scale,
+            flash.into(),
+        )
+    };
+    check("shared_prefix_attention", message)?;
+    Ok(take(out))
+}
+
 /// `groups`: for each the prompt's start and end, the number of completions, their starts and ends.
 pub(crate) fn prefix_attention(
     q: &Tensor,
@@ -802,6 +840,7 @@ pub(crate) fn recompute(inputs: &[&Tensor], body: Body) -> Result<Tensor> {
 pub(crate) fn adamw(
     tensors: &[&Tensor],
     lr: f64,
+    factor: f64,
     betas: (f64, f64),
     weight_decay: f64,
     eps: f64,
@@ -813,6 +852,7 @@ pub(crate) fn adamw(
             list.as_ptr(),
             list.len() as i64 / 5,
             lr,
+            factor,
             betas.0,
             betas.1,
             weight_decay,
@@ -863,6 +903,13 @@ pub(crate) fn global_norm(tensors: &[&Tensor]) -> Result<f64> {
     let message = unsafe { rlhf_global_norm(&raw mut norm, list.as_ptr(), list.len() as i64) };
     check("global_norm", message)?;
     Ok(norm)
+}
+
+pub(crate) fn forget_grads(tensors: &[&Tensor]) -> Result<()> {
+    let list = pointers(tensors);
+    // SAFETY: the list holds live tensors; their gradients are dropped, whose other owners keep them.
+    let message = unsafe { rlhf_forget_grads(list.as_ptr(), list.len() as i64) };
+    check("forget_grads", message)
 }
 
 pub(crate) fn scale(tensors: &[&Tensor], factor: f64) -> Result<()> {

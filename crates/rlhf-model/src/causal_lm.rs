@@ -3,7 +3,8 @@
 //! The logits are never materialised here: [`target_logprobs`] hands the hidden states of the
 //! trained rows and the head's matrix to the kernel that does both at once.
 
-use rlhf_kernels::{LogprobOptions, Ragged, linear_logprobs};
+use rlhf_kernels::kl::{Divergence, KlOptions, Logits};
+use rlhf_kernels::{LogprobOptions, Ragged, linear_kl, linear_logprobs};
 use tch::Tensor;
 
 use crate::batch::DeviceBatch;
@@ -73,6 +74,38 @@ pub fn target_logprobs_and_values(
     let values = Ragged::new(head.of(&hidden), batch.offsets.clone())?;
     let logprobs = of_hidden(model, &hidden, batch, temperature, entropy)?;
     Ok((logprobs, values))
+}
+
+/// As [`target_logprobs`], and at each trained token KL(model‖reference) of the two whole next-token distributions at the
+/// temperature; no gradient goes to the reference.
+///
+/// # Errors
+/// As [`target_logprobs`], and when the two do not have one vocabulary.
+pub fn target_logprobs_and_kl(
+    model: &dyn CausalLm,
+    reference: &dyn CausalLm,
+    batch: &DeviceBatch,
+    temperature: f64,
+    entropy: bool,
+) -> Result<(TargetLogprobs, Ragged)> {
+    let rows = |hidden: Tensor| hidden.index_select(0, &batch.target_rows);
+    let hidden = rows(model.hidden(batch)?);
+    let theirs = rows(tch::no_grad(|| reference.hidden(batch))?);
+    let (head, their_head) = (model.lm_head(), reference.lm_head().detach());
+    let logits = |hidden, head, softcap| Logits {
+        softcap,
+        ..Logits::new(hidden, head)
+    };
+    let kl = linear_kl(
+        logits(&hidden, &head, model.logit_softcap()),
+        logits(&theirs, &their_head, reference.logit_softcap()),
+        &KlOptions {
+            temperature,
+            ..KlOptions::new(Divergence::Reverse)
+        },
+    )?;
+    let logprobs = of_hidden(model, &hidden, batch, temperature, entropy)?;
+    Ok((logprobs, Ragged::new(kl, batch.offsets.clone())?))
 }
 
 fn of_hidden(

@@ -40,6 +40,7 @@ fn grpo(c: &mut Criterion) {
                 b.iter(|| {
                     let logprobs = old.with_values(leaf.shallow_clone()).expect("same tokens");
                     let kl = Some(KlTerm {
+                        exact: None,
                         ref_logprobs: &reference,
                         penalty,
                     });

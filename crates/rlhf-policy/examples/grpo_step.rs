@@ -167,6 +167,7 @@ fn steps(args: &Args) {
         },
         adaptive_kl: None,
         reference: ReferencePolicy::None {},
+        entropy_coef: 0.0,
         max_kl: None,
         old: if ahead > 0 {
             OldPolicy::Sampler

@@ -10,7 +10,7 @@ use rlhf_data::group::PromptGroup;
 use rlhf_data::order::Permutation;
 use rlhf_data::tokenize::ChatTokenizer;
 use rlhf_kernels::Ragged;
-use rlhf_model::{Mismatch, Sampler, Transformer, target_logprobs};
+use rlhf_model::{Mismatch, Sampler, Transformer, target_logprobs, target_logprobs_and_kl};
 use rlhf_reward::source::RewardMix;
 use rlhf_train::{Flow, Session, Stepper};
 use serde::{Deserialize, Serialize};
@@ -20,7 +20,7 @@ use crate::advantage::{AdvantageEstimator, Earned};
 use crate::collect::{Harvest, Place, Rules, Samples, Source, drawing};
 use crate::environment::{self, Scene};
 use crate::error::{Error, Result};
-use crate::kl::{KlController, KlPenalty, KlPlacement};
+use crate::kl::{KlController, KlEstimator, KlPenalty, KlPlacement};
 use crate::learner::{
     PerToken, StepLog, each_kl, gather, logprobs_of, mean_k3, mean_kl, micro_batches, mismatch,
     on_host, penalties, pick, sampler_logprobs, scatter, silence_cut, step_rewards, told,
@@ -56,6 +56,8 @@ pub struct GrpoConfig {
     pub adaptive_kl: Option<AdaptiveKl>,
     /// What becomes of the reference.
     pub reference: ReferencePolicy,
+    /// The entropy bonus: what a token's entropy takes from its loss, reduced as the loss is; 0 for none.
+    pub entropy_coef: f64,
     /// Ends the training when the KL from the reference exceeds so many nats a completion; the result is the last
     /// checkpoint before that.
     pub max_kl: Option<f64>,
@@ -237,6 +239,7 @@ fn run(
 
         let batch = Batch {
             step,
+            reference: players.reference,
             groups: &groups,
             sampler: &sampler,
             base: base.as_ref(),
@@ -315,6 +318,7 @@ impl State {
 /// What is known of a batch of rollouts, for each token of each completion.
 struct Batch<'a> {
     step: u64,
+    reference: Option<&'a Transformer>,
     groups: &'a [&'a PromptGroup],
     sampler: &'a PerToken,
     base: Option<&'a PerToken>,
@@ -373,7 +377,16 @@ fn learn(
                     continue;
                 }
                 trained = true;
-                let now = target_logprobs(policy, &packed, temperature, true)?;
+                let in_loss = cfg.kl.placement != KlPlacement::InReward && batch.kl_coef > 0.0;
+                let (now, exact) = if in_loss && cfg.kl.estimator == KlEstimator::Exact {
+                    let reference = batch.reference.ok_or_else(no_reference)?;
+                    let (now, kl) =
+                        target_logprobs_and_kl(policy, reference, &packed, temperature, true)?;
+                    (now, Some(kl))
+                } else {
+                    let now = target_logprobs(policy, &packed, temperature, true)?;
+                    (now, None)
+                };
                 if first {
                     old.extend(scatter(&now.logprobs)?);
                 }
@@ -398,14 +411,16 @@ fn learn(
                 let advantages = list(batch.advantages)?;
                 let mut inputs = PolicyInputs::new(&now.logprobs, &before, &advantages);
                 inputs.entropy = now.entropy.as_ref();
+                inputs.entropy_coef = cfg.entropy_coef;
                 let weights = match &cfg.correction {
                     Some(c) => Some(c.weights(&before, &list(batch.sampler)?)?),
                     None => None,
                 };
                 inputs.weights = weights.as_ref();
                 let ref_logprobs = batch.base.map(list).transpose()?;
-                if cfg.kl.placement != KlPlacement::InReward && batch.kl_coef > 0.0 {
+                if in_loss {
                     inputs.kl = Some(KlTerm {
+                        exact: exact.as_ref(),
                         ref_logprobs: ref_logprobs.as_ref().ok_or_else(no_reference)?,
                         penalty: KlPenalty {
                             coef: batch.kl_coef,

@@ -33,6 +33,9 @@ pub enum KlEstimator {
     K3,
     /// The value of k3 with the gradient of k2 (a straight-through estimator).
     K3Straight,
+    /// No estimate: KL of the two whole next-token distributions at each token ([`exact`]), without the noise of the
+    /// token drawn. For the loss.
+    Exact,
 }
 
 impl KlEstimator {
@@ -43,9 +46,12 @@ impl KlEstimator {
     /// gradient goes to `ref_logprobs`.
     ///
     /// # Errors
-    /// When the offsets differ.
+    /// When the offsets differ, and for [`KlEstimator::Exact`], which is no function of these.
     pub fn estimate(self, logprobs: &Ragged, ref_logprobs: &Ragged) -> Result<Ragged> {
         same_offsets("kl", logprobs, &[("reference log-probs", ref_logprobs)])?;
+        ensure(self != Self::Exact, "kl", || {
+            "the exact KL needs both distributions, not the log-probs of one token".into()
+        })?;
         let k1 = at_least_f32(logprobs) - at_least_f32(ref_logprobs).detach();
         Ok(logprobs.with_values(self.of_log_ratio(&k1))?)
     }
@@ -53,7 +59,7 @@ impl KlEstimator {
     /// The estimate from k1 of any shape.
     fn of_log_ratio(self, k1: &Tensor) -> Tensor {
         match self {
-            Self::K1 => k1.shallow_clone(),
+            Self::K1 | Self::Exact => k1.shallow_clone(),
             Self::K2 => k1.square() * 0.5,
             // expm1: for k1 near 0, e^{-k1} - 1 would lose every digit.
             Self::K3 => (-k1).expm1() + k1,
@@ -103,12 +109,15 @@ impl KlPenalty {
     /// the policy is that of KL(π‖π₀) (with prefixes held, where it acts in the loss).
     #[must_use]
     pub fn warning(&self) -> Option<&'static str> {
-        use KlEstimator::{K1, K2, K3, K3Straight};
+        use KlEstimator::{Exact, K1, K2, K3, K3Straight};
         use KlPlacement::{InLoss, InLossWeighted, InReward};
         match (self.estimator, self.placement) {
-            (K1, InReward | InLossWeighted) | (K2 | K3Straight, InLoss) | (K3, InLossWeighted) => {
-                None
-            }
+            (K1, InReward | InLossWeighted)
+            | (K2 | K3Straight | Exact, InLoss)
+            | (K3, InLossWeighted) => None,
+            (Exact, InReward | InLossWeighted) => Some(
+                "the exact KL at a token does not depend on which token was drawn: as a reward, or weighted by the ratio, it does not hold that token; put it in the loss",
+            ),
             (K2, InReward) => {
                 Some("k2 in the reward penalises half the squared log-ratio, not KL; use k1 there")
             }

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use rlhf_kernels::LossSum;
-use rlhf_kernels::optim::{Optimizer, OptimizerConfig, clip_grad_norm, global_norm, scale};
+use rlhf_kernels::optim::{Optimizer, OptimizerConfig, global_norm};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
@@ -157,10 +157,11 @@ impl Stepper {
         }
         let grads = self.optimizer.grads();
         let _guard = tch::no_grad_guard();
-        scale(&grads, 1.0 / weight)?;
-        let grad_norm = match self.config.max_grad_norm {
-            Some(max) => clip_grad_norm(&grads, max)?,
-            None => global_norm(&grads)?,
+        // One pass for the norm; what the gradients are divided by goes into the step.
+        let grad_norm = global_norm(&grads)? / weight.abs();
+        let clip = match self.config.max_grad_norm {
+            Some(max) => (max / (grad_norm + 1e-6)).min(1.0),
+            None => 1.0,
         };
         // The norm has waited for the device: the loss is there by now.
         let loss = sum.double_value(&[]) / weight;
@@ -168,7 +169,7 @@ impl Stepper {
         let applied = loss.is_finite() && grad_norm.is_finite() && weight > 0.0;
         self.step += 1;
         if applied {
-            self.optimizer.step(lr)?;
+            self.optimizer.step_by(lr, clip / weight)?;
             self.bad = 0;
             self.bad_steps.clear();
         } else {
@@ -224,17 +225,11 @@ impl Stepper {
             .parameters()
             .map(|(n, p)| (format!("param.{n}"), p.detach()))
             .collect();
-        let touched: Vec<i64> = self
-            .optimizer
-            .parameters()
-            .map(|(_, p)| i64::from(p.grad().defined()))
-            .collect();
         all.extend(self.optimizer.state());
         all.push((
             "stepper".into(),
             Tensor::from_slice(&[self.step as i64, i64::from(self.bad)]),
         ));
-        all.push(("stepper.touched".into(), Tensor::from_slice(&touched)));
         all
     }
 
@@ -273,19 +268,11 @@ impl Stepper {
             return Err(Error::State(format!("there is no parameter for `{key}`")));
         }
         let counters = find("stepper", &[2], Kind::Int64)?;
-        let touched = find("stepper.touched", &[parameters.len() as i64], Kind::Int64)?;
         self.optimizer.load_state(state)?;
         {
             let _guard = tch::no_grad_guard();
             for (mut p, saved) in copies {
                 p.f_copy_(saved)?;
-            }
-        }
-        // AdamW leaves a parameter alone until its first gradient, and moves it at every step after: a
-        // parameter that had one must have a zero gradient again, not none.
-        for (i, (_, p)) in parameters.iter().enumerate() {
-            if touched.int64_value(&[i as i64]) != 0 && !p.grad().defined() {
-                (p * 0.0).sum(p.kind()).f_backward()?;
             }
         }
         self.optimizer.zero_grad();
@@ -411,7 +398,7 @@ mod tests {
             "{e}"
         );
         assert_eq!(w.double_value(&[0]), before);
-        assert_eq!(w.grad().double_value(&[0]), 0.0);
+        assert!(!w.grad().defined());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use rlhf_policy::advantage::AdvantageEstimator;
 use rlhf_policy::collect::Rules;
 use rlhf_policy::grpo::OldPolicy;
-use rlhf_policy::kl::KlPlacement;
+use rlhf_policy::kl::{KlEstimator, KlPlacement};
 use rlhf_policy::loss::{PolicyLoss, Reduction};
 use rlhf_policy::reference::ReferencePolicy;
 
@@ -70,9 +70,14 @@ pub(super) fn grpo(s: &Grpo, need: &mut dyn FnMut(bool, &str)) {
         );
     }
     need(
-        !(matches!(s.loss, PolicyLoss::Reinforce { .. }) && s.epochs > 1),
-        "loss `reinforce` has no ratio to the old policy: only the first pass over a batch is right; set epochs = 1, or take another loss",
+        !(matches!(s.loss, PolicyLoss::Reinforce { .. }) && s.epochs * s.minibatches as u64 > 1),
+        "loss `reinforce` has no ratio to the old policy: only the first step on a batch is right; set epochs = 1 and minibatches = 1, or take another loss",
     );
+    need(
+        s.kl.estimator != KlEstimator::Exact || s.kl.placement == KlPlacement::InLoss,
+        "kl: the exact divergence of a token's distribution does not depend on the token, so it acts in the loss alone: set kl.placement = \"in_loss\"",
+    );
+    need(s.entropy_coef.is_finite(), "entropy_coef must be a number");
     need(
         !(matches!(s.loss, PolicyLoss::Gmpo { .. }) && s.correction.is_some()),
         "loss `gmpo` has no place for the weights of `correction`; leave one out",

@@ -591,6 +591,9 @@ pub struct Grpo {
     /// Lets the coefficient follow a KL aimed at: `{ target = 6.0, horizon = 10000.0 }`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adaptive_kl: Option<AdaptiveKl>,
+    /// The entropy bonus: what a token's entropy takes from its loss.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub entropy_coef: f64,
     /// Ends the training when the KL from the reference exceeds so many nats a completion; the result is the last
     /// checkpoint before that.
     #[serde(default, skip_serializing_if = "Option::is_none")]

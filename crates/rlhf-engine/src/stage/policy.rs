@@ -150,6 +150,7 @@ pub(super) fn grpo(ctx: &Context<'_>, name: &str, s: &Grpo) -> anyhow::Result<En
         kl: s.kl,
         adaptive_kl: s.adaptive_kl,
         reference: s.reference,
+        entropy_coef: s.entropy_coef,
         max_kl: s.max_kl,
         old: s.old,
         correction: s.correction,

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use tch::{Device, Kind, Tensor};
 
 use super::each::{wide, zeros};
+use super::forget_grads;
 use crate::error::{Error, Result, ensure};
 use crate::{ffi, reference};
 
@@ -107,7 +108,7 @@ impl Moments {
             &self.second,
             &self.steps,
         ];
-        ffi::adamw(&list, lr, (c.beta1, c.beta2), decay, c.eps)?;
+        ffi::adamw(&list, lr, 1.0, (c.beta1, c.beta2), decay, c.eps)?;
         let mut parameter = self.parameter.detach();
         if self.master.is_some() || parameter.kind() != Kind::BFloat16 {
             parameter.f_copy_(&stepped)?;
@@ -187,6 +188,14 @@ impl AdamW {
     /// # Errors
     /// When libtorch fails.
     pub fn step(&mut self, lr: f64) -> Result<()> {
+        self.step_by(lr, 1.0)
+    }
+
+    /// As [`AdamW::step`] with gradients times `factor`.
+    ///
+    /// # Errors
+    /// When libtorch fails.
+    pub fn step_by(&mut self, lr: f64, factor: f64) -> Result<()> {
         for decay in [true, false] {
             let chosen: Vec<(&Moments, Tensor)> = self
                 .slots
@@ -208,7 +217,7 @@ impl AdamW {
                 .into_iter()
                 .partition(|(slot, _)| is_narrow(&slot.parameter));
             for (slot, grad) in narrow {
-                slot.step_narrow(&grad, lr, weight_decay, &self.config)?;
+                slot.step_narrow(&(grad * factor), lr, weight_decay, &self.config)?;
             }
             if whole.is_empty() {
                 continue;
@@ -220,16 +229,14 @@ impl AdamW {
             list.extend(whole.iter().map(|(s, _)| &s.second));
             list.extend(whole.iter().map(|(s, _)| &s.steps));
             let betas = (self.config.beta1, self.config.beta2);
-            ffi::adamw(&list, lr, betas, weight_decay, self.config.eps)?;
+            ffi::adamw(&list, lr, factor, betas, weight_decay, self.config.eps)?;
         }
         Ok(())
     }
 
     /// Forgets all gradients.
     pub fn zero_grad(&mut self) {
-        for slot in &mut self.slots {
-            slot.parameter.zero_grad();
-        }
+        forget_grads(self.slots.iter().map(|s| &s.parameter));
     }
 
     /// The moments and step counts by name: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`, and

@@ -87,7 +87,7 @@ pub(super) fn adamw(slot: &Slot, grad: &Tensor, lr: f64, c: &AdamWConfig) -> Res
     // The fused kernel wants one type.
     let wide_parameter = wide(&slot.parameter);
     let list = [&wide_parameter, &wide(grad), &m, &v, &steps];
-    ffi::adamw(&list, lr, (c.beta1, c.beta2), weight_decay, c.eps)?;
+    ffi::adamw(&list, lr, 1.0, (c.beta1, c.beta2), weight_decay, c.eps)?;
     if wide_parameter.kind() != slot.parameter.kind() {
         slot.parameter.shallow_clone().f_copy_(&wide_parameter)?;
     }
@@ -167,13 +167,14 @@ impl Each {
         }
     }
 
-    pub(super) fn step(&mut self, lr: f64) -> Result<()> {
+    pub(super) fn step_by(&mut self, lr: f64, factor: f64) -> Result<()> {
         let _guard = tch::no_grad_guard();
         for slot in &self.slots {
             let grad = slot.parameter.grad();
             if !grad.defined() {
                 continue;
             }
+            let grad = if factor == 1.0 { grad } else { grad * factor };
             match &self.rule {
                 Rule::AmsGrad(c) => amsgrad(slot, &grad, lr, c)?,
                 Rule::AdamW8bit(c) => adamw8::step(slot, &grad, lr, c)?,

@@ -104,9 +104,18 @@ impl Optimizer {
     /// # Errors
     /// When libtorch fails.
     pub fn step(&mut self, lr: f64) -> Result<()> {
+        self.step_by(lr, 1.0)
+    }
+
+    /// As [`Optimizer::step`] with gradients times `factor`, which scales and clips them without a pass of its own.
+    /// Whether the gradients themselves are multiplied is not said.
+    ///
+    /// # Errors
+    /// When libtorch fails.
+    pub fn step_by(&mut self, lr: f64, factor: f64) -> Result<()> {
         match &mut self.0 {
-            Inner::AdamW(o) => o.step(lr),
-            Inner::Each(o) => o.step(lr),
+            Inner::AdamW(o) => o.step_by(lr, factor),
+            Inner::Each(o) => o.step_by(lr, factor),
         }
     }
 
@@ -124,11 +133,10 @@ impl Optimizer {
         }
     }
 
-    /// Forgets all gradients.
+    /// Forgets all gradients: the next backward keeps its own instead of adding to zeros, and until then they take
+    /// no memory.
     pub fn zero_grad(&mut self) {
-        for (_, p) in self.parameters() {
-            p.shallow_clone().zero_grad();
-        }
+        forget_grads(self.parameters().map(|(_, p)| p));
     }
 
     /// The state by name, `KIND.NAME`, between two steps: `step` for each parameter, and
@@ -164,6 +172,13 @@ impl Optimizer {
         let bytes = |t: &Tensor| t.numel() * t.kind().elt_size_in_bytes();
         self.state().iter().map(|(_, t)| bytes(t)).sum()
     }
+}
+
+/// Leaves tensors without gradients.
+fn forget_grads<'a>(tensors: impl Iterator<Item = &'a Tensor>) {
+    let all: Vec<&Tensor> = tensors.collect();
+    // Nothing in it can fail.
+    let _ = ffi::forget_grads(&all);
 }
 
 /// Which norm gradients are clipped by.

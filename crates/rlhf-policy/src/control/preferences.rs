@@ -273,6 +273,28 @@ pub fn predictors(
         .collect()
 }
 
+/// Where clips of some steps begin. They are laid backward from every end of an episode and from the last step, each
+/// stretch until the end before it, and the first clip of a stretch may reach over that: a clip shows how an episode
+/// ended, never what came after it, or the predictors would take the first steps of an episode for what was wrong.
+fn clip_starts(steps: std::ops::Range<i64>, terminated: &[bool], length: i64) -> Vec<i64> {
+    let (mut starts, mut begin) = (Vec::new(), steps.start);
+    for step in steps.clone() {
+        if !(terminated[step as usize] || step + 1 == steps.end) {
+            continue;
+        }
+        let mut start = step + 1 - length;
+        if start >= steps.start {
+            starts.push(start);
+        }
+        while start - length >= begin {
+            start -= length;
+            starts.push(start);
+        }
+        begin = step + 1;
+    }
+    starts
+}
+
 /// Asks the teacher about the clips of a batch on which the members disagree most.
 fn ask(
     batch: &Batch,
@@ -284,13 +306,13 @@ fn ask(
 ) -> Result<()> {
     let (length, width) = (ensemble.length, features.size()[1]);
     let draw = Stream::new(ensemble.seed, Purpose::Pairing);
-    // Clips: each piece from a drawn start on, end to end.
-    let mut starts = Vec::new();
-    for (s, w) in batch.rewards.offsets().host().windows(2).enumerate() {
-        let room = (w[1] - w[0]) % length;
-        let from = draw.below(room as u64 + 1, step, u32::MAX, s as u32) as i64;
-        starts.extend((w[0] + from..=w[1] - length).step_by(length as usize));
-    }
+    let starts: Vec<i64> = batch
+        .rewards
+        .offsets()
+        .host()
+        .windows(2)
+        .flat_map(|w| clip_starts(w[0]..w[1], &batch.terminated, length))
+        .collect();
     let n = starts.len() as u64;
     ensure(n > 1, "preferences", || {
         format!("a batch holds {n} clips of {length} steps, expected at least two")
@@ -453,4 +475,24 @@ pub fn train(
         }
     }
     Ok(Flow::Continue)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Ends after steps 4 and 13 of twenty, a stretch of six left over.
+    #[test]
+    fn clips_do_not_show_what_comes_after_an_end() {
+        let mut terminated = vec![false; 30];
+        (terminated[14], terminated[23]) = (true, true);
+        let mut starts = clip_starts(10..30, &terminated, 4);
+        starts.sort_unstable();
+        // [11, 15) ends at the first end; [16, 20) and [20, 24) at the second; [26, 30) at the last step.
+        assert_eq!(starts, [11, 16, 20, 26]);
+        // The first end is too early for a clip of six, the second's reaches over nothing.
+        assert_eq!(clip_starts(10..30, &terminated, 6), [18, 24]);
+        // Without ends: backward from the last step.
+        assert_eq!(clip_starts(0..9, &[false; 9], 4), [5, 1]);
+    }
 }

@@ -212,6 +212,7 @@ mod tests {
             coef: 0.1,
         };
         let kl = Some(KlTerm {
+            exact: None,
             ref_logprobs: &x,
             penalty,
         });

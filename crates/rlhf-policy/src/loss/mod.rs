@@ -99,6 +99,8 @@ pub struct KlTerm<'a> {
     pub ref_logprobs: &'a Ragged,
     /// Which estimate and how strong; its placement must be in the loss.
     pub penalty: KlPenalty,
+    /// `[M]` the divergence itself, with graph, for [`KlEstimator::Exact`](crate::kl::KlEstimator::Exact).
+    pub exact: Option<&'a Ragged>,
 }
 
 /// What a policy loss sees: per-token quantities of S completions, all with the same offsets.
@@ -115,8 +117,10 @@ pub struct PolicyInputs<'a> {
     pub weights: Option<&'a Ragged>,
     /// The KL penalty, where it acts in the loss.
     pub kl: Option<KlTerm<'a>>,
-    /// `[M]` entropies of the policy, for the statistics.
+    /// `[M]` entropies of the policy, for the statistics and the bonus.
     pub entropy: Option<&'a Ragged>,
+    /// What each token's entropy takes from its loss (Williams and Peng 1991); 0 for no bonus. Reduced as the loss is.
+    pub entropy_coef: f64,
 }
 
 impl<'a> PolicyInputs<'a> {
@@ -127,6 +131,7 @@ impl<'a> PolicyInputs<'a> {
             logprobs,
             old_logprobs,
             advantages,
+            entropy_coef: 0.0,
             weights: None,
             kl: None,
             entropy: None,

@@ -4,7 +4,7 @@ use rlhf_kernels::Ragged;
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result, at_least_f32, same_offsets};
-use crate::kl::KlPlacement;
+use crate::kl::{KlEstimator, KlPlacement};
 use crate::loss::{PolicyInputs, PolicyOutput, PolicyStats, RatioLevel, Reduction, to_host};
 
 /// Checked inputs with the ratio ρ of a level; all `[M]`.
@@ -32,6 +32,7 @@ impl<'a> Step<'a> {
             ("weights", inputs.weights),
             ("entropies", inputs.entropy),
             ("reference log-probs", inputs.kl.map(|k| k.ref_logprobs)),
+            ("exact KL", inputs.kl.and_then(|k| k.exact)),
         ];
         let mut others = vec![
             ("old log-probs", inputs.old_logprobs),
@@ -83,10 +84,13 @@ impl<'a> Step<'a> {
             None => losses.shallow_clone(),
         };
         let (losses, kl) = if let Some(term) = self.inputs.kl {
-            let estimate = term
-                .penalty
-                .estimator
-                .estimate(self.inputs.logprobs, term.ref_logprobs)?;
+            let estimate = match term.exact {
+                Some(exact) if term.penalty.estimator == KlEstimator::Exact => exact.clone(),
+                _ => term
+                    .penalty
+                    .estimator
+                    .estimate(self.inputs.logprobs, term.ref_logprobs)?,
+            };
             let values = match term.penalty.placement {
                 KlPlacement::InLoss => estimate.values().shallow_clone(),
                 KlPlacement::InLossWeighted => estimate.values() * &self.ratio,
@@ -101,6 +105,12 @@ impl<'a> Step<'a> {
             )
         } else {
             (weighted, None)
+        };
+        let losses = match self.inputs.entropy {
+            Some(entropy) if self.inputs.entropy_coef != 0.0 => {
+                losses - at_least_f32(entropy) * self.inputs.entropy_coef
+            }
+            _ => losses,
         };
         Ok(PolicyOutput {
             loss: reduction.reduce(&self.ragged(&losses)?),

@@ -187,6 +187,7 @@ impl Problem {
         let reference = self.reference.select(&self.reference.logprobs, group);
         let inputs = PolicyInputs {
             kl: kl.map(|penalty| KlTerm {
+                exact: None,
                 ref_logprobs: &reference,
                 penalty,
             }),
@@ -758,4 +759,56 @@ fn the_regularised_optimum_is_reached() {
             "{way}, {tokens}: {apart:.1e} from the optimum"
         );
     }
+}
+
+/// The exact divergence in the loss: with the prefixes held its expected gradient is that of KL(π‖π₀), as k2's is, and
+/// without the noise of the token drawn.
+#[test]
+fn the_exact_divergence_holds_the_prefixes() {
+    let problem = Problem::two_tokens();
+    let tables = |t: &Table| {
+        let rows: Vec<Tensor> = t.parameters.iter().map(|p| p.view([-1, 3])).collect();
+        Tensor::cat(&rows, 0)
+    };
+    let (p, q) = (tables(&problem.policy), tables(&problem.reference).detach());
+    let at = rlhf_policy::kl::exact(&p, &q).unwrap();
+    // Row 0 is the root; row 1 + a follows token a.
+    let rows: Vec<i64> = problem
+        .policy
+        .completions
+        .iter()
+        .flat_map(|c| [0, 1 + c[0]].into_iter().take(c.len()))
+        .collect();
+    let at_tokens = at.index_select(0, &Tensor::from_slice(&rows));
+    let penalty = KlPenalty {
+        estimator: KlEstimator::Exact,
+        placement: KlPlacement::InLoss,
+        coef: BETA,
+    };
+    assert!(penalty.warning().is_none());
+    let got = problem.expected(1, |group| {
+        let logprobs = problem.policy.select(&problem.policy.logprobs, group);
+        let old = logprobs.with_values(logprobs.values().detach()).unwrap();
+        let none = logprobs
+            .with_values(logprobs.values().zeros_like())
+            .unwrap();
+        let exact = problem.policy.select(&at_tokens, group);
+        let reference = problem.reference.select(&problem.reference.logprobs, group);
+        let inputs = PolicyInputs {
+            kl: Some(KlTerm {
+                exact: Some(&exact),
+                ref_logprobs: &reference,
+                penalty,
+            }),
+            ..PolicyInputs::new(&logprobs, &old, &none)
+        };
+        let clip = Clip::symmetric(0.2);
+        let out = clipped::surrogate(&inputs, clip, RatioLevel::Token, COMPLETION);
+        out.unwrap().loss
+    });
+    assert_equal(&got, &problem.kl_at_held_prefixes(false));
+    assert_equal(
+        &got,
+        &problem.kl_in_loss(KlEstimator::K2, KlPlacement::InLoss),
+    );
 }

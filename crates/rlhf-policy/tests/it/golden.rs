@@ -333,6 +333,7 @@ fn grpo_loss(case: &Case<'_>, name: &str) -> bool {
     let inputs = PolicyInputs {
         weights: weights.as_ref(),
         kl: (beta != 0.0).then_some(KlTerm {
+            exact: None,
             ref_logprobs: &reference,
             penalty,
         }),

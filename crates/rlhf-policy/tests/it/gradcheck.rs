@@ -77,6 +77,7 @@ fn surrogate() {
                             let inputs = PolicyInputs {
                                 weights: Some(&weights),
                                 kl: Some(KlTerm {
+                                    exact: None,
                                     ref_logprobs: &reference,
                                     penalty,
                                 }),

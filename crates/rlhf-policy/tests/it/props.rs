@@ -71,6 +71,7 @@ fn compute(
     let inputs = PolicyInputs {
         weights: Some(&weights),
         kl: Some(KlTerm {
+            exact: None,
             ref_logprobs: &reference,
             penalty,
         }),
