@@ -523,7 +523,6 @@ pub fn dequantize(codes: &Tensor, tops: &Tensor, map: &Tensor) -> Tensor {
 }
 
 /// x + more (x where there is none) and its RMS norm, as libtorch's operations.
-#[must_use]
 pub fn add_norm(x: &Tensor, more: Option<&Tensor>, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
     let x = more.map_or_else(|| x.shallow_clone(), |more| x + more);
     let y = x.rms_norm(weight.size()[0], Some(weight), eps);
@@ -531,13 +530,11 @@ pub fn add_norm(x: &Tensor, more: Option<&Tensor>, weight: &Tensor, eps: f64) ->
 }
 
 /// silu(gate)·up.
-#[must_use]
 pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Tensor {
     gate.silu() * up
 }
 
 /// x·cos + roll(x, D'/2)·sin on the first D' dimensions.
-#[must_use]
 pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
     let (d, turning) = (x.size()[2], cos.size()[2]);
     let turn = |x: &Tensor| (x * cos).addcmul(&x.roll(turning / 2, -1), sin);

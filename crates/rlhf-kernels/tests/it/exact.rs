@@ -781,6 +781,10 @@ fn recompute_is_the_plain_run_twice() {
 /// What is dropped the first time is dropped the second, and the generator then goes on as if backward had drawn
 /// nothing. Other tests draw nothing from it.
 #[test]
+#[allow(
+    clippy::disallowed_methods,
+    reason = "the global generator is what this is about"
+)]
 fn recompute_repeats_its_draws() {
     let x = wave(&[64, 8], 1.0, Kind::Float).set_requires_grad(true);
     let block = |x: &[Tensor]| (x[0].dropout(0.5, true) * 3.0).sin();
