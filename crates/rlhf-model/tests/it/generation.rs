@@ -98,6 +98,37 @@ fn the_same_text_alone_and_among_others() {
     }
 }
 
+/// As many sequences run together as the cache may hold, with the same completions; with shared prompts (f32 on the
+/// CPU) and with a copy for each sample (f64).
+#[test]
+fn the_cache_stays_within_its_limit() {
+    for kind in [Kind::Float, Kind::Double] {
+        let (model, requests) = (small(kind), requests(40));
+        let config = &settings()[1];
+        let free = run(&model, &requests, config, &GenerateLimits::default());
+        let longest = requests.iter().map(|r| r.prompt.len()).max().unwrap();
+        let width = longest + config.max_new_tokens;
+        let limits = GenerateLimits {
+            max_cache_tokens: 5 * width + 1,
+            ..GenerateLimits::default()
+        };
+        let mut most = 0;
+        let mut progress = |event| {
+            if let GenerateProgress::Step { live, .. } = event {
+                most = most.max(live);
+            }
+        };
+        let bound = generate(&model, &requests, config, &limits, &mut progress).unwrap();
+        assert_eq!(most, 5);
+        for (a, b) in free.iter().zip(&bound) {
+            let ids = |g: &PromptGroup| -> Vec<Vec<u32>> {
+                g.completions.iter().map(|c| c.ids.clone()).collect()
+            };
+            assert_eq!(ids(a), ids(b));
+        }
+    }
+}
+
 #[test]
 fn recorded_logprobs_are_those_of_the_learner() {
     // Unfiltered at temperature 0.7: the sampler's record is what training computes.
