@@ -13,18 +13,19 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 
-const KINDS: [(Kind, Dtype); 5] = [
+const KINDS: [(Kind, Dtype); 6] = [
     (Kind::Float, Dtype::F32),
     (Kind::Double, Dtype::F64),
     (Kind::BFloat16, Dtype::BF16),
     (Kind::Half, Dtype::F16),
     (Kind::Int64, Dtype::I64),
+    (Kind::Uint8, Dtype::U8),
 ];
 
 /// Writes named tensors to a file under a temporary name, syncs and renames it.
 ///
 /// # Errors
-/// When the file cannot be written, a tensor's type is none of f32, f64, bf16, f16, i64, or two have
+/// When the file cannot be written, a tensor's type is none of f32, f64, bf16, f16, i64, u8, or two have
 /// one name. A file that was there before stays as it was.
 pub fn save(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
     let order = in_order(tensors);

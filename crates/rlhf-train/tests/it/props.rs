@@ -115,7 +115,7 @@ proptest! {
         let bytes: Vec<u8> = bits.iter().take(shape.iter().product::<i64>() as usize)
             .flat_map(|b| b.to_le_bytes()).collect();
         // Every bit pattern of every kind, NaNs with payload included.
-        let kinds = [(Kind::Float, 2), (Kind::Double, 1), (Kind::BFloat16, 4), (Kind::Half, 4), (Kind::Int64, 1)];
+        let kinds = [(Kind::Float, 2), (Kind::Double, 1), (Kind::BFloat16, 4), (Kind::Half, 4), (Kind::Int64, 1), (Kind::Uint8, 8)];
         let saved: Vec<(String, Tensor)> = kinds.iter().map(|&(kind, times)| {
             let t = Tensor::from_data_size(&bytes, &[rows * times, shape[1]], kind);
             (format!("{kind:?}"), t)
