@@ -489,20 +489,6 @@ void decode(const rlhf::Decode &a, int64_t sequence, int64_t head) {
   }
 }
 
-void rms_norm(const float *x, const float *weight, int64_t d, float eps, float *out) {
-  const float scale = 1.f / __builtin_sqrtf(dot(x, x, d) / (float)d + eps);
-  for (int64_t i = 0; i < d; i += W) put(out + i, some(x + i, d - i) * scale * some(weight + i, d - i), d - i);
-}
-
-void silu_gate(const float *gate, const float *up, int64_t n, float *out) {
-  for (int64_t i = 0; i < n; i += W) {
-    const F g = some(gate + i, n - i);
-    // exp is right below 88 only; beyond it the quotient is 0 in f32 as it should be.
-    const F e = exp(-g > 88.f ? splat(88.f) : -g);
-    put(out + i, g / (e + 1.f) * some(up + i, n - i), n - i);
-  }
-}
-
 // Probabilities are summed by blocks of ids first; those of one block are computed again for the exact place.
 constexpr int64_t kDrawBlock = 16 * W;
 rlhf::Drawn draw(const float *z, int64_t v, double uniform) {
@@ -548,5 +534,5 @@ rlhf::Drawn draw(const float *z, int64_t v, double uniform) {
 namespace rlhf {
 extern const CpuKernels RLHF_ISA;
 const CpuKernels RLHF_ISA = {attend<float>, attend<double>, attend_grad<float>, attend_grad<double>,
-                             panel<float>, panel<uint16_t>, decode, rms_norm, silu_gate, draw};
+                             panel<float>, panel<uint16_t>, decode, draw};
 } // namespace rlhf

@@ -65,10 +65,6 @@ struct CpuKernels {
                      float *out, int64_t ldo);
   // One sequence and one key head: writes its key and value, then its query heads' mixtures.
   void (*decode)(const Decode &, int64_t sequence, int64_t head);
-  // out[d] = x · weight / √(mean x² + eps)
-  void (*rms_norm)(const float *x, const float *weight, int64_t d, float eps, float *out);
-  // out[n] = silu(gate) · up
-  void (*silu_gate)(const float *gate, const float *up, int64_t n, float *out);
   // The first of v ids at which the cumulative probability of softmax(scores) exceeds the uniform.
   Drawn (*draw)(const float *scores, int64_t v, double uniform);
 };

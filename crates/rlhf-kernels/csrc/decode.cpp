@@ -1,5 +1,6 @@
 // What a decoding step does between its matrix products, each in one pass on the CPU in f32.
 #include "cpu_kernels.h"
+#include "row_kernels.h"
 #include "shim.h"
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -68,9 +69,10 @@ RLHF_API char *rlhf_rms_norm(at::Tensor **out, const at::Tensor *x, const at::Te
     auto y = at::empty({n, d}, x->options());
     const float *from = x->const_data_ptr<float>(), *w = weight->const_data_ptr<float>();
     float *to = y.mutable_data_ptr<float>();
-    const auto &kernels = rlhf::cpu_kernels();
+    const auto norm = rlhf::row_kernels().layer_f32.norm;
     at::parallel_for(0, n, std::max<int64_t>(1, 65536 / d), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) kernels.rms_norm(from + i * row, w, d, static_cast<float>(eps), to + i * d);
+      for (int64_t i = begin; i < end; ++i)
+        norm(from + i * row, nullptr, w, d, static_cast<float>(eps), nullptr, to + i * d);
     });
     *out = rlhf::give(std::move(y));
   });
@@ -83,9 +85,9 @@ RLHF_API char *rlhf_silu_gate(at::Tensor **out, const at::Tensor *both) {
     auto y = at::empty({n, d}, both->options());
     const float *from = both->const_data_ptr<float>();
     float *to = y.mutable_data_ptr<float>();
-    const auto &kernels = rlhf::cpu_kernels();
+    const auto silu = rlhf::row_kernels().layer_f32.silu;
     at::parallel_for(0, n, std::max<int64_t>(1, 16384 / d), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) kernels.silu_gate(from + i * row, from + i * row + d, d, to + i * d);
+      for (int64_t i = begin; i < end; ++i) silu(from + i * row, from + i * row + d, d, to + i * d);
     });
     *out = rlhf::give(std::move(y));
   });

@@ -1,6 +1,7 @@
 //! The only `unsafe`: calls into the C++ shim.
 //!
-//! Invariant: tensors go in borrowed and come out owned; a message that comes out is copied and freed.
+//! Invariant: tensors go in borrowed and come out owned; a message that comes out is copied and freed. It is one file,
+//! however long, so that every `unsafe` is read in one place.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::marker::PhantomData;

@@ -76,11 +76,27 @@ pub fn target_logprobs_and_values(
     Ok((logprobs, values))
 }
 
-/// As [`target_logprobs`], and at each trained token KL(model‖reference) of the two whole next-token distributions at the
-/// temperature; no gradient goes to the reference.
+/// At each trained token the divergence of the two models' whole next-token distributions at a temperature; the
+/// student's gradient alone is followed.
 ///
 /// # Errors
 /// As [`target_logprobs`], and when the two do not have one vocabulary.
+pub fn target_divergence(
+    student: &dyn CausalLm,
+    teacher: &dyn CausalLm,
+    batch: &DeviceBatch,
+    divergence: Divergence,
+    temperature: f64,
+) -> Result<Ragged> {
+    let hidden = student.hidden(batch)?.index_select(0, &batch.target_rows);
+    apart(student, &hidden, teacher, batch, divergence, temperature)
+}
+
+/// As [`target_logprobs`], and at each trained token KL(model‖reference) of the two whole next-token distributions, of
+/// one pass; no gradient goes to the reference.
+///
+/// # Errors
+/// As [`target_divergence`].
 pub fn target_logprobs_and_kl(
     model: &dyn CausalLm,
     reference: &dyn CausalLm,
@@ -88,24 +104,37 @@ pub fn target_logprobs_and_kl(
     temperature: f64,
     entropy: bool,
 ) -> Result<(TargetLogprobs, Ragged)> {
-    let rows = |hidden: Tensor| hidden.index_select(0, &batch.target_rows);
-    let hidden = rows(model.hidden(batch)?);
-    let theirs = rows(tch::no_grad(|| reference.hidden(batch))?);
-    let (head, their_head) = (model.lm_head(), reference.lm_head().detach());
-    let logits = |hidden, head, softcap| Logits {
-        softcap,
-        ..Logits::new(hidden, head)
-    };
-    let kl = linear_kl(
-        logits(&hidden, &head, model.logit_softcap()),
-        logits(&theirs, &their_head, reference.logit_softcap()),
-        &KlOptions {
-            temperature,
-            ..KlOptions::new(Divergence::Reverse)
-        },
-    )?;
+    let hidden = model.hidden(batch)?.index_select(0, &batch.target_rows);
+    let reverse = Divergence::Reverse;
+    let kl = apart(model, &hidden, reference, batch, reverse, temperature)?;
     let logprobs = of_hidden(model, &hidden, batch, temperature, entropy)?;
-    Ok((logprobs, Ragged::new(kl, batch.offsets.clone())?))
+    Ok((logprobs, kl))
+}
+
+fn apart(
+    student: &dyn CausalLm,
+    hidden: &Tensor,
+    teacher: &dyn CausalLm,
+    batch: &DeviceBatch,
+    divergence: Divergence,
+    temperature: f64,
+) -> Result<Ragged> {
+    let theirs = tch::no_grad(|| teacher.hidden(batch))?.index_select(0, &batch.target_rows);
+    let (head, their_head) = (student.lm_head(), teacher.lm_head().detach());
+    let student = Logits {
+        softcap: student.logit_softcap(),
+        ..Logits::new(hidden, &head)
+    };
+    let teacher = Logits {
+        softcap: teacher.logit_softcap(),
+        ..Logits::new(&theirs, &their_head)
+    };
+    let options = KlOptions {
+        temperature,
+        ..KlOptions::new(divergence)
+    };
+    let at_tokens = linear_kl(student, teacher, &options)?;
+    Ok(Ragged::new(at_tokens, batch.offsets.clone())?)
 }
 
 fn of_hidden(

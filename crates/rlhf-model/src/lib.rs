@@ -50,7 +50,8 @@ pub mod weights;
 pub use adapter::AdapterConfig;
 pub use batch::DeviceBatch;
 pub use causal_lm::{
-    CausalLm, TargetLogprobs, target_logprobs, target_logprobs_and_kl, target_logprobs_and_values,
+    CausalLm, TargetLogprobs, target_divergence, target_logprobs, target_logprobs_and_kl,
+    target_logprobs_and_values,
 };
 pub use config::{Activation, Config, RopeScaling};
 pub use decode::DecoderWeights;

@@ -8,12 +8,12 @@
 use std::time::Instant;
 
 use rlhf_data::group::PromptGroup;
-use rlhf_kernels::kl::{Divergence, KlOptions, Logits, linear_kl};
+use rlhf_kernels::kl::Divergence;
 use rlhf_kernels::{LossSum, discounted_returns};
-use rlhf_model::{CausalLm, DeviceBatch, Transformer, target_logprobs};
+use rlhf_model::{CausalLm, DeviceBatch, Transformer, target_divergence, target_logprobs};
 use rlhf_train::{Flow, Session, Stepper};
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::Kind;
 
 use crate::collect::{Place, Rules, Samples, Source, drawing};
 use crate::error::{Result, ensure};
@@ -243,23 +243,8 @@ pub fn exact(
     divergence: TeacherDivergence,
     temperature: f64,
 ) -> Result<LossSum> {
-    let rows = |hidden: Tensor| hidden.index_select(0, &batch.target_rows);
-    let hidden = rows(policy.hidden(batch)?);
-    let theirs = tch::no_grad(|| teacher.hidden(batch)).map(rows)?;
-    let (head, their_head) = (policy.lm_head(), teacher.lm_head().detach());
-    let student = Logits {
-        softcap: policy.logit_softcap(),
-        ..Logits::new(&hidden, &head)
-    };
-    let teacher = Logits {
-        softcap: teacher.logit_softcap(),
-        ..Logits::new(&theirs, &their_head)
-    };
-    let options = KlOptions {
-        temperature,
-        ..KlOptions::new(divergence.into())
-    };
-    let at_tokens = linear_kl(student, teacher, &options)?;
+    let at_tokens = target_divergence(policy, teacher, batch, divergence.into(), temperature)?;
+    let at_tokens = at_tokens.values();
     Ok(LossSum {
         sum: at_tokens.sum(at_tokens.kind()),
         weight: at_tokens.numel() as f64,
