@@ -47,6 +47,7 @@ fn main() {
             "linear_kl",
             "linear_logprobs",
             "linear_tiles",
+            "memory",
             "optim",
             "optim8",
             "panels",

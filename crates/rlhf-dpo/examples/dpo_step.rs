@@ -3,9 +3,7 @@
 //! [reference]`, SHAPE `smol135m` or `stories15m`.
 //!
 //! `prompt` is the prompt's share of a sequence of `tokens` in per cent. Prints one line of JSON: the median of the
-//! steps but the first, whether the reference's sums of their pairs are counted, the arithmetic, the peak. `rlhf`
-//! tells malloc to keep pages; here the environment must: MALLOC_MMAP_THRESHOLD_=1073741824
-//! MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864.
+//! steps but the first, whether the reference's sums of their pairs are counted, the arithmetic, the peak.
 #![allow(clippy::print_stdout, reason = "a program")]
 
 use std::time::Instant;
@@ -54,6 +52,7 @@ fn median(mut of: Vec<f64>) -> f64 {
 }
 
 fn main() -> Result<(), Failure> {
+    rlhf_kernels::keep_memory();
     let args: Vec<String> = std::env::args().skip(1).collect();
     let number = |key: &str, default: usize| -> Result<usize, std::num::ParseIntError> {
         let given = args.iter().find_map(|a| a.strip_prefix(key));

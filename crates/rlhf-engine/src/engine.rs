@@ -31,7 +31,7 @@ use rlhf::usage;
 
 /// `main` of `rlhf-engine`.
 pub fn main() -> ExitCode {
-    ffi::keep_pages();
+    rlhf_kernels::keep_memory();
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Run(a) => run::run(&a),

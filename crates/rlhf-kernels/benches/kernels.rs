@@ -570,6 +570,40 @@ fn layers(c: &mut Criterion) {
             });
         });
     }
+    // Forward one product and backward two; what is computed again costs a pass over the rows.
+    let (down, first) = (leaf(&[h, inner]), [leaf(&[inner, h]), leaf(&[inner, h])]);
+    let product = 2 * (n * h * inner) as u64;
+    group.throughput(bound("silu_mul_linear", Throughput::Elements(3 * product)));
+    for (name, plain) in [
+        ("silu_mul_linear", false),
+        ("silu_mul_linear, composed", true),
+    ] {
+        group.bench_function(name, |b| {
+            b.iter(|| {
+                let y = if plain {
+                    reference::silu_mul_linear(&gate, &up, &down)
+                } else {
+                    layer::silu_mul_linear(&gate, &up, &down).unwrap()
+                };
+                backward(&[y], &[&gate, &up, &down]);
+            });
+        });
+    }
+    group.throughput(bound("norm_linears", Throughput::Elements(6 * product)));
+    let weights: Vec<&Tensor> = first.iter().collect();
+    for (name, plain) in [("norm_linears", false), ("norm_linears, composed", true)] {
+        group.bench_function(name, |b| {
+            b.iter(|| {
+                let (x, mut out) = if plain {
+                    reference::norm_linears(&x, Some(&more), &w, 1e-5, &weights)
+                } else {
+                    layer::norm_linears(&x, Some(&more), &w, 1e-5, &weights).unwrap()
+                };
+                out.push(x);
+                backward(&out, &[&more, &w, weights[0], weights[1]]);
+            });
+        });
+    }
     group.throughput(bound("rotate", numbers(4 * heads * d)));
     for (name, plain) in [("rotate", false), ("rotate, composed", true)] {
         group.bench_function(name, |b| {

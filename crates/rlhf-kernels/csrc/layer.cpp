@@ -56,21 +56,35 @@ void norm_grad(const Tensor &g, const Tensor &x, const Tensor &w, const Tensor &
   });
 }
 
+struct Normed {
+  Tensor x, y, roots;
+};
+Normed normed(const Tensor &a, const Tensor &b, const Tensor &w, double eps) {
+  const auto from = whole(a), more = whole(b), weight = whole(w);
+  const auto x = more.defined() ? at::empty_like(from) : from;
+  auto y = at::empty_like(from), roots = at::empty({from.numel() / weight.numel()}, from.options());
+  RLHF_TYPED(from.scalar_type(), norm)(from, more, weight, eps, x, y, roots);
+  // Without a sum x is the input itself, which goes on with what flows back to it through both.
+  return {more.defined() || !a.is_contiguous() ? x : a, y, roots};
+}
+// The gradients of x and of the weight, `more` being what flows back to x beside g.
+std::pair<Tensor, Tensor> normed_back(const Tensor &g, const Tensor &x, const Tensor &w, const Tensor &roots, const Tensor &more,
+                                      bool need_w) {
+  auto dx = at::empty_like(x);
+  auto parts = need_w ? at::zeros({(roots.numel() + kTogether - 1) / kTogether, w.numel()}, x.options()) : Tensor();
+  RLHF_TYPED(x.scalar_type(), norm_grad)(g, x, w, roots, more, dx, parts);
+  return {dx, need_w ? parts.sum(0).view_as(w) : Tensor()};
+}
+
 // x = a + b, or a itself where b is undefined, and y = x·w / √(mean x² + ε) over the last dimension.
 struct AddNorm : torch::autograd::Function<AddNorm> {
   static variable_list forward(AutogradContext *ctx, const Tensor &a, const std::optional<Tensor> &b, const Tensor &w,
                                double eps) {
-    const auto from = whole(a), more = whole(b.value_or(Tensor())), weight = whole(w);
-    const bool sum = more.defined();
-    const auto x = sum ? at::empty_like(from) : from;
-    auto y = at::empty_like(from), roots = at::empty({from.numel() / weight.numel()}, from.options());
-    RLHF_TYPED(from.scalar_type(), norm)(from, more, weight, eps, x, y, roots);
+    const auto [x, y, roots] = normed(a, b.value_or(Tensor()), w, eps);
     ctx->set_materialize_grads(false);
-    ctx->saved_data["sum"] = sum;
-    // Without a sum x is the input itself, which goes on with what flows back to it through both.
-    const auto out = sum || !a.is_contiguous() ? x : a;
-    ctx->save_for_backward({out, w, roots});
-    return {out, y};
+    ctx->saved_data["sum"] = b.has_value();
+    ctx->save_for_backward({x, w, roots});
+    return {x, y};
   }
   static variable_list backward(AutogradContext *ctx, variable_list grads) {
     rlhf::once_differentiable("add_norm");
@@ -83,13 +97,9 @@ struct AddNorm : torch::autograd::Function<AddNorm> {
       return result;
     };
     if (!grads[1].defined()) return pass(grads[0]);
-    const auto x = whole(saved[0]), w = whole(saved[1]), &roots = saved[2];
-    const auto g = grads[1].contiguous(), more = whole(grads[0]);
-    const bool need_w = ctx->needs_input_grad(sum ? 2 : 1);
-    auto dx = at::empty_like(x);
-    auto parts = need_w ? at::zeros({(roots.numel() + kTogether - 1) / kTogether, w.numel()}, x.options()) : Tensor();
-    RLHF_TYPED(x.scalar_type(), norm_grad)(g, x, w, roots, more, dx, parts);
-    if (need_w) result[2] = parts.sum(0).view_as(w);
+    const auto [dx, dw] = normed_back(grads[1].contiguous(), whole(saved[0]), whole(saved[1]), saved[2], whole(grads[0]),
+                                      ctx->needs_input_grad(sum ? 2 : 1));
+    result[2] = dw;
     return pass(dx);
   }
 };
@@ -111,14 +121,17 @@ void silu_grad(const Tensor &gate, const Tensor &up, const Tensor &g, const Tens
   });
 }
 
+Tensor gated(const Tensor &gate, const Tensor &up) {
+  auto y = at::empty(gate.sizes(), gate.options());
+  RLHF_TYPED(gate.scalar_type(), silu)(gate, up, y);
+  return y;
+}
+
 // gate·σ(gate)·up
 struct SiluMul : torch::autograd::Function<SiluMul> {
   static Tensor forward(AutogradContext *ctx, const Tensor &gate, const Tensor &up) {
-    const auto a = in_rows(gate), b = in_rows(up);
-    auto y = at::empty(a.sizes(), a.options());
-    RLHF_TYPED(a.scalar_type(), silu)(a, b, y);
     ctx->save_for_backward({gate, up});
-    return y;
+    return gated(in_rows(gate), in_rows(up));
   }
   static variable_list backward(AutogradContext *ctx, variable_list grads) {
     rlhf::once_differentiable("silu_mul");
@@ -127,6 +140,30 @@ struct SiluMul : torch::autograd::Function<SiluMul> {
     auto to_gate = at::empty(a.sizes(), a.options()), to_up = at::empty(a.sizes(), a.options());
     RLHF_TYPED(a.scalar_type(), silu_grad)(a, b, g, to_gate, to_up);
     return {to_gate, to_up};
+  }
+};
+
+// (gate·σ(gate)·up)·Wᵀ: what is between the products is computed again in backward.
+struct SiluMulLinear : torch::autograd::Function<SiluMulLinear> {
+  static Tensor forward(AutogradContext *ctx, const Tensor &gate, const Tensor &up, const Tensor &w) {
+    ctx->save_for_backward({gate, up, w});
+    return at::mm(gated(in_rows(gate), in_rows(up)), w.detach().t());
+  }
+  static variable_list backward(AutogradContext *ctx, variable_list grads) {
+    rlhf::once_differentiable("silu_mul_linear");
+    const auto saved = ctx->get_saved_variables();
+    const auto a = in_rows(saved[0]), b = in_rows(saved[1]), w = saved[2].detach(), &g = grads[0];
+    variable_list result(3);
+    auto inner = gated(a, b);
+    if (ctx->needs_input_grad(2)) result[2] = at::mm(g.t(), inner);
+    if (ctx->needs_input_grad(0) || ctx->needs_input_grad(1)) {
+      // `inner` is done with, and a number that flows back is read before its place is written.
+      const auto back = at::mm(g, w);
+      RLHF_TYPED(a.scalar_type(), silu_grad)(a, b, back, inner, back);
+      result[0] = inner;
+      result[1] = back;
+    }
+    return result;
   }
 };
 
@@ -161,7 +198,25 @@ struct Rotate : torch::autograd::Function<Rotate> {
   }
 };
 
-// x·Wᵀ for several W: what flows back to x is added up by the products.
+// The gradients of x·Wᵀ for several W, `first` being the place of the first W among the inputs and of its gradient among
+// the results: that of x, where wanted, is added up by the products. `x` is asked for where a weight's is wanted.
+template <class X>
+Tensor linears_back(AutogradContext *ctx, const X &x, const variable_list &weights, const variable_list &grads, bool need_x,
+                    size_t first, variable_list &result) {
+  Tensor dx;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const auto &g = grads[i];
+    if (!g.defined()) continue;
+    if (need_x) {
+      const auto w = weights[i].detach();
+      if (dx.defined()) dx.addmm_(g, w);
+      else dx = at::mm(g, w);
+    }
+    if (ctx->needs_input_grad(first + i)) result[first + i] = at::mm(g.t(), x());
+  }
+  return dx;
+}
+
 struct Linears : torch::autograd::Function<Linears> {
   static variable_list forward(AutogradContext *ctx, const Tensor &x, at::TensorList weights) {
     variable_list out, saved{x};
@@ -176,18 +231,51 @@ struct Linears : torch::autograd::Function<Linears> {
   static variable_list backward(AutogradContext *ctx, variable_list grads) {
     rlhf::once_differentiable("linears");
     const auto saved = ctx->get_saved_variables();
-    const auto x = saved[0].detach();
+    const variable_list weights(saved.begin() + 1, saved.end());
     variable_list result(saved.size());
-    for (size_t i = 0; i < grads.size(); ++i) {
-      if (!grads[i].defined()) continue;
-      const auto &g = grads[i];
-      if (ctx->needs_input_grad(0)) {
-        const auto w = saved[1 + i].detach();
-        if (result[0].defined()) result[0].addmm_(g, w);
-        else result[0] = at::mm(g, w);
-      }
-      if (ctx->needs_input_grad(1 + i)) result[1 + i] = at::mm(g.t(), x);
+    result[0] = linears_back(ctx, [&] { return saved[0].detach(); }, weights, grads, ctx->needs_input_grad(0), 1, result);
+    return result;
+  }
+};
+
+// The x of AddNorm and y·Wᵀ for several W; y is computed again in backward.
+struct NormLinears : torch::autograd::Function<NormLinears> {
+  static variable_list forward(AutogradContext *ctx, const Tensor &a, const std::optional<Tensor> &b, const Tensor &w,
+                               at::TensorList weights, double eps) {
+    const auto [x, y, roots] = normed(a, b.value_or(Tensor()), w, eps);
+    variable_list out{x}, saved{x, w, roots};
+    for (const auto &one : weights) {
+      out.push_back(at::mm(y, one.detach().t()));
+      saved.push_back(one);
     }
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["sum"] = b.has_value();
+    ctx->saved_data["eps"] = eps;
+    ctx->save_for_backward(std::move(saved));
+    return out;
+  }
+  static variable_list backward(AutogradContext *ctx, variable_list grads) {
+    rlhf::once_differentiable("norm_linears");
+    const auto saved = ctx->get_saved_variables();
+    const bool sum = ctx->saved_data["sum"].toBool();
+    const auto x = whole(saved[0]), w = whole(saved[1]);
+    // Of the inputs an absent b is not counted when gradients are asked for, but has its place among the results.
+    const size_t at = sum ? 2 : 1;
+    Tensor y;
+    const auto again = [&] {
+      if (!y.defined()) y = normed(x, Tensor(), w, ctx->saved_data["eps"].toDouble()).y;
+      return y;
+    };
+    const variable_list weights(saved.begin() + 3, saved.end()), back(grads.begin() + 1, grads.end());
+    const bool need_x = ctx->needs_input_grad(0) || (sum && ctx->needs_input_grad(1)) || ctx->needs_input_grad(at);
+    variable_list counted(at + 1 + weights.size());
+    auto dx = linears_back(ctx, again, weights, back, need_x, at + 1, counted);
+    Tensor dw;
+    if (dx.defined()) std::tie(dx, dw) = normed_back(dx, x, w, saved[2], whole(grads[0]), ctx->needs_input_grad(at));
+    else dx = grads[0];
+    variable_list result{dx, sum ? dx : Tensor(), dw};
+    result.insert(result.end(), counted.begin() + at + 1, counted.end());
+    result.emplace_back();
     return result;
   }
 };
@@ -204,6 +292,9 @@ RLHF_API char *rlhf_add_norm(Tensor **out, const Tensor *x, const Tensor *more, 
 RLHF_API char *rlhf_silu_mul(Tensor **out, const Tensor *gate, const Tensor *up) {
   return rlhf::guard([&] { *out = rlhf::give(SiluMul::apply(*gate, *up)); });
 }
+RLHF_API char *rlhf_silu_mul_linear(Tensor **out, const Tensor *gate, const Tensor *up, const Tensor *weight) {
+  return rlhf::guard([&] { *out = rlhf::give(SiluMulLinear::apply(*gate, *up, *weight)); });
+}
 RLHF_API char *rlhf_rotate(Tensor **out, const Tensor *x, const Tensor *cos, const Tensor *sin) {
   return rlhf::guard([&] { *out = rlhf::give(Rotate::apply(*x, *cos, *sin)); });
 }
@@ -214,5 +305,15 @@ RLHF_API char *rlhf_linears(Tensor **out, const Tensor *x, const Tensor *const *
     for (int64_t i = 0; i < n; ++i) list.push_back(*weights[i]);
     const auto r = Linears::apply(*x, at::TensorList(list));
     for (int64_t i = 0; i < n; ++i) out[i] = rlhf::give(r[i]);
+  });
+}
+// out[1 + n]: x, then the products. `more` may be null.
+RLHF_API char *rlhf_norm_linears(Tensor **out, const Tensor *x, const Tensor *more, const Tensor *norm, double eps,
+                                 const Tensor *const *weights, int64_t n) {
+  return rlhf::guard([&] {
+    variable_list list;
+    for (int64_t i = 0; i < n; ++i) list.push_back(*weights[i]);
+    const auto r = NormLinears::apply(*x, more ? std::optional<Tensor>(*more) : std::nullopt, *norm, at::TensorList(list), eps);
+    for (int64_t i = 0; i <= n; ++i) out[i] = rlhf::give(r[i]);
   });
 }

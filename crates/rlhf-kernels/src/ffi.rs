@@ -177,6 +177,22 @@ unsafe extern "C" {
         gate: *const C_tensor,
         up: *const C_tensor,
     ) -> *mut c_char;
+    fn rlhf_keep_memory();
+    fn rlhf_silu_mul_linear(
+        out: *mut *mut C_tensor,
+        gate: *const C_tensor,
+        up: *const C_tensor,
+        weight: *const C_tensor,
+    ) -> *mut c_char;
+    fn rlhf_norm_linears(
+        out: *mut *mut C_tensor,
+        x: *const C_tensor,
+        more: *const C_tensor,
+        norm: *const C_tensor,
+        eps: f64,
+        weights: *const *const C_tensor,
+        n: i64,
+    ) -> *mut c_char;
     fn rlhf_rotate(
         out: *mut *mut C_tensor,
         x: *const C_tensor,
@@ -651,6 +667,50 @@ pub(crate) fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let message = unsafe { rlhf_silu_mul(&raw mut out, gate.as_ptr(), up.as_ptr()) };
     check("silu_mul", message)?;
     Ok(take(out))
+}
+
+pub(crate) fn keep_memory() {
+    // SAFETY: mallopt stores values, and libtorch takes another allocator at any time: a tensor knows how it is freed.
+    unsafe { rlhf_keep_memory() }
+}
+
+/// All f32 or all f64 on the CPU: `gate` and `up` `[n, D]`, `weight` `[out, D]`.
+pub(crate) fn silu_mul_linear(gate: &Tensor, up: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: the tensors are alive for the call; the caller checked types, shapes and devices.
+    let message =
+        unsafe { rlhf_silu_mul_linear(&raw mut out, gate.as_ptr(), up.as_ptr(), weight.as_ptr()) };
+    check("silu_mul_linear", message)?;
+    Ok(take(out))
+}
+
+/// All f32 or all f64 on the CPU: `x` and `more` `[n, D]`, `norm` `[D]`, each weight `[out, D]`.
+pub(crate) fn norm_linears(
+    x: &Tensor,
+    more: Option<&Tensor>,
+    norm: &Tensor,
+    eps: f64,
+    weights: &[&Tensor],
+) -> Result<(Tensor, Vec<Tensor>)> {
+    let list = pointers(weights);
+    let mut out = vec![std::ptr::null_mut(); 1 + list.len()];
+    // SAFETY: the list holds live tensors and there is a place for the result of each and one more; the caller
+    // checked types, shapes and devices.
+    let message = unsafe {
+        rlhf_norm_linears(
+            out.as_mut_ptr(),
+            x.as_ptr(),
+            maybe(more),
+            norm.as_ptr(),
+            eps,
+            list.as_ptr(),
+            list.len() as i64,
+        )
+    };
+    check("norm_linears", message)?;
+    let mut out = out.into_iter().map(take);
+    let first = out.next().expect("a place for x");
+    Ok((first, out.collect()))
 }
 
 /// All f32 or all f64 on the CPU: `x` `[n, heads, D]`, `cos` and `sin` of n·D' numbers, D' even and at most D.

@@ -92,6 +92,35 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     Ok(reference::rotate(x, cos, sin))
 }
 
+/// (gate·σ(gate)·up)·Wᵀ: [`silu_mul`] and the product after it. On the CPU backward computes what is between
+/// the two again instead of keeping it.
+///
+/// # Shapes
+/// `gate` and `up` `[N, D]`, `weight` `[out, D]`; result `[N, out]`.
+///
+/// # Errors
+/// When shapes or types do not fit. A second derivative is not supported.
+pub fn silu_mul_linear(gate: &Tensor, up: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (g, u) = (gate.size(), up.size());
+    let fits = g.len() == 2 && g == u;
+    ensure(fits && takes(weight, gate), "silu_mul_linear", || {
+        let w = weight.size();
+        format!(
+            "gate is {g:?}, up {u:?} and the weight {w:?}, expected [N, D] twice and [out, D] of one type"
+        )
+    })?;
+    if fused(&[gate, up, weight]) {
+        return ffi::silu_mul_linear(gate, up, weight);
+    }
+    Ok(silu_mul(gate, up)?.linear(weight, None::<&Tensor>))
+}
+
+/// Whether `weight` is `[out, D]` for rows `[N, D]` of the same type.
+fn takes(weight: &Tensor, x: &Tensor) -> bool {
+    let width = x.size().last().copied().unwrap_or(-1);
+    weight.dim() == 2 && weight.size()[1] == width && weight.kind() == x.kind()
+}
+
 /// x·Wᵀ for several W, on any device: what flows back to x is added up by the products themselves.
 ///
 /// # Shapes
@@ -100,9 +129,8 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// When shapes or types do not fit. A second derivative is not supported.
 pub fn linears(x: &Tensor, weights: &[&Tensor]) -> Result<Vec<Tensor>> {
-    let width = x.size().last().copied().unwrap_or(-1);
-    let fits = |w: &&Tensor| w.dim() == 2 && w.size()[1] == width && w.kind() == x.kind();
-    ensure(x.dim() == 2 && weights.iter().all(fits), "linears", || {
+    let fits = x.dim() == 2 && weights.iter().all(|w| takes(w, x));
+    ensure(fits, "linears", || {
         let sizes: Vec<_> = weights.iter().map(|w| w.size()).collect();
         format!(
             "x is {:?} and the weights {sizes:?}, expected [N, D] and [out, D] of one type",
@@ -110,4 +138,37 @@ pub fn linears(x: &Tensor, weights: &[&Tensor]) -> Result<Vec<Tensor>> {
         )
     })?;
     ffi::linears(x, weights)
+}
+
+/// The x of [`add_norm`] and [`linears`] of its y. On the CPU backward computes y again instead of keeping it.
+///
+/// # Shapes
+/// `x` and `more` `[N, D]`, `norm` `[D]`, each weight `[out, D]`; results `[N, D]` and `[N, out]`.
+///
+/// # Errors
+/// When shapes or types do not fit. A second derivative is not supported.
+pub fn norm_linears(
+    x: &Tensor,
+    more: Option<&Tensor>,
+    norm: &Tensor,
+    eps: f64,
+    weights: &[&Tensor],
+) -> Result<(Tensor, Vec<Tensor>)> {
+    let size = x.size();
+    let fits = size.len() == 2
+        && norm.size() == size[1..]
+        && more.is_none_or(|m| m.size() == size)
+        && weights.iter().all(|w| takes(w, x));
+    let all = || {
+        [x, norm]
+            .into_iter()
+            .chain(more)
+            .chain(weights.iter().copied())
+    };
+    if fits && fused(&all().collect::<Vec<_>>()) {
+        return ffi::norm_linears(x, more, norm, eps, weights);
+    }
+    let (x, y) = add_norm(x, more, norm, eps)?;
+    let products = linears(&y, weights)?;
+    Ok((x, products))
 }

@@ -28,6 +28,7 @@ mod ffi;
 pub mod kl;
 pub mod layer;
 mod linear_logprobs;
+mod memory;
 mod nucleus;
 pub mod optim;
 mod panels;
@@ -44,6 +45,7 @@ pub use linear_logprobs::{
     F32_RESOLUTION, Head, LogprobOptions, Logprobs, Moments, Top1, entropy, linear_logprobs,
     token_logprobs, token_logprobs_in_place,
 };
+pub use memory::keep_memory;
 pub use nucleus::{Nucleus, nucleus};
 pub use panels::Panels;
 pub use ragged::{LossSum, Mean, Offsets, Ragged};

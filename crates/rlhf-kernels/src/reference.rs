@@ -534,6 +534,23 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Tensor {
     gate.silu() * up
 }
 
+/// (silu(gate)·up)·Wᵀ.
+pub fn silu_mul_linear(gate: &Tensor, up: &Tensor, weight: &Tensor) -> Tensor {
+    silu_mul(gate, up).matmul(&weight.tr())
+}
+
+/// The x of [`add_norm`] and y·Wᵀ for each W.
+pub fn norm_linears(
+    x: &Tensor,
+    more: Option<&Tensor>,
+    norm: &Tensor,
+    eps: f64,
+    weights: &[&Tensor],
+) -> (Tensor, Vec<Tensor>) {
+    let (x, y) = add_norm(x, more, norm, eps);
+    (x, weights.iter().map(|w| y.matmul(&w.tr())).collect())
+}
+
 /// x·cos + roll(x, D'/2)·sin on the first D' dimensions.
 pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
     let (d, turning) = (x.size()[2], cos.size()[2]);

@@ -6,14 +6,14 @@
 use std::collections::HashMap;
 
 use rlhf_kernels::decode::{decodes, rms_norm};
-use rlhf_kernels::layer::{add_norm, silu_mul};
+use rlhf_kernels::layer::{add_norm, norm_linears, silu_mul, silu_mul_linear};
 use rlhf_kernels::{AttentionLayout, AttentionOptions, shared_prefix_attention};
 use tch::Tensor;
 
 use crate::config::{Activation, Config};
 use crate::error::{Error, Result};
 use crate::family::{NormKind, Part};
-use crate::linear::{Linear, together};
+use crate::linear::{Linear, each, plain, together};
 use crate::rope::Angles;
 
 /// After a module's name: the scales of its weight, where that is kept in eight bits.
@@ -38,17 +38,13 @@ impl Norm {
         }
     }
 
-    /// x + more, or x itself, and its norm.
-    fn after(&self, x: &Tensor, more: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
-        Ok(match self.kind {
-            NormKind::Rms => add_norm(x, more, &self.weight, self.eps)?,
-            NormKind::RmsPlusOne => add_norm(x, more, &(&self.weight + 1.0), self.eps)?,
-            NormKind::Layer => {
-                let x = more.map_or_else(|| x.shallow_clone(), |more| x + more);
-                let y = self.forward(&x);
-                (x, y)
-            }
-        })
+    /// The factors of a norm by the root of the mean square.
+    fn rms(&self) -> Option<Tensor> {
+        match self.kind {
+            NormKind::Rms => Some(self.weight.shallow_clone()),
+            NormKind::RmsPlusOne => Some(&self.weight + 1.0),
+            NormKind::Layer => None,
+        }
     }
 
     /// As [`Norm::forward`] without gradients, in one pass where there is a kernel for it.
@@ -92,15 +88,25 @@ pub(crate) fn normed(norm: Option<&Norm>, x: Tensor) -> Tensor {
     }
 }
 
-/// The residual stream and what a block reads of it, by a norm that may not be there.
-fn read(norm: Option<&Norm>, x: Tensor, more: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
-    match norm {
-        Some(norm) => norm.after(&x, more),
-        None => {
-            let x = more.map_or_else(|| x.shallow_clone(), |more| &x + more);
-            Ok((x.shallow_clone(), x))
+/// The residual stream, x + more or x itself, and what a block's first projections make of it through a norm that may
+/// not be there.
+fn read<const N: usize>(
+    norm: Option<&Norm>,
+    x: Tensor,
+    more: Option<&Tensor>,
+    first: [&Linear; N],
+) -> Result<(Tensor, [Tensor; N])> {
+    if let Some((norm, factors)) = norm.and_then(|n| Some((n, n.rms()?))) {
+        if let Some(weights) = plain(first) {
+            let (x, outs) = norm_linears(&x, more, &factors, norm.eps, &weights)?;
+            return Ok((x, each(outs)?));
         }
+        let (x, input) = add_norm(&x, more, &factors, norm.eps)?;
+        return Ok((x, together(&input, first)?));
     }
+    let x = more.map_or_else(|| x.shallow_clone(), |more| &x + more);
+    let input = normed(norm, x.shallow_clone());
+    Ok((x, together(&input, first)?))
 }
 
 /// The projections to queries, keys and values.
@@ -140,29 +146,35 @@ pub(crate) fn activate(activation: Activation, x: &Tensor) -> Tensor {
 }
 
 impl Mlp {
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let act = |x: &Tensor| activate(self.activation, x);
-        let inner = match &self.first {
+    /// The residual stream x + more and what the block adds to it, read through `norm`.
+    fn forward(&self, norm: Option<&Norm>, x: Tensor, more: &Tensor) -> Result<(Tensor, Tensor)> {
+        let more = Some(more);
+        let (x, out) = match &self.first {
             First::Gated { gate, up } => {
-                let [gate, up] = together(x, [gate, up])?;
-                self.gated(&gate, &up)?
+                let (x, [gate, up]) = read(norm, x, more, [gate, up])?;
+                (x, self.gated(&gate, &up)?)
             }
             First::GateUp(both) => {
-                let both = both.forward(x)?;
+                let (x, [both]) = read(norm, x, more, [both])?;
                 let half = both.size()[1] / 2;
-                self.gated(&both.narrow(1, 0, half), &both.narrow(1, half, half))?
+                let (gate, up) = (both.narrow(1, 0, half), both.narrow(1, half, half));
+                (x, self.gated(&gate, &up)?)
             }
-            First::Plain(up) => act(&up.forward(x)?),
+            First::Plain(up) => {
+                let (x, [up]) = read(norm, x, more, [up])?;
+                (x, self.down.forward(&activate(self.activation, &up))?)
+            }
         };
-        self.down.forward(&inner)
+        Ok((x, out))
     }
 
-    /// act(gate) · up
+    /// down(act(gate) · up)
     fn gated(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-        Ok(match self.activation {
-            Activation::Silu => silu_mul(gate, up)?,
-            activation => activate(activation, gate) * up,
-        })
+        match (self.activation, self.down.plain()) {
+            (Activation::Silu, Some(down)) => Ok(silu_mul_linear(gate, up, down)?),
+            (Activation::Silu, None) => self.down.forward(&silu_mul(gate, up)?),
+            (activation, _) => self.down.forward(&(activate(activation, gate) * up)),
+        }
     }
 }
 
@@ -268,8 +280,7 @@ impl Layer {
         layout: &AttentionLayout,
         capture: &mut dyn FnMut(&Tensor, &Tensor),
     ) -> Result<Tensor> {
-        let (x, input) = read(self.input_norm.as_ref(), x, None)?;
-        let (q, k, v) = self.heads(config, &input)?;
+        let (x, [q, k, v]) = self.heads(config, x)?;
         let rotate = |t: Tensor| match self.rope {
             Some(which) => angles[which].rotate(&t),
             None => Ok(t),
@@ -279,34 +290,31 @@ impl Layer {
         let seen = shared_prefix_attention(&q, &k, &v, layout, &self.options)?;
         let seen = self.o.forward(&seen.flatten(1, 2))?;
         let seen = normed(self.attention_norm.as_ref(), seen);
-        let (x, input) = read(self.mlp_norm.as_ref(), x, Some(&seen))?;
-        Ok(normed(self.mlp_out_norm.as_ref(), self.mlp.forward(&input)?) + x)
+        let (x, out) = self.mlp.forward(self.mlp_norm.as_ref(), x, &seen)?;
+        Ok(normed(self.mlp_out_norm.as_ref(), out) + x)
     }
 
-    /// Queries, keys and values `[N, heads, D]`, normed where the family does, not yet rotated.
-    fn heads(&self, c: &Config, x: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+    /// The residual stream, and of it queries, keys and values `[N, heads, D]`, normed where the family does, not yet
+    /// rotated.
+    fn heads(&self, c: &Config, x: Tensor) -> Result<(Tensor, [Tensor; 3])> {
         let (d, hq, hkv) = (c.head_dim, c.num_attention_heads, c.num_key_value_heads);
         let whole = c.family.shape().whole_qk_norm;
         let split = |t: Tensor, norm: Option<&Norm>, heads: i64| {
             let (before, after) = if whole { (norm, None) } else { (None, norm) };
             normed(after, normed(before, t).view([-1, heads, d]))
         };
-        let (q, k, v) = match &self.qkv {
-            Qkv::Apart(three) => {
-                let [q, k, v] = together(x, three.each_ref())?;
-                (q, k, v)
-            }
+        let norm = self.input_norm.as_ref();
+        let (x, [q, k, v]) = match &self.qkv {
+            Qkv::Apart(three) => read(norm, x, None, three.each_ref())?,
             Qkv::Together(all) => {
-                let all = all.forward(x)?;
+                let (x, [all]) = read(norm, x, None, [all])?;
                 let part = |from: i64, heads: i64| all.narrow(1, from * d, heads * d);
-                (part(0, hq), part(hq, hkv), part(hq + hkv, hkv))
+                (x, [part(0, hq), part(hq, hkv), part(hq + hkv, hkv)])
             }
         };
-        Ok((
-            split(q, self.q_norm.as_ref(), hq),
-            split(k, self.k_norm.as_ref(), hkv),
-            split(v, None, hkv),
-        ))
+        let q = split(q, self.q_norm.as_ref(), hq);
+        let k = split(k, self.k_norm.as_ref(), hkv);
+        Ok((x, [q, k, split(v, None, hkv)]))
     }
 
     /// The same tensors once more.

@@ -141,7 +141,7 @@ impl Linear {
     }
 
     /// The weight `[out, in]`, where the product with it is all there is.
-    fn plain(&self) -> Option<&Tensor> {
+    pub(crate) fn plain(&self) -> Option<&Tensor> {
         match &self.weight {
             Weight::Rows(w) if self.bias.is_none() && self.adapter.is_none() => Some(w),
             _ => None,
@@ -248,14 +248,23 @@ impl Linear {
     }
 }
 
+/// The weights of projections that are products and nothing else.
+pub(crate) fn plain<const N: usize>(all: [&Linear; N]) -> Option<[&Tensor; N]> {
+    let weights: Vec<&Tensor> = all.into_iter().map_while(Linear::plain).collect();
+    weights.try_into().ok()
+}
+
 /// What several projections make of one input.
 pub(crate) fn together<const N: usize>(x: &Tensor, all: [&Linear; N]) -> Result<[Tensor; N]> {
-    let plain: Vec<&Tensor> = all.iter().filter_map(|l| l.plain()).collect();
-    let outs = if plain.len() == N {
-        linears(x, &plain)?
-    } else {
-        all.iter().map(|l| l.forward(x)).collect::<Result<_>>()?
+    let outs = match plain(all) {
+        Some(weights) => linears(x, &weights)?,
+        None => all.iter().map(|l| l.forward(x)).collect::<Result<_>>()?,
     };
+    each(outs)
+}
+
+/// As many as there are projections.
+pub(crate) fn each<const N: usize>(outs: Vec<Tensor>) -> Result<[Tensor; N]> {
     outs.try_into()
         .map_err(|_| Error::Argument(format!("{N} projections did not give as many results")))
 }

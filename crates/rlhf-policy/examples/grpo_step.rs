@@ -96,6 +96,7 @@ const LOSS: PolicyLoss = PolicyLoss::Clipped {
 };
 
 fn main() {
+    rlhf_kernels::keep_memory();
     let args = Args(std::env::args().skip(1).collect());
     if args.flag("--learner") {
         learner(&args);

@@ -19,6 +19,7 @@ use tch::{Device, Kind};
 type Failure = Box<dyn std::error::Error>;
 
 fn main() -> Result<(), Failure> {
+    rlhf_kernels::keep_memory();
     let args: Vec<String> = std::env::args().skip(1).collect();
     let number = |key: &str, default: usize| -> Result<usize, std::num::ParseIntError> {
         let given = args.iter().find_map(|a| a.strip_prefix(key));

@@ -36,6 +36,7 @@ fn shape(name: &str) -> Option<Config> {
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    rlhf_kernels::keep_memory();
     let args: Vec<String> = std::env::args().skip(1).collect();
     let [name, pairs, tokens, share, steps] = args.as_slice() else {
         return Err("give SHAPE PAIRS TOKENS PROMPT STEPS".into());

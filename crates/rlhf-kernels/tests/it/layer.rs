@@ -1,7 +1,7 @@
 //! A layer's small operations: their gradients by finite differences, and against libtorch's composition.
 
 use proptest::prelude::*;
-use rlhf_kernels::layer::{add_norm, linears, rotate, silu_mul};
+use rlhf_kernels::layer::{add_norm, linears, norm_linears, rotate, silu_mul, silu_mul_linear};
 use rlhf_kernels::reference;
 use tch::{Kind, Tensor};
 
@@ -26,7 +26,7 @@ fn gradients() {
     check("norm alone", &[x.copy(), w.copy()], &|t| {
         add_norm(&t[0], None, &t[1], 1e-5).unwrap().1
     });
-    check("add and norm", &[x.copy(), more, w.copy()], &|t| {
+    check("add and norm", &[x.copy(), more.copy(), w.copy()], &|t| {
         both(add_norm(&t[0], Some(&t[1]), &t[2], 1e-5).unwrap())
     });
     let frozen = w;
@@ -34,8 +34,17 @@ fn gradients() {
         both(add_norm(&t[0], None, &frozen, 1e-5).unwrap())
     });
     let (gate, up) = (double(&[4, 6], 4.0) * 3.0, double(&[4, 6], 5.0));
-    check("silu_mul", &[gate, up], &|t| {
+    check("silu_mul", &[gate.copy(), up.copy()], &|t| {
         silu_mul(&t[0], &t[1]).unwrap()
+    });
+    let down = double(&[3, 6], 10.0);
+    check(
+        "silu_mul_linear",
+        &[gate.copy(), up.copy(), down.copy()],
+        &|t| silu_mul_linear(&t[0], &t[1], &t[2]).unwrap(),
+    );
+    check("silu_mul_linear, frozen weight", &[gate, up], &|t| {
+        silu_mul_linear(&t[0], &t[1], &down).unwrap()
     });
     let heads = double(&[3, 2, 8], 6.0);
     for turning in [8, 4] {
@@ -55,9 +64,30 @@ fn gradients() {
         },
     );
     let [first, second] = &weights;
-    check("linears, one frozen", &[x, first.copy()], &|t| {
+    check("linears, one frozen", &[x.copy(), first.copy()], &|t| {
         let out = linears(&t[0], &[&t[1], second]).unwrap();
         Tensor::cat(&out, 1)
+    });
+    let all = |(x, y): (Tensor, Vec<Tensor>)| Tensor::cat(&[x * 0.7, Tensor::cat(&y, 1)], 1);
+    check(
+        "norm_linears",
+        &[x.copy(), frozen.copy(), first.copy(), second.copy()],
+        &|t| all(norm_linears(&t[0], None, &t[1], 1e-5, &[&t[2], &t[3]]).unwrap()),
+    );
+    check(
+        "norm_linears of a sum, the norm and a weight frozen",
+        &[x.copy(), more.copy(), second.copy()],
+        &|t| all(norm_linears(&t[0], Some(&t[1]), &frozen, 1e-5, &[first, &t[2]]).unwrap()),
+    );
+    check(
+        "norm_linears, weights alone",
+        &[frozen.copy(), first.copy()],
+        &|t| all(norm_linears(&x, Some(&more), &t[0], 1e-5, &[&t[1]]).unwrap()),
+    );
+    check("norm_linears, x alone goes on", &[x.copy(), more], &|t| {
+        norm_linears(&t[0], Some(&t[1]), &frozen, 1e-5, &[first])
+            .unwrap()
+            .0
     });
 }
 
@@ -99,6 +129,41 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    /// The products with what comes before them, in f32, also strided and empty.
+    #[test]
+    fn products_as_composed(n in 0..150i64, d in 1..40i64, out in 1..30i64, sums: bool) {
+        let all = wave(&[n, 3 * d], 1.0, Kind::Float).set_requires_grad(true);
+        let leaf = |size: &[i64], seed| wave(size, seed, Kind::Float).set_requires_grad(true);
+        let (norm, first, second, down) = (leaf(&[d], 2.0), leaf(&[out, d], 3.0), leaf(&[3, d], 4.0), leaf(&[out, d], 5.0));
+        let part = |i: i64| all.narrow(1, i * d, d);
+        let run = |(x, y): (Tensor, Vec<Tensor>), z: Tensor| {
+            let loss = x.square().sum(Kind::Float) + (&y[0] * &z).sum(Kind::Float) + y[1].sin().sum(Kind::Float);
+            let leaves = [&all, &norm, &first, &second, &down];
+            let mut results = Tensor::run_backward(&[loss], &leaves, false, false);
+            results.extend([x.detach(), y[0].detach(), y[1].detach(), z.detach()]);
+            results
+        };
+        let more = part(2);
+        let more = sums.then_some(&more);
+        let weights = [&first, &second];
+        let ours = run(
+            norm_linears(&part(0), more, &norm, 1e-5, &weights).unwrap(),
+            silu_mul_linear(&(part(1) * 9.0), &part(2), &down).unwrap(),
+        );
+        let plain = run(
+            reference::norm_linears(&part(0), more, &norm, 1e-5, &weights),
+            reference::silu_mul_linear(&(part(1) * 9.0), &part(2), &down),
+        );
+        for (a, b) in ours.iter().zip(&plain) {
+            let scale = if b.numel() == 0 { 1.0 } else { b.abs().max().double_value(&[]).max(1.0) };
+            prop_assert!(largest_difference(a, b) < 2e-5 * scale, "{}", largest_difference(a, b));
+        }
+    }
+}
+
 #[test]
 fn shapes_that_do_not_fit() {
     let t = |size: &[i64]| wave(size, 1.0, Kind::Float);
@@ -109,6 +174,9 @@ fn shapes_that_do_not_fit() {
         rotate(&t(&[2, 1, 4]), &t(&[2, 1, 6]), &t(&[2, 1, 6])).unwrap_err(),
         rotate(&t(&[2, 1, 4]), &t(&[2, 1, 3]), &t(&[2, 1, 3])).unwrap_err(),
         linears(&t(&[2, 3]), &[&t(&[2, 4])]).unwrap_err(),
+        silu_mul_linear(&t(&[2, 3]), &t(&[2, 3]), &t(&[2, 4])).unwrap_err(),
+        norm_linears(&t(&[2, 3]), None, &t(&[4]), 1e-5, &[]).unwrap_err(),
+        norm_linears(&t(&[2, 3]), None, &t(&[3]), 1e-5, &[&t(&[2, 4])]).unwrap_err(),
     ];
     for e in said {
         assert!(e.to_string().contains("expected"), "{e}");
@@ -117,4 +185,8 @@ fn shapes_that_do_not_fit() {
     let narrow = t(&[2, 3]).to_kind(Kind::BFloat16);
     let (x, y) = add_norm(&narrow, Some(&narrow), &narrow.get(0), 1e-5).unwrap();
     assert_eq!((x.kind(), y.kind()), (Kind::BFloat16, Kind::BFloat16));
+    let (x, y) = norm_linears(&x, Some(&narrow), &narrow.get(0), 1e-5, &[&narrow]).unwrap();
+    assert_eq!((x.kind(), y[0].kind()), (Kind::BFloat16, Kind::BFloat16));
+    let y = silu_mul_linear(&narrow, &narrow, &narrow).unwrap();
+    assert_eq!((y.kind(), y.size()), (Kind::BFloat16, vec![2, 2]));
 }

@@ -17,6 +17,7 @@ mod golden_io;
 mod gradcheck;
 mod kl;
 mod layer;
+mod memory;
 mod optim;
 mod props;
 mod surrogate;

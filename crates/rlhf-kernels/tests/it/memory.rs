@@ -1,0 +1,43 @@
+//! Tensors from malloc itself.
+#![cfg(all(target_os = "linux", target_env = "gnu"))]
+
+use tch::{Device, Kind, Tensor};
+
+#[test]
+fn a_tensor_fits_where_one_of_its_size_was() {
+    rlhf_kernels::keep_memory();
+    let options = (Kind::Float, Device::Cpu);
+    let n = 300_000;
+    let all: Vec<Tensor> = (0..9).map(|i| Tensor::full([n], i, options)).collect();
+    assert!(all.iter().all(|t| t.data_ptr() as usize % 64 == 0));
+    let mut places: Vec<_> = all.iter().map(Tensor::data_ptr).collect();
+    // Every second one is freed, so that no hole can grow into another.
+    let (kept, freed): (Vec<_>, Vec<_>) =
+        all.into_iter().enumerate().partition(|(i, _)| i % 2 == 0);
+    drop(freed);
+    let again: Vec<Tensor> = (0..4).map(|_| Tensor::full([n], -1, options)).collect();
+    places.retain(|p| again.iter().all(|t| t.data_ptr() != *p));
+    // Beside the first there may have been a hole before, and the two are one now, which begins elsewhere.
+    assert!(
+        places.len() <= 6,
+        "the holes are not filled: {}",
+        places.len()
+    );
+    for (i, t) in &kept {
+        assert_eq!(
+            t.sum(Kind::Double).double_value(&[]),
+            (*i as i64 * n) as f64
+        );
+    }
+    let empty = Tensor::zeros([0, 3], options);
+    assert_eq!(Tensor::cat(&[&empty, &empty], 0).size(), [0, 3]);
+}
+
+#[test]
+fn too_much_is_an_error() {
+    rlhf_kernels::keep_memory();
+    for n in [1 << 45, 1 << 60] {
+        let e = Tensor::f_zeros([n], (Kind::Float, Device::Cpu)).unwrap_err();
+        assert!(e.to_string().contains("not enough memory"), "{e}");
+    }
+}
