@@ -708,9 +708,9 @@ pub(crate) fn norm_linears(
         )
     };
     check("norm_linears", message)?;
-    let mut out = out.into_iter().map(take);
-    let first = out.next().expect("a place for x");
-    Ok((first, out.collect()))
+    let mut out: Vec<Tensor> = out.into_iter().map(take).collect();
+    let x = out.remove(0);
+    Ok((x, out))
 }
 
 /// All f32 or all f64 on the CPU: `x` `[n, heads, D]`, `cos` and `sin` of n·D' numbers, D' even and at most D.

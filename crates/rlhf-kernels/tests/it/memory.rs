@@ -9,7 +9,10 @@ fn a_tensor_fits_where_one_of_its_size_was() {
     let options = (Kind::Float, Device::Cpu);
     let n = 300_000;
     let all: Vec<Tensor> = (0..9).map(|i| Tensor::full([n], i, options)).collect();
-    assert!(all.iter().all(|t| t.data_ptr() as usize % 64 == 0));
+    assert!(
+        all.iter()
+            .all(|t| (t.data_ptr() as usize).is_multiple_of(64))
+    );
     let mut places: Vec<_> = all.iter().map(Tensor::data_ptr).collect();
     // Every second one is freed, so that no hole can grow into another.
     let (kept, freed): (Vec<_>, Vec<_>) =
