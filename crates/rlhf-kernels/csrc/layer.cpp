@@ -198,12 +198,13 @@ struct Rotate : torch::autograd::Function<Rotate> {
   }
 };
 
-// The gradients of x·Wᵀ for several W, `first` being the place of the first W among the inputs and of its gradient among
-// the results: that of x, where wanted, is added up by the products. `x` is asked for where a weight's is wanted.
+// The gradients of x, where wanted, and of each W of x·Wᵀ for several W, the first of which is the input of that number:
+// those of x are added up by the products. `x` is asked for where a weight's is wanted.
 template <class X>
-Tensor linears_back(AutogradContext *ctx, const X &x, const variable_list &weights, const variable_list &grads, bool need_x,
-                    size_t first, variable_list &result) {
-  Tensor dx;
+variable_list linears_back(AutogradContext *ctx, const X &x, const variable_list &weights, const variable_list &grads,
+                           bool need_x, size_t first) {
+  variable_list result(1 + weights.size());
+  auto &dx = result[0];
   for (size_t i = 0; i < weights.size(); ++i) {
     const auto &g = grads[i];
     if (!g.defined()) continue;
@@ -212,11 +213,12 @@ Tensor linears_back(AutogradContext *ctx, const X &x, const variable_list &weigh
       if (dx.defined()) dx.addmm_(g, w);
       else dx = at::mm(g, w);
     }
-    if (ctx->needs_input_grad(first + i)) result[first + i] = at::mm(g.t(), x());
+    if (ctx->needs_input_grad(first + i)) result[1 + i] = at::mm(g.t(), x());
   }
-  return dx;
+  return result;
 }
 
+// x·Wᵀ for several W.
 struct Linears : torch::autograd::Function<Linears> {
   static variable_list forward(AutogradContext *ctx, const Tensor &x, at::TensorList weights) {
     variable_list out, saved{x};
@@ -232,9 +234,7 @@ struct Linears : torch::autograd::Function<Linears> {
     rlhf::once_differentiable("linears");
     const auto saved = ctx->get_saved_variables();
     const variable_list weights(saved.begin() + 1, saved.end());
-    variable_list result(saved.size());
-    result[0] = linears_back(ctx, [&] { return saved[0].detach(); }, weights, grads, ctx->needs_input_grad(0), 1, result);
-    return result;
+    return linears_back(ctx, [&] { return saved[0].detach(); }, weights, grads, ctx->needs_input_grad(0), 1);
   }
 };
 
@@ -259,7 +259,7 @@ struct NormLinears : torch::autograd::Function<NormLinears> {
     const auto saved = ctx->get_saved_variables();
     const bool sum = ctx->saved_data["sum"].toBool();
     const auto x = whole(saved[0]), w = whole(saved[1]);
-    // Of the inputs an absent b is not counted when gradients are asked for, but has its place among the results.
+    // An absent b has its place among the results, but is not counted among the inputs.
     const size_t at = sum ? 2 : 1;
     Tensor y;
     const auto again = [&] {
@@ -268,13 +268,12 @@ struct NormLinears : torch::autograd::Function<NormLinears> {
     };
     const variable_list weights(saved.begin() + 3, saved.end()), back(grads.begin() + 1, grads.end());
     const bool need_x = ctx->needs_input_grad(0) || (sum && ctx->needs_input_grad(1)) || ctx->needs_input_grad(at);
-    variable_list counted(at + 1 + weights.size());
-    auto dx = linears_back(ctx, again, weights, back, need_x, at + 1, counted);
-    Tensor dw;
-    if (dx.defined()) std::tie(dx, dw) = normed_back(dx, x, w, saved[2], whole(grads[0]), ctx->needs_input_grad(at));
-    else dx = grads[0];
+    const auto products = linears_back(ctx, again, weights, back, need_x, at + 1);
+    Tensor dx = grads[0], dw;
+    if (products[0].defined())
+      std::tie(dx, dw) = normed_back(products[0], x, w, saved[2], whole(grads[0]), ctx->needs_input_grad(at));
     variable_list result{dx, sum ? dx : Tensor(), dw};
-    result.insert(result.end(), counted.begin() + at + 1, counted.end());
+    result.insert(result.end(), products.begin() + 1, products.end());
     result.emplace_back();
     return result;
   }

@@ -149,7 +149,7 @@ impl Mlp {
     /// The residual stream x + more and what the block adds to it, read through `norm`.
     fn forward(&self, norm: Option<&Norm>, x: Tensor, more: &Tensor) -> Result<(Tensor, Tensor)> {
         let more = Some(more);
-        let (x, out) = match &self.first {
+        Ok(match &self.first {
             First::Gated { gate, up } => {
                 let (x, [gate, up]) = read(norm, x, more, [gate, up])?;
                 (x, self.gated(&gate, &up)?)
@@ -164,8 +164,7 @@ impl Mlp {
                 let (x, [up]) = read(norm, x, more, [up])?;
                 (x, self.down.forward(&activate(self.activation, &up))?)
             }
-        };
-        Ok((x, out))
+        })
     }
 
     /// down(act(gate) · up)
