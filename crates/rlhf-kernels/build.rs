@@ -30,8 +30,18 @@ fn main() {
     let x86_64 = target("ARCH") == "x86_64";
 
     let include = lib.join("../include");
+    let out = PathBuf::from(std::env::var("OUT_DIR").unwrap_or_default());
+    let made = std::fs::read_to_string("csrc/kernels.cu").and_then(|source| {
+        let text = format!("static const char kSource[] = R\"cuda({source})cuda\";\n");
+        std::fs::write(out.join("kernels_cu.h"), text)
+    });
+    if let Err(e) = made {
+        println!("cargo:warning=csrc/kernels.cu: {e}");
+        std::process::exit(1);
+    }
     let mut shim = compiler();
     shim.define("_GLIBCXX_USE_CXX11_ABI", "1")
+        .include(&out)
         .include(&include)
         .include(include.join("torch/csrc/api/include"));
     if linux {
@@ -42,6 +52,7 @@ fn main() {
             "attention",
             "attention_parts",
             "cpu_dispatch",
+            "cuda",
             "decode",
             "layer",
             "linear_kl",
@@ -92,6 +103,7 @@ fn main() {
     println!("cargo:rustc-link-lib=torch_cpu");
     println!("cargo:rustc-link-lib=c10");
     if linux {
+        println!("cargo:rustc-link-lib=dl");
         // The one that libtorch brings along; a second one would be a second pool of threads.
         println!("cargo:rustc-link-lib=dylib:+verbatim=libgomp.so.1");
     }

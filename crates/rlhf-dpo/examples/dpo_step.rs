@@ -1,6 +1,6 @@
 //! Time and memory of whole DPO steps on random weights:
 //! `cargo run --release -p rlhf-dpo --example dpo_step -- SHAPE [pairs=2] [tokens=256] [prompt=50] [steps=6] [micro=8192]
-//! [reference]`, SHAPE `smol135m` or `stories15m`.
+//! [reference] [cuda] [bf16]`, SHAPE `smol135m` or `stories15m`.
 //!
 //! `prompt` is the prompt's share of a sequence of `tokens` in per cent. Prints one line of JSON: the median of the
 //! steps but the first, whether the reference's sums of their pairs are counted, the arithmetic, the peak.
@@ -64,10 +64,22 @@ fn main() -> Result<(), Failure> {
     let prompt = tokens * number("prompt=", 50)? / 100;
     // Something must predict the first token, as TRL's sequence begins with one that is not trained.
     let prompt = prompt.max(1);
-    let with_reference = args.iter().any(|a| a == "reference");
     let (layers, head) = flops(&config);
     let vocab = config.vocab_size as usize;
-    let model = Transformer::init(config, 1, Device::Cpu, Kind::Float)?;
+    let asked = |name: &str| args.iter().any(|a| a == name);
+    let device = if asked("cuda") {
+        rlhf_kernels::load_cuda();
+        Device::Cuda(0)
+    } else {
+        Device::Cpu
+    };
+    let kind = if asked("bf16") {
+        Kind::BFloat16
+    } else {
+        Kind::Float
+    };
+    let model = Transformer::init(config, 1, device, kind)?;
+    let with_reference = asked("reference");
     let ids =
         |n: usize, salt: usize| (0..n).map(move |i| ((i * 7919 + salt * 104_729) % vocab) as u32);
     let data: Vec<PromptGroup> = (0..pairs * steps)

@@ -21,7 +21,7 @@ use rlhf_model::{
 use tch::{Device, Kind};
 
 use crate::inputs::plain_text;
-use crate::{ffi, logprobs, reward_eval, run, server};
+use crate::{logprobs, reward_eval, run, server};
 use rlhf::args::{
     ChatArgs, Cli, Command, DeviceArg, EvalCommand, GenerateArgs, ImportGgufArgs, LogprobsArgs,
     SamplingArgs, WeightsArg,
@@ -71,7 +71,7 @@ pub(crate) fn device(arg: DeviceArg) -> anyhow::Result<Device> {
     match arg {
         DeviceArg::Cpu => Ok(Device::Cpu),
         DeviceArg::Cuda => {
-            ffi::load_cuda();
+            rlhf_kernels::load_cuda();
             if !tch::Cuda::is_available() {
                 return Err(usage(
                     "no CUDA device that libtorch can use",

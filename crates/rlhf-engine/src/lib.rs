@@ -5,8 +5,6 @@
 
 mod author;
 pub mod engine;
-#[allow(unsafe_code, reason = "the binary's calls into the C library")]
-mod ffi;
 mod inputs;
 mod logprobs;
 pub mod memory;

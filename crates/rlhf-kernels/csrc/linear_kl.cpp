@@ -4,6 +4,7 @@
 //
 // With the teacher's k likeliest words alone, what the student's rows need is a row of k or k + 1
 // categories; their gradient is made in forward and stored, [M,k+1].
+#include "cuda.h"
 #include "loss_kernels.h"
 #include "rows.h"
 #include <ATen/Parallel.h>
@@ -59,6 +60,12 @@ Tensor log_probs(const Tensor &z, const Tensor &stats, double inv_t) {
 void divergences(const Tensor &zs, const Tensor &zt, const Tensor &ss, const Tensor &st, double inv_t, Kind kind,
                  Tensor value, Tensor mean) {
   const int64_t n = zs.size(0), v = zs.size(1);
+  if (rows_on_gpu(zs)) {
+    cuda::run(zs, "divergence", n, 512, cuda::in<float>(zs), cuda::in<float>(zt), v, cuda::in<float>(ss),
+              cuda::in<float>(st), static_cast<float>(inv_t), static_cast<int>(kind.divergence),
+              static_cast<float>(kind.beta), cuda::out<float>(value), cuda::out<float>(mean));
+    return;
+  }
   if (!fast(zs)) {
     const auto c = compare(log_probs(zs, ss, inv_t), log_probs(zt, st, inv_t), kind);
     value.copy_(c.value);
@@ -80,17 +87,26 @@ void divergences(const Tensor &zs, const Tensor &zt, const Tensor &ss, const Ten
     }
   });
 }
-// Their gradient times g [n], in place of the student's logits.
-void divergence_grads(Tensor zs, const Tensor &zt, const Tensor &ss, const Tensor &st, double inv_t, double cap,
-                      Kind kind, const Tensor &mean, const Tensor &g) {
+// Their gradient times g [n], into `out`, which may be the student's logits.
+void divergence_grads(const Tensor &zs, const Tensor &zt, const Tensor &ss, const Tensor &st, double inv_t, double cap,
+                      Kind kind, const Tensor &mean, const Tensor &g, Tensor out) {
   const int64_t n = zs.size(0), v = zs.size(1);
+  if (rows_on_gpu(zs)) {
+    const int to = out.scalar_type() == at::kFloat ? 0 : out.scalar_type() == at::kBFloat16 ? 1 : 2;
+    cuda::run(zs, "divergence_slopes", n, 512, cuda::in<float>(zs), cuda::in<float>(zt), v, cuda::in<float>(ss),
+              cuda::in<float>(st), static_cast<float>(inv_t), static_cast<int>(kind.divergence),
+              static_cast<float>(kind.beta), cuda::in<float>(mean), static_cast<float>(cap), cuda::in<float>(g),
+              out.mutable_data_ptr(), to);
+    return;
+  }
   if (!fast(zs)) {
     auto y = compare(log_probs(zs, ss, inv_t), log_probs(zt, st, inv_t), kind).grad * (g * inv_t).unsqueeze(1);
     if (cap > 0) y.mul_((zs / cap).square_().neg_().add_(1.0));
-    zs.copy_(y);
+    out.copy_(y);
     return;
   }
-  float *s = zs.mutable_data_ptr<float>();
+  const float *s = zs.const_data_ptr<float>();
+  float *to = out.mutable_data_ptr<float>();
   const float *t = zt.const_data_ptr<float>(), *means = mean.const_data_ptr<float>();
   const float *a = ss.const_data_ptr<float>(), *b = st.const_data_ptr<float>(), *gs = g.const_data_ptr<float>();
   const auto &kernels = loss_kernels();
@@ -98,7 +114,7 @@ void divergence_grads(Tensor zs, const Tensor &zt, const Tensor &ss, const Tenso
     for (int64_t i = begin; i < end; ++i)
       kernels.divergence_grad({s + i * v, t + i * v, a + i * kStats, b + i * kStats, v, (float)inv_t, kind.divergence,
                                (float)kind.beta},
-                              means[i], (float)cap, gs[i], s + i * v);
+                              means[i], (float)cap, gs[i], to + i * v);
   });
 }
 
@@ -114,20 +130,16 @@ Kind kind_of(AutogradContext *ctx) {
 struct Gradients {
   Tensor hidden, weight, bias;
   bool first = true;
-  Gradients(bool h, bool w, bool b, const Tensor &all, const Tensor &weights) {
-    if (h) hidden = at::empty(all.sizes(), all.options());
-    if (w) weight = all.size(0) == 0 ? at::zeros(weights.sizes(), all.options()) : at::empty(weights.sizes(), all.options());
-    if (b) bias = at::zeros({weights.size(0)}, all.options());
+  Gradients(bool h, bool w, bool b, const Tensor &all, const Tensor &weights, const at::TensorOptions &options) {
+    if (h) hidden = at::empty(all.sizes(), options);
+    if (w) weight = all.size(0) == 0 ? at::zeros(weights.sizes(), options) : at::empty(weights.sizes(), options);
+    if (b) bias = at::zeros({weights.size(0)}, options);
   }
   void add(int64_t r, const Tensor &dz, const Tensor &h, const Tensor &w) {
-    if (hidden.defined()) {
-      auto rows = hidden.narrow(0, r, dz.size(0));
-      at::mm_out(rows, dz, w);
-    }
-    if (bias.defined()) bias.add_(dz.sum(0));
+    if (hidden.defined()) product(hidden.narrow(0, r, dz.size(0)), dz, w);
+    if (bias.defined()) bias.add_(dz.sum(0, false, bias.scalar_type()));
     if (!weight.defined()) return;
-    if (first) at::mm_out(weight, dz.t(), h);
-    else weight.addmm_(dz.t(), h);
+    add_product(weight, dz.t(), h, first);
     first = false;
   }
 };
@@ -137,15 +149,16 @@ struct LinearKl : torch::autograd::Function<LinearKl> {
                                const std::optional<Tensor> &bias, const Tensor &t_hidden, const Tensor &t_weight,
                                const std::optional<Tensor> &t_bias, Linear set, double t_cap, Kind kind, bool ahead) {
     const auto acc = accumulation(hidden);
-    const auto w = wide(weight, acc), h = wide(hidden, acc), b = wide(bias.value_or(Tensor()), acc);
-    const auto tw = wide(t_weight, acc), th = wide(t_hidden, acc), tb = wide(t_bias.value_or(Tensor()), acc);
+    const auto w = factor(weight, acc), h = factor(hidden, acc), b = wide(bias.value_or(Tensor()), acc);
+    const auto tw = factor(t_weight, acc), th = factor(t_hidden, acc), tb = wide(t_bias.value_or(Tensor()), acc);
+    const auto options = w.options().dtype(acc);
     const Linear teacher{set.inv_t, t_cap, set.rows};
     const int64_t m = h.size(0), v = w.size(0), rows = std::min(m, set.rows);
-    auto value = at::empty({m}, w.options()), mean = at::empty({m}, w.options());
-    auto ss = at::empty({m, kStats}, w.options()), st = at::empty({m, kStats}, w.options());
-    Tensor fixed = ahead ? at::empty(h.sizes(), h.options()) : Tensor();
-    const auto one = at::full({rows}, 1.0, w.options());
-    const auto a = buffer(0, rows, v, w.options()), c = buffer(1, rows, v, w.options());
+    auto value = at::empty({m}, options), mean = at::empty({m}, options);
+    auto ss = at::empty({m, kStats}, options), st = at::empty({m, kStats}, options);
+    Tensor fixed = ahead ? at::empty(h.sizes(), options) : Tensor();
+    const auto one = at::full({rows}, 1.0, options);
+    const auto a = buffer(0, rows, v, options), c = buffer(1, rows, v, options);
     for (int64_t r = 0; r < m; r += set.rows) {
       const int64_t n = std::min(set.rows, m - r);
       const auto zs = a.narrow(0, 0, n), zt = c.narrow(0, 0, n), s = ss.narrow(0, r, n), t = st.narrow(0, r, n);
@@ -155,9 +168,9 @@ struct LinearKl : torch::autograd::Function<LinearKl> {
       row_stats(zt, Tensor(), set.inv_t, false, t, Tensor());
       divergences(zs, zt, s, t, set.inv_t, kind, value.narrow(0, r, n), mean.narrow(0, r, n));
       if (ahead) {
-        divergence_grads(zs, zt, s, t, set.inv_t, set.cap, kind, mean.narrow(0, r, n), one.narrow(0, 0, n));
-        auto out = fixed.narrow(0, r, n);
-        at::mm_out(out, zs, w);
+        const auto dz = slopes_of(zs, w);
+        divergence_grads(zs, zt, s, t, set.inv_t, set.cap, kind, mean.narrow(0, r, n), one.narrow(0, 0, n), dz);
+        product(fixed.narrow(0, r, n), dz, w);
       }
     }
     ctx->set_materialize_grads(false);
@@ -186,20 +199,23 @@ struct LinearKl : torch::autograd::Function<LinearKl> {
     }
     const auto &weight = saved[1], &bias = saved[2];
     const auto acc = accumulation(hidden);
-    const auto w = wide(weight, acc), h = wide(hidden, acc), b = wide(bias, acc);
-    const auto th = wide(saved[3], acc), tw = wide(saved[4], acc), tb = wide(saved[5], acc);
+    const auto w = factor(weight, acc), h = factor(hidden, acc), b = wide(bias, acc);
+    const auto th = factor(saved[3], acc), tw = factor(saved[4], acc), tb = wide(saved[5], acc);
+    const auto options = w.options().dtype(acc);
     const Linear teacher{set.inv_t, ctx->saved_data["t_cap"].toDouble(), set.rows};
     const int64_t m = h.size(0), v = w.size(0), rows = std::min(m, set.rows);
-    Gradients out(ctx->needs_input_grad(0), ctx->needs_input_grad(1), bias.defined() && ctx->needs_input_grad(2), h, w);
-    const auto a = buffer(0, rows, v, w.options()), c = buffer(1, rows, v, w.options());
+    Gradients out(ctx->needs_input_grad(0), ctx->needs_input_grad(1), bias.defined() && ctx->needs_input_grad(2), h, w,
+                  options);
+    const auto a = buffer(0, rows, v, options), c = buffer(1, rows, v, options);
     for (int64_t r = 0; r < m; r += set.rows) {
       const int64_t n = std::min(set.rows, m - r);
       const auto zs = a.narrow(0, 0, n), zt = c.narrow(0, 0, n);
       set.logits(zs, h.narrow(0, r, n), w.t(), b);
       teacher.logits(zt, th.narrow(0, r, n), tw.t(), tb);
+      const auto dz = slopes_of(zs, w);
       divergence_grads(zs, zt, saved[6].narrow(0, r, n), saved[7].narrow(0, r, n), set.inv_t, set.cap, kind,
-                       saved[8].narrow(0, r, n), g.narrow(0, r, n));
-      out.add(r, zs, h.narrow(0, r, n), w);
+                       saved[8].narrow(0, r, n), g.narrow(0, r, n), dz);
+      out.add(r, dz, h.narrow(0, r, n), w);
     }
     if (out.hidden.defined()) result[0] = out.hidden.to(hidden.scalar_type());
     if (out.weight.defined()) result[1] = out.weight.to(weight.scalar_type());
@@ -245,7 +261,7 @@ struct LinearKlTop : torch::autograd::Function<LinearKlTop> {
                                Kind kind, bool bucket) {
     const auto acc = accumulation(hidden);
     const auto h = wide(hidden, acc), b = wide(bias.value_or(Tensor()), acc);
-    const auto w = bucket ? wide(weight, acc) : Tensor();
+    const auto all = bucket ? factor(hidden, acc) : Tensor(), w = bucket ? factor(weight, acc) : Tensor();
     const int64_t m = h.size(0), v = weight.size(0), k = ids.size(1);
     auto value = at::empty({m}, h.options()), grad = at::empty({m, k + (bucket ? 1 : 0)}, h.options());
     auto stats = bucket ? at::empty({m, kStats}, h.options()) : Tensor();
@@ -258,7 +274,7 @@ struct LinearKlTop : torch::autograd::Function<LinearKlTop> {
       Compared c;
       if (bucket) {
         const auto s = stats.narrow(0, r, n);
-        others(set, whole.narrow(0, 0, n), x, w.t(), b, i, s);
+        others(set, whole.narrow(0, 0, n), all.narrow(0, r, n), w.t(), b, i, s);
         const auto rest = (s.narrow(1, 0, 1) * set.inv_t).add_(s.narrow(1, 1, 1));
         const auto lse = at::logaddexp(at::logsumexp(u, {1}, true), rest);
         c = compare(at::cat({u - lse, rest - lse}, 1), at::cat({t, rest_of(t)}, 1), kind);
@@ -293,12 +309,12 @@ struct LinearKlTop : torch::autograd::Function<LinearKlTop> {
                need_b = bias.defined() && ctx->needs_input_grad(2);
     Tensor gh, gw, gb;
     if (bucket) {
-      const auto w = wide(weight, acc);
-      Gradients out(need_h, need_w, need_b, h, w);
+      const auto all = factor(hidden, acc), w = factor(weight, acc);
+      Gradients out(need_h, need_w, need_b, h, w, h.options());
       const auto whole = buffer(0, std::min(m, set.rows), v, h.options());
       for (int64_t r = 0; r < m; r += set.rows) {
         const int64_t n = std::min(set.rows, m - r);
-        const auto z = whole.narrow(0, 0, n), x = h.narrow(0, r, n), i = ids.narrow(0, r, n);
+        const auto z = whole.narrow(0, 0, n), x = all.narrow(0, r, n), i = ids.narrow(0, r, n);
         const auto part = g.narrow(0, r, n);
         set.logits(z, x, w.t(), b);
         z.scatter_(1, i, -std::numeric_limits<double>::infinity());
@@ -373,15 +389,16 @@ RLHF_API char *rlhf_top_logprobs(Tensor **out, const RlhfHead *t, int64_t k, dou
   return guard([&] {
     c10::AutoGradMode off(false);
     const auto acc = accumulation(*t->hidden);
-    const auto w = wide(*t->weight, acc), h = wide(*t->hidden, acc), b = t->bias ? wide(*t->bias, acc) : Tensor();
+    const auto w = factor(*t->weight, acc), h = factor(*t->hidden, acc), b = t->bias ? wide(*t->bias, acc) : Tensor();
+    const auto options = h.options().dtype(acc);
     const int64_t m = h.size(0), v = w.size(0);
     const Linear set{1.0 / temperature, t->softcap, even_rows(m, chunk_rows)};
-    auto ids = at::empty({m, k}, h.options().dtype(at::kLong)), logp = at::empty({m, k}, h.options());
-    const auto whole = buffer(0, std::min(m, set.rows), v, h.options());
+    auto ids = at::empty({m, k}, options.dtype(at::kLong)), logp = at::empty({m, k}, options);
+    const auto whole = buffer(0, std::min(m, set.rows), v, options);
     for (int64_t r = 0; r < m; r += set.rows) {
       const int64_t n = std::min(set.rows, m - r);
       const auto z = whole.narrow(0, 0, n);
-      const auto stats = at::empty({n, kStats}, h.options());
+      const auto stats = at::empty({n, kStats}, options);
       set.logits(z, h.narrow(0, r, n), w.t(), b);
       row_stats(z, Tensor(), set.inv_t, false, stats, Tensor());
       const auto [values, words] = z.topk(k, 1);

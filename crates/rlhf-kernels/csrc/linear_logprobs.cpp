@@ -10,6 +10,7 @@
 // With filtering, words that no row of a chunk gives a probability of `filter` are left out of its
 // gradients. Forward notes the others; backward computes logits and products of those alone, over their
 // rows of the weight gathered together.
+#include "cuda.h"
 #include "rows.h"
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
@@ -19,9 +20,12 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
+#include <algorithm>
 #include <torch/csrc/autograd/variable.h>
 
 namespace rlhf {
+bool rows_on_gpu(const Tensor &z) { return z.scalar_type() == at::kFloat && z.is_contiguous() && cuda::ready(z); }
+
 void row_stats(const Tensor &z, const Tensor &ids, double inv_t, bool entropy, Tensor stats, Tensor logp) {
   const int64_t n = z.size(0), v = z.size(1);
   if (fast(z)) {
@@ -38,15 +42,22 @@ void row_stats(const Tensor &z, const Tensor &ids, double inv_t, bool entropy, T
     });
     return;
   }
+  if (rows_on_gpu(z)) {
+    cuda::run(z, "row_stats", n, 512, cuda::in<float>(z), v, cuda::in<int64_t>(ids), static_cast<float>(inv_t),
+              cuda::out<float>(stats), cuda::out<float>(ids.defined() ? logp : Tensor()));
+    return;
+  }
   const auto top = z.amax(1, true);
-  const auto d = (z - top).mul_(inv_t);
-  const auto e = d.exp();
-  const auto total = e.sum(1);
+  auto d = z - top;
+  if (inv_t != 1) d.mul_(inv_t);
+  const auto own = ids.defined() ? d.gather(1, ids.unsqueeze(1)).squeeze(1) : Tensor();
+  const auto e = entropy ? d.exp() : d.exp_();
+  const auto total = e.sum(1), log_total = total.log();
   stats.select(1, 0).copy_(top.squeeze(1));
-  stats.select(1, 1).copy_(total.log());
-  if (entropy) stats.select(1, 2).copy_(total.log() - (e * d.clamp_min(kFloor)).sum(1) / total);
+  stats.select(1, 1).copy_(log_total);
+  if (entropy) stats.select(1, 2).copy_(log_total - d.clamp_min_(kFloor).mul_(e).sum(1) / total);
   stats.select(1, 3).copy_(total.reciprocal());
-  if (ids.defined()) logp.copy_(d.gather(1, ids.unsqueeze(1)).squeeze(1) - total.log());
+  if (ids.defined()) logp.copy_(own - log_total);
 }
 
 Tensor own_slope(const Tensor &z, const Tensor &ids, double inv_t, double cap) {
@@ -56,8 +67,8 @@ Tensor own_slope(const Tensor &z, const Tensor &ids, double inv_t, double cap) {
 
 void row_grad(const Tensor &z, const Tensor &stats, double inv_t, double cap, const Tensor &g, const Tensor &ge,
               const Tensor &gq, Tensor out) {
+  const int64_t n = z.size(0), v = z.size(1);
   if (fast(z)) {
-    const int64_t n = z.size(0), v = z.size(1);
     const float *x = z.const_data_ptr<float>(), *s = stats.const_data_ptr<float>();
     const float *gp = g.defined() ? g.const_data_ptr<float>() : nullptr;
     const float *gep = ge.defined() ? ge.const_data_ptr<float>() : nullptr;
@@ -68,6 +79,13 @@ void row_grad(const Tensor &z, const Tensor &stats, double inv_t, double cap, co
         grad(x + i * v, o + i * v, v, s + i * kStats, inv_t, cap, gp ? gp[i] : 0.f, gep ? gep[i] : 0.f,
              gqp ? gqp[i] : 0.f);
     });
+    return;
+  }
+  if (rows_on_gpu(z)) {
+    const int kind = out.scalar_type() == at::kFloat ? 0 : out.scalar_type() == at::kBFloat16 ? 1 : 2;
+    cuda::run(z, "row_slopes", n, 512, cuda::in<float>(z), v, cuda::in<float>(stats), static_cast<float>(inv_t),
+              static_cast<float>(cap), cuda::in<float>(g), cuda::in<float>(ge), cuda::in<float>(gq), out.mutable_data_ptr(),
+              kind);
     return;
   }
   // d logp/dz = 1[id] − p ;  d H/dz = −p (log p + H)
@@ -137,8 +155,12 @@ void of_words(const Linear &set, const Tensor &words, const Tensor &h, const Ten
 }
 
 void Linear::logits(Tensor out, const Tensor &h, const Tensor &wt, const Tensor &bias) const {
-  if (bias.defined()) at::addmm_out(out, bias, h, wt);
-  else at::mm_out(out, h, wt);
+  if (bias.defined() && wt.scalar_type() == out.scalar_type()) {
+    at::addmm_out(out, bias, h, wt);
+  } else {
+    product(out, h, wt);
+    if (bias.defined()) out.add_(bias);
+  }
   if (cap > 0) out.div_(cap).tanh_().mul_(cap);
 }
 } // namespace rlhf
@@ -176,14 +198,14 @@ void row_top1(const Tensor &z, const Tensor &ids, const Tensor &stats, Tensor ou
 
 // Joins the two parts.
 void join(Tensor grad, const Tensor &ids, const Tensor &own) {
-  if (own.defined()) grad.scatter_add_(1, ids.unsqueeze(1), own.unsqueeze(1));
+  if (own.defined()) grad.scatter_add_(1, ids.unsqueeze(1), own.unsqueeze(1).to(grad.scalar_type()));
 }
 // out = (gradient of the logits) · weight, from the two parts.
 // Where `words` is defined the gradient is of those alone.
 void hidden_grad(Tensor out, const Tensor &grad, const Tensor &ids, const Tensor &own, const Tensor &w,
                  const Tensor &words = {}) {
-  at::mm_out(out, grad, words.defined() ? w.index_select(0, words) : w);
-  if (own.defined()) out.addcmul_(w.index_select(0, ids), own.unsqueeze(1));
+  product(out, grad, words.defined() ? w.index_select(0, words) : w);
+  if (own.defined()) out.addcmul_(w.index_select(0, ids).to(out.scalar_type()), own.unsqueeze(1));
 }
 
 void of_chunk(Extras &e, int64_t r, const Tensor &z, const Tensor &ids, const Tensor &stats, double inv_t) {
@@ -224,20 +246,22 @@ struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
                                double filter, Extras *extras) {
     const bool entropy = wanted.entropy, ahead = wanted.ahead;
     const auto acc = rlhf::accumulation(hidden);
-    const auto w = wide(weight, acc), all = wide(hidden, acc), b = wide(bias.value_or(Tensor()), acc);
+    const auto operand = filter > 0 ? wide : factor;
+    const auto w = operand(weight, acc), all = operand(hidden, acc), b = wide(bias.value_or(Tensor()), acc);
     const auto wt = w.t();
+    const auto options = w.options().dtype(acc);
     const int64_t m = hidden.size(0), v = weight.size(0);
-    auto logp = at::empty({m}, w.options()), stats = at::empty({m, rlhf::kStats}, w.options());
-    extras->prepare(m, w.options());
-    auto penalty = wanted.penalty != 0 ? at::empty({m}, w.options()) : Tensor();
+    auto logp = at::empty({m}, options), stats = at::empty({m, rlhf::kStats}, options);
+    extras->prepare(m, options);
+    auto penalty = wanted.penalty != 0 ? at::empty({m}, options) : Tensor();
     Tensor fixed, slope, one;
     if (ahead) {
-      fixed = at::empty(all.sizes(), w.options());
-      slope = at::empty({m}, w.options());
-      one = at::full({std::min(m, set.rows)}, 1.0, w.options());
+      fixed = at::empty(all.sizes(), options);
+      slope = at::empty({m}, options);
+      one = at::full({std::min(m, set.rows)}, 1.0, options);
     }
     variable_list kept;
-    const auto whole = buffer(0, std::min(m, set.rows), v, w.options());
+    const auto whole = buffer(0, std::min(m, set.rows), v, options);
     for (int64_t r = 0; r < m; r += set.rows) {
       const int64_t n = std::min(set.rows, m - r);
       const auto z = whole.narrow(0, 0, n), i = ids.narrow(0, r, n), s = stats.narrow(0, r, n);
@@ -251,8 +275,9 @@ struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
       if (ahead) {
         const auto own = slope.narrow(0, r, n).copy_(own_slope(z, i, set.inv_t, set.cap));
         const auto some = words.defined() ? z.index_select(1, words) : z;
-        row_grad(some, s, set.inv_t, set.cap, one.narrow(0, 0, n), Tensor(), Tensor(), some);
-        hidden_grad(fixed.narrow(0, r, n), some, i, own, w, words);
+        const auto dz = slopes_of(some, w);
+        row_grad(some, s, set.inv_t, set.cap, one.narrow(0, 0, n), Tensor(), Tensor(), dz);
+        hidden_grad(fixed.narrow(0, r, n), dz, i, own, w, words);
       }
     }
     ctx->set_materialize_grads(false);
@@ -298,15 +323,18 @@ struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
       result[0] = gh.to(hidden.scalar_type());
       return result;
     }
-    const auto w = wide(weight, acc), all = wide(hidden, acc), b = wide(bias, acc);
+    const bool filtered = std::any_of(saved.begin() + 7, saved.end(), [](const Tensor &t) { return t.defined(); });
+    const auto operand = filtered ? wide : factor;
+    const auto w = operand(weight, acc), all = operand(hidden, acc), b = wide(bias, acc);
     const auto wt = w.t();
+    const auto options = w.options().dtype(acc);
     const int64_t m = hidden.size(0), v = weight.size(0);
     const auto pull = g_penalty.defined() ? g_penalty * (2 * penalty / v) : Tensor();
-    Tensor gh = need_h ? at::empty(all.sizes(), w.options()) : Tensor();
-    Tensor gw = need_w ? (m == 0 ? at::zeros(w.sizes(), w.options()) : at::empty(w.sizes(), w.options())) : Tensor();
-    Tensor gb = need_b ? at::zeros({v}, w.options()) : Tensor();
+    Tensor gh = need_h ? at::empty(all.sizes(), options) : Tensor();
+    Tensor gw = need_w ? (m == 0 ? at::zeros(w.sizes(), options) : at::empty(w.sizes(), options)) : Tensor();
+    Tensor gb = need_b ? at::zeros({v}, options) : Tensor();
     bool first = true;
-    const auto whole = buffer(0, std::min(m, set.rows), v, w.options());
+    const auto whole = buffer(0, std::min(m, set.rows), v, options);
     for (int64_t r = 0; r < m; r += set.rows) {
       const int64_t n = std::min(set.rows, m - r);
       const auto z = whole.narrow(0, 0, n), h = all.narrow(0, r, n), i = ids.narrow(0, r, n);
@@ -321,14 +349,14 @@ struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
       }
       set.logits(z, h, wt, b);
       const auto own = g_logp.defined() ? own_slope(z, i, set.inv_t, set.cap).mul_(part(g_logp)) : Tensor();
-      row_grad(z, stats.narrow(0, r, n), set.inv_t, set.cap, part(dense), part(g_entropy), part(pull), z);
-      if (need_h) hidden_grad(gh.narrow(0, r, n), z, i, own, w);
+      const auto dz = slopes_of(z, w);
+      row_grad(z, stats.narrow(0, r, n), set.inv_t, set.cap, part(dense), part(g_entropy), part(pull), dz);
+      if (need_h) hidden_grad(gh.narrow(0, r, n), dz, i, own, w);
       if (!need_w && !need_b) continue;
-      join(z, i, own);
-      if (need_b) gb.add_(z.sum(0));
+      join(dz, i, own);
+      if (need_b) gb.add_(dz.sum(0, false, acc));
       if (!need_w) continue;
-      if (first) at::mm_out(gw, z.t(), h);
-      else at::addmm_out(gw, gw, z.t(), h);
+      add_product(gw, dz.t(), h, first);
       first = false;
     }
     if (need_h) result[0] = gh.to(hidden.scalar_type());

@@ -1,5 +1,6 @@
 // Lists of tensors in one call: AdamW, the global norm, scaling.
 #include "shim.h"
+#include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/_fused_adamw.h>
@@ -35,6 +36,14 @@ RLHF_API char *rlhf_global_norm(double *norm, const at::Tensor *const *tensors, 
     c10::AutoGradMode off(false);
     auto all = list(tensors, n);
     *norm = n == 0 ? 0.0 : at::stack(at::_foreach_norm(all, 2)).to(at::kDouble).norm().item<double>();
+  });
+}
+
+// Adds 1 to each.
+RLHF_API char *rlhf_count(const at::Tensor *const *tensors, int64_t n) {
+  return rlhf::guard([&] {
+    c10::AutoGradMode off(false);
+    at::_foreach_add_(list(tensors, n), 1);
   });
 }
 

@@ -5,6 +5,7 @@
 // A number goes to one of its two neighbours in the map, with chances by nearness, drawn from a hash of
 // step and place. To the nearest alone would lose every change smaller than half a gap, which after a
 // hundred steps is what a second moment changes by: it would only ever shrink with its block's largest.
+#include "cuda.h"
 #include "hash.h"
 #include "loss_kernels.h"
 #include "shim.h"
@@ -13,6 +14,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <mutex>
+#include <unordered_map>
 #include <vector>
 
 namespace {
@@ -60,6 +63,19 @@ const Maps &maps() {
   static const Maps all;
   return all;
 }
+// Both maps' values on a GPU. Never freed: the driver may be gone before a static is.
+at::Tensor gpu_maps(const at::Tensor &like) {
+  static std::mutex lock;
+  static auto *made = new std::unordered_map<int, at::Tensor>;
+  const std::lock_guard hold(lock);
+  auto &t = (*made)[like.device().index()];
+  if (!t.defined()) {
+    std::vector<float> all(maps().first.begin(), maps().first.end());
+    all.insert(all.end(), maps().second.begin(), maps().second.end());
+    t = at::tensor(all, at::TensorOptions().dtype(at::kFloat)).to(like.device());
+  }
+  return t;
+}
 } // namespace
 
 // The maps' 256 values: of the first moment, then of the second.
@@ -69,12 +85,24 @@ RLHF_API void rlhf_dynamic_maps(float *out) noexcept {
 }
 
 // tensors: parameter, gradient (f32), codes of both moments (u8), their blocks' largest magnitudes (f32), all
-// contiguous on the CPU; `step` counts from 1.
+// contiguous, on the CPU or a GPU that has kernels; `step` counts from 1.
 RLHF_API char *rlhf_adamw8(const at::Tensor *const *tensors, double step, double lr, double beta1, double beta2,
                            double weight_decay, double eps) {
   return rlhf::guard([&] {
-    for (int i = 0; i < 6; ++i) TORCH_CHECK(tensors[i]->is_contiguous() && tensors[i]->is_cpu(), "not contiguous");
+    for (int i = 0; i < 6; ++i) TORCH_CHECK(tensors[i]->is_contiguous(), "not contiguous");
     const int64_t n = tensors[0]->numel();
+    const float keep = static_cast<float>(1.0 - lr * weight_decay), rate = static_cast<float>(lr / (1.0 - std::pow(beta1, step))),
+                root = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, step)));
+    const uint32_t salt = hash(static_cast<uint32_t>(step));
+    if (tensors[0]->is_cuda()) {
+      const auto &on = *tensors[0];
+      const auto table = gpu_maps(on);
+      cuda::run(on, "adamw8", (n + kBlock - 1) / kBlock, kBlock, on.data_ptr(), tensors[1]->const_data_ptr(),
+                tensors[2]->data_ptr(), tensors[3]->data_ptr(), tensors[4]->data_ptr(), tensors[5]->data_ptr(),
+                table.const_data_ptr(), n, salt, static_cast<float>(beta1), static_cast<float>(beta2),
+                static_cast<float>(1.0 - beta1), static_cast<float>(1.0 - beta2), keep, rate, root, static_cast<float>(eps));
+      return;
+    }
     auto *p = static_cast<float *>(tensors[0]->data_ptr());
     const auto *g = tensors[1]->const_data_ptr<float>();
     auto *m = tensors[2]->mutable_data_ptr<uint8_t>(), *v = tensors[3]->mutable_data_ptr<uint8_t>();
@@ -88,11 +116,10 @@ RLHF_API char *rlhf_adamw8(const at::Tensor *const *tensors, double step, double
                           static_cast<float>(beta2),
                           static_cast<float>(1.0 - beta1),
                           static_cast<float>(1.0 - beta2),
-                          static_cast<float>(1.0 - lr * weight_decay),
-                          static_cast<float>(lr / (1.0 - std::pow(beta1, step))),
-                          static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, step))),
+                          keep,
+                          rate,
+                          root,
                           static_cast<float>(eps)};
-    const uint32_t salt = hash(static_cast<uint32_t>(step));
     const auto &kernels = loss_kernels();
     at::parallel_for(0, (n + kBlock - 1) / kBlock, 32, [&](int64_t first, int64_t last) {
       for (int64_t block = first; block < last; ++block) {

@@ -1,15 +1,16 @@
 // Sums, repeats and scans over sequences laid end to end. Each of the three is linear, so its backward is
 // one of them again and derivatives of any order exist. On the CPU sums are made in f64, a sequence at a
-// time and sequences in parallel; elsewhere by libtorch's own operations, without waiting for the device.
-#include "shim.h"
+// time and sequences in parallel; on GPUs by kernels, a block a sequence; elsewhere by libtorch's own operations.
+#include "cuda.h"
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/tensor.h>
+#include <ATen/ops/repeat_interleave.h>
 #include <ATen/ops/zeros.h>
+#include <string>
 #include <torch/csrc/autograd/custom_function.h>
 
 namespace {
@@ -20,6 +21,14 @@ using Offsets = std::vector<int64_t>;
 
 bool fast(const Tensor &x) {
   return x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble);
+}
+bool on_gpu(const Tensor &x) {
+  return (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble) && rlhf::cuda::ready(x);
+}
+// Launches NAME_f32 or NAME_f64 with a block for each sequence.
+template <class... A> void run(const Tensor &x, const char *name, const Offsets &o, int threads, A... a) {
+  const auto kernel = std::string(name) + (x.scalar_type() == at::kFloat ? "_f32" : "_f64");
+  rlhf::cuda::run(x, kernel.c_str(), static_cast<int64_t>(o.size()) - 1, threads, a...);
 }
 int64_t segments(const Offsets &o) { return static_cast<int64_t>(o.size()) - 1; }
 
@@ -35,13 +44,17 @@ template <class F> void over(const Offsets &o, F &&body) {
 }
 // The sequence of each value.
 Tensor owners(const Offsets &o, const Tensor &like) {
-  std::vector<int64_t> ids;
-  ids.reserve(o.back());
-  for (int64_t s = 0; s < segments(o); ++s) ids.insert(ids.end(), o[s + 1] - o[s], s);
-  return at::tensor(ids, at::kLong).to(like.device());
+  const auto ends = rlhf::cuda::upload(o, like);
+  return at::repeat_interleave(ends.narrow(0, 1, segments(o)) - ends.narrow(0, 0, segments(o)), std::optional<int64_t>(o.back()));
 }
 
 Tensor sum(const Tensor &x, const Offsets &o) {
+  if (on_gpu(x)) {
+    auto out = at::empty({segments(o)}, x.options());
+    const auto at = rlhf::cuda::upload(o, x);
+    run(x, "sum", o, 128, x.const_data_ptr(), at.const_data_ptr<int64_t>(), out.mutable_data_ptr());
+    return out;
+  }
   if (!fast(x)) return at::zeros({segments(o)}, x.options()).index_add(0, owners(o, x), x);
   auto out = at::empty({segments(o)}, x.options());
   by_type(x, [&](auto zero) {
@@ -65,6 +78,12 @@ Tensor sum(const Tensor &x, const Offsets &o) {
 }
 
 Tensor repeat(const Tensor &x, const Offsets &o) {
+  if (on_gpu(x)) {
+    auto out = at::empty({o.back()}, x.options());
+    const auto at = rlhf::cuda::upload(o, x);
+    run(x, "repeat", o, 128, x.const_data_ptr(), at.const_data_ptr<int64_t>(), out.mutable_data_ptr());
+    return out;
+  }
   if (!fast(x)) return x.index_select(0, owners(o, x));
   auto out = at::empty({o.back()}, x.options());
   by_type(x, [&](auto zero) {
@@ -82,6 +101,13 @@ Tensor repeat(const Tensor &x, const Offsets &o) {
 // on the CPU, or where `doubling` asks for it, by doubling: log₂ of the longest sequence passes.
 Tensor scan(const Tensor &x, const Offsets &o, double decay, bool reverse, bool doubling = false) {
   const int64_t m = o.back();
+  if (!doubling && on_gpu(x)) {
+    auto out = at::empty({m}, x.options());
+    const auto at = rlhf::cuda::upload(o, x);
+    run(x, "scan", o, 32, x.const_data_ptr(), at.const_data_ptr<int64_t>(), decay, static_cast<int>(reverse),
+        out.mutable_data_ptr());
+    return out;
+  }
   if (doubling || !fast(x)) {
     int64_t longest = 0;
     for (int64_t s = 0; s < segments(o); ++s) longest = std::max(longest, o[s + 1] - o[s]);
@@ -162,7 +188,7 @@ RLHF_API char *rlhf_scan(Tensor **out, const Tensor *x, const int64_t *offsets, 
   });
 }
 
-// Of f32 or f64 values [M] on the CPU, no gradients: out[0] by `op` 0 deviations from the mean, 1 those over
+// Of f32 or f64 values [M] on the CPU or a GPU that has kernels, no gradients: out[0] by `op` 0 deviations from the mean, 1 those over
 // (std + epsilon), 2 n/(n − 1) times them; out[1] the deviations with divisor n − correction, [S]. Equal
 // values give exactly 0, as the first is taken away before the mean is.
 RLHF_API char *rlhf_statistics(Tensor **out, const Tensor *x, const int64_t *offsets, int64_t n, int op, double epsilon,
@@ -171,6 +197,14 @@ RLHF_API char *rlhf_statistics(Tensor **out, const Tensor *x, const int64_t *off
     const Offsets o(offsets, offsets + n + 1);
     const auto from = x->detach().contiguous();
     auto values = at::empty_like(from), deviations = at::empty({n}, from.options());
+    if (from.is_cuda()) {
+      const auto at = rlhf::cuda::upload(o, from);
+      run(from, "statistics", o, 128, from.const_data_ptr(), at.const_data_ptr<int64_t>(), op, epsilon, correction,
+          values.mutable_data_ptr(), deviations.mutable_data_ptr());
+      out[0] = rlhf::give(values);
+      out[1] = rlhf::give(deviations);
+      return;
+    }
     by_type(from, [&](auto zero) {
       using T = decltype(zero);
       const T *p = from.const_data_ptr<T>();
@@ -214,7 +248,11 @@ RLHF_API char *rlhf_gae(Tensor **out, const Tensor *rewards, const Tensor *value
     const auto acc = rlhf::accumulation(*rewards);
     const auto r = rewards->detach().to(acc).contiguous(), v = values->detach().to(acc).contiguous();
     auto a = at::empty_like(r), g = at::empty_like(r);
-    if (fast(r) && !doubling) {
+    if (!doubling && on_gpu(r)) {
+      const auto at = rlhf::cuda::upload(o, r);
+      run(r, "gae", o, 32, r.const_data_ptr(), v.const_data_ptr(), at.const_data_ptr<int64_t>(), gamma, lambda,
+          a.mutable_data_ptr(), g.mutable_data_ptr());
+    } else if (fast(r) && !doubling) {
       by_type(r, [&](auto zero) {
         using T = decltype(zero);
         const T *rp = r.const_data_ptr<T>(), *vp = v.const_data_ptr<T>();

@@ -4,6 +4,8 @@
 #include "row_kernels.h"
 #include "shim.h"
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <cmath>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -15,6 +17,9 @@ constexpr double kFloor = -1e4;
 
 // Only what the inner loops take.
 inline bool fast(const Tensor &z) { return z.is_cpu() && z.scalar_type() == at::kFloat; }
+
+// What the GPU's kernels take.
+bool rows_on_gpu(const Tensor &z);
 
 // Rows a thread should take at least, so that starting it pays.
 inline int64_t grain(int64_t v) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(v, 1)); }
@@ -32,7 +37,7 @@ void row_stats(const Tensor &z, const Tensor &ids, double inv_t, bool entropy, T
 Tensor own_slope(const Tensor &z, const Tensor &ids, double inv_t, double cap);
 
 // The gradient of Σ g·logp + ge·H + ½ gq·Σ (z/T)² with respect to the uncapped logits, without the chosen ids' own part
-// (g times `own_slope`), into `out`, which may be z itself; g, ge and gq [n] may be
+// (g times `own_slope`), into `out`, which may be z itself or of another type; g, ge and gq [n] may be
 // undefined. Apart, because a product that sums over the vocabulary would add thousands of small terms to
 // one large one. The gradient of the log-sum-exp is the dense part alone, for −g.
 void row_grad(const Tensor &z, const Tensor &stats, double inv_t, double cap, const Tensor &g, const Tensor &ge,
@@ -63,6 +68,27 @@ Tensor buffer(int slot, int64_t rows, int64_t v, const at::TensorOptions &option
 // In the type that sums are made in; undefined stays so.
 inline Tensor wide(const Tensor &t, at::ScalarType acc) { return t.defined() ? t.detach().to(acc) : Tensor(); }
 
+// A factor of a product: 16 bits stay where the device multiplies them into sums of 32 (CUDA), else as `wide`.
+inline Tensor factor(const Tensor &t, at::ScalarType acc) {
+  return t.is_cuda() && at::isReducedFloatingType(t.scalar_type()) ? t.detach() : wide(t, acc);
+}
+// out = a · b of factors; `a` may be in out's type, it is then rounded to b's.
+inline void product(Tensor out, const Tensor &a, const Tensor &b) {
+  if (b.scalar_type() == out.scalar_type()) at::mm_out(out, a, b);
+  else at::mm_out(out, a.to(b.scalar_type()), b, out.scalar_type());
+}
+// to = a · b where that is the first of a sum, else to += a · b.
+inline void add_product(Tensor to, const Tensor &a, const Tensor &b, bool first) {
+  if (first) product(to, a, b);
+  else if (b.scalar_type() == to.scalar_type()) to.addmm_(a, b);
+  else to.add_(at::mm(a.to(b.scalar_type()), b, to.scalar_type()));
+}
+
+// Where the gradient of logits goes that is to be multiplied with `factor`: over them, or beside them in its type.
+inline Tensor slopes_of(const Tensor &z, const Tensor &factor) {
+  return z.scalar_type() == factor.scalar_type() ? z : at::empty(z.sizes(), factor.options());
+}
+
 // How logits come out of a product, `rows` at a time.
 struct Linear {
   double inv_t, cap;
@@ -78,7 +104,7 @@ struct Linear {
     return {ctx->saved_data["inv_t"].toDouble(), ctx->saved_data["cap"].toDouble(), ctx->saved_data["rows"].toInt(),
             ctx->saved_data["words"].toInt()};
   }
-  // out = cap(h · wt + bias); the bias may be undefined.
+  // out = cap(h · wt + bias) of factors; the bias, in out's type, may be undefined.
   void logits(Tensor out, const Tensor &h, const Tensor &wt, const Tensor &bias) const;
 };
 

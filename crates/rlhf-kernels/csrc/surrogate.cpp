@@ -1,10 +1,12 @@
 // The clipped surrogate in one pass: loss, statistics and the gradient of each token, which backward only
 // multiplies. Runs of at most 1024 tokens are added up in their order, so the result does not depend on
 // the number of threads.
+#include "cuda.h"
 #include "loss_kernels.h"
 #include "shim.h"
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -64,10 +66,32 @@ template <class T> void compute(const Tensor &logp, const Inputs &in, Tensor gra
     }
 }
 
+// The same on a GPU, a block for each completion; gives the loss.
+Tensor on_gpu(const Tensor &logp, const Inputs &in, Tensor grad) {
+  const auto n = static_cast<int64_t>(in.offsets.size()) - 1;
+  const auto at = cuda::upload(in.offsets, logp);
+  auto parts = at::empty({n, kSurrogateSums}, logp.options().dtype(at::kDouble));
+  auto data = [](const Tensor &t) { return t.defined() ? t.const_data_ptr() : nullptr; };
+  cuda::run(logp, logp.scalar_type() == at::kFloat ? "surrogate_f32" : "surrogate_f64", n, 128, data(logp), data(in.old),
+            data(in.advantages), data(in.weights), data(in.ref), at.const_data_ptr<int64_t>(), in.settings,
+            static_cast<int>(in.by_completion), static_cast<int>(in.sequence_mean), grad.mutable_data_ptr(),
+            parts.mutable_data_ptr<double>());
+  auto sums = parts.sum(0);
+  if (n > 0) sums.select(0, kRatioMax).copy_(parts.select(1, kRatioMax).max());
+  const auto host = sums.cpu();
+  std::copy_n(host.const_data_ptr<double>(), kSurrogateSums, in.sums);
+  return sums.select(0, kLoss).to(logp.scalar_type());
+}
+
 struct Surrogate : torch::autograd::Function<Surrogate> {
   static Tensor forward(AutogradContext *ctx, const Tensor &logp, const Inputs *in) {
     const auto x = logp.detach().contiguous();
     auto grad = at::empty_like(x);
+    if (x.is_cuda()) {
+      const auto loss = on_gpu(x, *in, grad);
+      ctx->save_for_backward({grad});
+      return loss;
+    }
     if (x.scalar_type() == at::kFloat) compute<float>(x, *in, grad);
     else compute<double>(x, *in, grad);
     ctx->save_for_backward({grad});
@@ -80,7 +104,7 @@ struct Surrogate : torch::autograd::Function<Surrogate> {
 };
 } // namespace
 
-// Everything contiguous on the CPU, f32 or f64, one type. advantages [M], or [S] where `by_completion`;
+// Everything contiguous on the CPU or on a GPU that has kernels, f32 or f64, one type. advantages [M], or [S] where `by_completion`;
 // weights and ref [M] may be null. out: the loss; sums[7].
 RLHF_API char *rlhf_surrogate(Tensor **out, double *sums, const Tensor *logp, const Tensor *const *others,
                               const int64_t *offsets, int64_t n, const SurrogateSettings *settings, int by_completion,

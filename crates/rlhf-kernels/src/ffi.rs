@@ -177,6 +177,8 @@ unsafe extern "C" {
         gate: *const C_tensor,
         up: *const C_tensor,
     ) -> *mut c_char;
+    fn rlhf_has_kernels(t: *const C_tensor) -> c_int;
+    fn rlhf_gpu_memory(t: *const C_tensor) -> i64;
     fn rlhf_keep_memory();
     fn rlhf_silu_mul_linear(
         out: *mut *mut C_tensor,
@@ -239,6 +241,7 @@ unsafe extern "C" {
     fn rlhf_dynamic_maps(out: *mut f32);
     fn rlhf_global_norm(norm: *mut f64, tensors: *const *const C_tensor, n: i64) -> *mut c_char;
     fn rlhf_forget_grads(tensors: *const *const C_tensor, n: i64) -> *mut c_char;
+    fn rlhf_count(tensors: *const *const C_tensor, n: i64) -> *mut c_char;
     fn rlhf_scale(tensors: *const *const C_tensor, n: i64, factor: f64) -> *mut c_char;
     #[cfg(test)]
     fn rlhf_cap_instruction_set(cap: c_int) -> c_int;
@@ -669,10 +672,39 @@ pub(crate) fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     Ok(take(out))
 }
 
+/// Whether the crate's own kernels run where `t` lies: on a GPU, if libtorch brought NVRTC along.
+pub(crate) fn has_kernels(t: &Tensor) -> bool {
+    // SAFETY: the tensor is alive for the call.
+    unsafe { rlhf_has_kernels(t.as_ptr()) != 0 }
+}
+
+/// Bytes of the GPU that `t` lies on, where the driver says.
+pub(crate) fn gpu_memory(t: &Tensor) -> Option<i64> {
+    // SAFETY: the tensor is alive for the call.
+    let bytes = unsafe { rlhf_gpu_memory(t.as_ptr()) };
+    (bytes > 0).then_some(bytes)
+}
+
 pub(crate) fn keep_memory() {
     // SAFETY: mallopt stores values, and libtorch takes another allocator at any time: a tensor knows how it is freed.
     unsafe { rlhf_keep_memory() }
 }
+
+#[cfg(target_os = "linux")]
+pub(crate) fn load_cuda() {
+    use std::ffi::{c_char, c_int, c_void};
+    unsafe extern "C" {
+        fn dlopen(file: *const c_char, flags: c_int) -> *mut c_void;
+    }
+    const RTLD_NOW: c_int = 2;
+    const RTLD_GLOBAL: c_int = 0x100;
+    // SAFETY: the name is a valid C string; the library's initialisers are libtorch's own, and the
+    // handle is kept for the life of the process on purpose. Failure means that there is no CUDA.
+    unsafe { dlopen(c"libtorch_cuda.so".as_ptr(), RTLD_NOW | RTLD_GLOBAL) };
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn load_cuda() {}
 
 /// All f32 or all f64 on the CPU: `gate` and `up` `[n, D]`, `weight` `[out, D]`.
 pub(crate) fn silu_mul_linear(gate: &Tensor, up: &Tensor, weight: &Tensor) -> Result<Tensor> {
@@ -971,6 +1003,14 @@ pub(crate) fn forget_grads(tensors: &[&Tensor]) -> Result<()> {
     // SAFETY: the list holds live tensors; their gradients are dropped, whose other owners keep them.
     let message = unsafe { rlhf_forget_grads(list.as_ptr(), list.len() as i64) };
     check("forget_grads", message)
+}
+
+/// Adds 1 to every tensor.
+pub(crate) fn count(tensors: &[&Tensor]) -> Result<()> {
+    let list = pointers(tensors);
+    // SAFETY: the list holds live tensors.
+    let message = unsafe { rlhf_count(list.as_ptr(), list.len() as i64) };
+    check("count", message)
 }
 
 pub(crate) fn scale(tensors: &[&Tensor], factor: f64) -> Result<()> {

@@ -28,10 +28,10 @@ mod ffi;
 pub mod kl;
 pub mod layer;
 mod linear_logprobs;
-mod memory;
 mod nucleus;
 pub mod optim;
 mod panels;
+mod program;
 mod ragged;
 mod recompute;
 pub mod reference;
@@ -45,9 +45,9 @@ pub use linear_logprobs::{
     F32_RESOLUTION, Head, LogprobOptions, Logprobs, Moments, Top1, entropy, linear_logprobs,
     token_logprobs, token_logprobs_in_place,
 };
-pub use memory::keep_memory;
 pub use nucleus::{Nucleus, nucleus};
 pub use panels::Panels;
+pub use program::{keep_memory, load_cuda};
 pub use ragged::{LossSum, Mean, Offsets, Ragged};
 pub use recompute::recompute;
 pub use scan::{Direction, discounted_returns, gae, scan};

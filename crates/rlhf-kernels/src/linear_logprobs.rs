@@ -118,13 +118,14 @@ fn wide(t: &Tensor) -> Kind {
     }
 }
 
-/// Bytes of whole rows of logits held at once by default: a product packs the weight anew for every chunk, so on
-/// the CPU as many as the kept buffer holds.
-fn default_chunk_bytes(device: tch::Device) -> i64 {
-    if device == tch::Device::Cpu {
+/// Bytes of whole rows of logits held at once by default: on the CPU as many as the kept buffer holds, for a product
+/// packs the weight anew for every chunk; on a GPU a 32nd of its memory, for each chunk adds to the whole weight's
+/// gradient.
+fn default_chunk_bytes(hidden: &Tensor) -> i64 {
+    if hidden.device() == tch::Device::Cpu {
         64 << 20
     } else {
-        256 << 20
+        ffi::gpu_memory(hidden).map_or(256 << 20, |all| all / 32)
     }
 }
 
@@ -137,13 +138,14 @@ pub(crate) fn rows_of_budget(
 ) -> i64 {
     let double = hidden.kind() == Kind::Double;
     // The special code works in place; plain composition holds about three more of the same size.
-    let plain = if double || hidden.device() != tch::Device::Cpu {
-        4
-    } else {
-        1
+    let plain = match (double, hidden.device()) {
+        (true, _) => 4,
+        (_, tch::Device::Cpu) => 1,
+        // The logits, and beside them their gradient in another type.
+        _ => 2,
     };
     let row = (vocabulary * copies * plain * if double { 8 } else { 4 }).max(1);
-    (chunk_bytes.unwrap_or_else(|| default_chunk_bytes(hidden.device())) / row).max(1)
+    (chunk_bytes.unwrap_or_else(|| default_chunk_bytes(hidden)) / row).max(1)
 }
 
 /// Bytes of a tile of logits by default: what two cores' caches hold beside what the product reads.

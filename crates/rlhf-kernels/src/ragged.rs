@@ -78,11 +78,7 @@ impl Offsets {
 
     /// The sequence of each value, i64 `[M]`.
     pub fn segment_ids(&self, device: Device) -> Tensor {
-        let mut ids = Vec::with_capacity(self.num_values() as usize);
-        for (s, n) in self.host_lengths().into_iter().enumerate() {
-            ids.extend(std::iter::repeat_n(s as i64, n as usize));
-        }
-        Tensor::from_slice(&ids).to_device(device)
+        Tensor::repeat_interleave(&self.lengths(device), self.num_values())
     }
 }
 
@@ -322,7 +318,7 @@ impl Ragged {
     /// The way of the CPU where no gradient is wanted: one pass. Values and deviations.
     fn statistics(&self, op: Statistic, epsilon: f64, correction: f64) -> Option<(Tensor, Tensor)> {
         let x = &self.values;
-        let plain = x.device() == Device::Cpu
+        let plain = (x.device() == Device::Cpu || ffi::has_kernels(x))
             && matches!(x.kind(), Kind::Float | Kind::Double)
             && !x.requires_grad();
         plain

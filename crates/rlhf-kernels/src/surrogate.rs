@@ -107,16 +107,16 @@ pub struct SurrogateOutput {
 /// Σ_t w_t · [−min(ρA, clip(ρ, 1−ε_low, 1+ε_high)·A) + β·k], ρ = exp(log π − log π_old).
 ///
 /// Schulman et al. 2017 (arXiv 1707.06347), equation 7, and Shao et al. 2024 (arXiv 2402.03300), equation
-/// 3; with a dual bound c and A < 0 the surrogate is −max(min(…), cA). On the CPU in f32 and f64 it is one
-/// pass that stores the gradient, `[M]`; elsewhere a composition.
+/// 3; with a dual bound c and A < 0 the surrogate is −max(min(…), cA). It is one pass that
+/// stores the gradient, `[M]`.
 ///
 /// # Shapes
 /// All `[M]` in the offsets of `inputs.logprobs`, or advantages `[S]`. Differentiable in `inputs.logprobs`
 /// only.
 ///
 /// # Errors
-/// When shapes do not fit, a setting is outside its range, or libtorch fails. On the CPU a second
-/// derivative is not supported.
+/// When shapes do not fit, a setting is outside its range, or libtorch fails. A second derivative is not
+/// supported.
 pub fn surrogate(
     inputs: &SurrogateInputs<'_>,
     options: &SurrogateOptions,
@@ -126,7 +126,8 @@ pub fn surrogate(
         Kind::Double => Kind::Double,
         _ => Kind::Float,
     };
-    if inputs.logprobs.values().device() != Device::Cpu {
+    let values = inputs.logprobs.values();
+    if values.device() != Device::Cpu && !ffi::has_kernels(values) {
         return reference::surrogate(inputs, options);
     }
     let logprobs = inputs.logprobs.values().to_kind(kind);

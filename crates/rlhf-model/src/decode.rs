@@ -528,6 +528,9 @@ fn attend(
 ) -> Tensor {
     let scale = options.scale;
     let Some(cap) = options.softcap else {
+        // On a GPU libtorch's kernel wants a bias that begins at 16 bytes, and does not ask: a slice may not.
+        let copied = bias.filter(|_| q.device() != Device::Cpu).map(Tensor::copy);
+        let bias = copied.as_ref().or(bias);
         return Tensor::scaled_dot_product_attention(q, k, v, bias, 0.0, false, scale, false);
     };
     let scores = q.matmul(&k.transpose(2, 3)).to_kind(wide(q.kind())) * (scale / cap);

@@ -1,8 +1,8 @@
 //! Three tasks with one right answer each: `reverse words`, `spell backward` and small arithmetic.
 //!
-//! Demonstrations are right in [`RIGHT`] of all rows and slip in the others, so that a model which imitates
-//! them knows the task and is right as often: what a reward adds can then be counted, by equality with
-//! `answer`.
+//! Demonstrations are right in a share of all rows ([`Kind::right`]) and slip in the others, so that a model which
+//! imitates them knows the task and is right about as often: what a reward adds can then be counted, by equality with
+//! `answer`. There are many, since of few a model learns the wrong answers by heart.
 //!
 //! Invariant: a question belongs to the train or to the test side by its hash. Knows nothing of models.
 
@@ -16,14 +16,11 @@ use super::help::Draw;
 use crate::error::Result;
 
 /// Rows of `sft/train` of each task.
-pub const SFT_TRAIN: usize = 4000;
+pub const SFT_TRAIN: usize = 16_000;
 /// Rows of `prompts/train` of each task.
 pub const PROMPTS_TRAIN: usize = 1500;
 /// Rows of `prompts/TASK`, the test side; of sums there are fewer.
 pub const TEST: usize = 300;
-/// Share of right demonstrations.
-pub const RIGHT: f64 = 0.3;
-
 /// Share of questions on the test side, in 256ths.
 const TEST_SHARE: u8 = 40;
 
@@ -53,6 +50,15 @@ pub enum Kind {
 impl Kind {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::ReverseWords, Self::SpellBackward, Self::Arithmetic];
+
+    /// The share of right demonstrations. A small model is right about as often as it was shown, with sums less often.
+    #[must_use]
+    pub fn right(self) -> f64 {
+        match self {
+            Self::ReverseWords | Self::SpellBackward => 0.3,
+            Self::Arithmetic => 0.45,
+        }
+    }
 
     /// The name in the column `task` and in file names.
     #[must_use]
@@ -202,7 +208,7 @@ impl Tasks {
         let sft = questions(seed, 100, SFT_TRAIN, false, &Kind::ALL)
             .into_iter()
             .map(|(mut draw, question)| {
-                let reply = if draw.chance(RIGHT) {
+                let reply = if draw.chance(question.kind.right()) {
                     question.answer.clone()
                 } else {
                     slip(&mut draw, &question)
@@ -304,16 +310,16 @@ mod tests {
             tasks.test[..2].iter().map(Vec::len).sum::<usize>(),
             2 * TEST
         );
-        let n = tasks.sft.len() as f64;
         assert_eq!(tasks.sft.len(), 3 * SFT_TRAIN);
-        let right = tasks
-            .sft
-            .iter()
-            .filter(|d| d.reply == solve(&d.question))
-            .count() as f64
-            / n;
-        // Three standard errors of a share of 0.3 in 12,000 rows are 0.0125.
-        assert!((right - RIGHT).abs() < 0.0125, "{right}");
+        for kind in Kind::ALL {
+            let rows = tasks.sft.iter().filter(|d| d.question.kind == kind);
+            let right = rows.filter(|d| d.reply == solve(&d.question)).count() as f64;
+            // Three standard errors of a share of 0.45 in 16,000 rows are 0.0118.
+            assert!(
+                (right / SFT_TRAIN as f64 - kind.right()).abs() < 0.0118,
+                "{kind:?} {right}"
+            );
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ use rlhf_dpo::loss::{PairValues, PreferenceOutput, likelihood, margin, nll};
 use rlhf_kernels::{Ragged, token_logprobs};
 use tch::{Kind, Tensor};
 
+use crate::device::device;
 use crate::golden::{halves, mean};
 use crate::golden_io::{Case, gradient, run};
 
@@ -103,7 +104,7 @@ fn bco(case: &Case<'_>) {
     let leaves =
         ["policy_chosen", "policy_rejected"].map(|name| case.input(name).set_requires_grad(true));
     let [chosen, rejected] = leaves.each_ref().map(|t| t.numel() as i64);
-    let options = (Kind::Bool, tch::Device::Cpu);
+    let options = (Kind::Bool, device());
     let completions = UnpairedLogprobs {
         logprobs: Tensor::cat(&leaves, 0),
         ref_logprobs: Tensor::cat(&[case.input("ref_chosen"), case.input("ref_rejected")], 0),
@@ -124,10 +125,7 @@ fn bco(case: &Case<'_>) {
     let weights = (case.setting("udm") == true).then(|| {
         let p = case.input("prob_desirable");
         let ratio = unpaired::density_ratio(&p, 1e-8, bounds[0], bounds[1]).unwrap();
-        Tensor::cat(
-            &[Tensor::ones([chosen], (case.kind, tch::Device::Cpu)), ratio],
-            0,
-        )
+        Tensor::cat(&[Tensor::ones([chosen], (case.kind, device())), ratio], 0)
     });
     let out = unpaired::bco(&completions, running.mean(), beta, weights.as_ref()).unwrap();
     let loss = mean(&out.loss);
@@ -262,7 +260,7 @@ fn batch_logprobs(case: &Case<'_>) {
     let mask = labels.slice(1, 1, None, 1).ne(-100);
     let ragged = Ragged::from_padded(&logprobs, &mask).unwrap();
     let sums = ragged.sum();
-    let rows = Tensor::arange(sums.numel() as i64, (case.kind, tch::Device::Cpu)) + 1.0;
+    let rows = Tensor::arange(sums.numel() as i64, (case.kind, device())) + 1.0;
     let loss = (&sums * rows).sum(case.kind);
     for name in case.outputs() {
         match name {

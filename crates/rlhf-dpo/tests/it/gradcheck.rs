@@ -8,20 +8,21 @@ use rlhf_dpo::loss::{
 use rlhf_kernels::{Offsets, Ragged};
 use tch::Tensor;
 
+use crate::device::from_slice;
 use crate::every::every_loss;
 use crate::golden_io::gradient;
 
 /// Compares the gradient of `f` at `x` with central differences.
 fn check(name: &str, x: &[f64], f: impl Fn(&Tensor) -> Tensor) {
     const STEP: f64 = 1e-6;
-    let leaf = Tensor::from_slice(x).set_requires_grad(true);
+    let leaf = from_slice(x).set_requires_grad(true);
     let got = Vec::<f64>::try_from(&gradient(&f(&leaf), &leaf)).unwrap();
     assert!(got.iter().any(|g| *g != 0.0), "{name}: no gradient at all");
     for i in 0..x.len() {
         let at = |h: f64| {
             let mut moved = x.to_vec();
             moved[i] += h;
-            f(&Tensor::from_slice(&moved)).double_value(&[])
+            f(&from_slice(&moved)).double_value(&[])
         };
         let expected = (at(STEP) - at(-STEP)) / (2.0 * STEP);
         let allowed = 1e-8 * expected.abs().max(1.0);
@@ -37,7 +38,7 @@ fn check(name: &str, x: &[f64], f: impl Fn(&Tensor) -> Tensor) {
 const LOGPROBS: [f64; 6] = [-3.0, -1.0, -7.0, -2.5, -2.0, -9.0];
 
 fn column(x: &[f64], first: i64) -> Tensor {
-    Tensor::from_slice(x).slice(0, first, None, 2)
+    from_slice(x).slice(0, first, None, 2)
 }
 
 fn values(x: &[f64]) -> PairValues {
@@ -88,7 +89,7 @@ fn every_divergence_and_modifier() {
             };
             check(&format!("{divergence:?} {loss:?}"), &LOGPROBS, |x| {
                 let weighted = Pairs {
-                    weights: Some(Tensor::from_slice(&[0.5, 2.0, 1.0])),
+                    weights: Some(from_slice(&[0.5, 2.0, 1.0])),
                     ..pairs(x)
                 };
                 mix.compute(&weighted).unwrap().loss.sum
@@ -108,7 +109,7 @@ fn every_divergence_and_modifier() {
         PairTokens::new(&ragged(0, &[2, 1]), &ragged(3, &[1, 3])).unwrap()
     };
     let x = [-0.3, -1.1, -0.7, -2.0, -0.1, -0.9, -1.7];
-    let reference = tokens(&Tensor::from_slice(&x.map(|l| l * 0.8 - 0.1)));
+    let reference = tokens(&from_slice(&x.map(|l| l * 0.8 - 0.1)));
     check("LD-DPO", &x, |x| {
         let logprobs = PairLogprobs::new(
             &tokens(x).length_desensitized(0.4).unwrap(),
@@ -133,8 +134,8 @@ fn unpaired_losses() {
         check(&format!("{loss:?}"), &LOGPROBS[..4], |x| {
             let completions = UnpairedLogprobs {
                 logprobs: x.shallow_clone(),
-                ref_logprobs: Tensor::from_slice(&[-2.0, -1.5, -6.0, -4.0]),
-                desirable: Tensor::from_slice(&[true, false, true, false]),
+                ref_logprobs: from_slice(&[-2.0, -1.5, -6.0, -4.0]),
+                desirable: from_slice(&[true, false, true, false]),
             };
             loss.compute(&completions, 0.3).unwrap().loss.sum
         });
@@ -153,7 +154,7 @@ fn rankings() {
 #[test]
 fn the_reference_gets_no_gradient() {
     for loss in every_loss() {
-        let leaf = |x: &[f64]| Tensor::from_slice(x).set_requires_grad(true);
+        let leaf = |x: &[f64]| from_slice(x).set_requires_grad(true);
         let logprobs = PairLogprobs {
             chosen: leaf(&[-1.0, -2.0]),
             rejected: leaf(&[-2.0, -4.0]),

@@ -10,6 +10,7 @@ use rlhf_dpo::loss::{
 use rlhf_kernels::{Offsets, Ragged};
 use tch::Tensor;
 
+use crate::device::from_slice;
 use crate::every::every_loss;
 use crate::golden_io::gradient;
 
@@ -22,13 +23,13 @@ fn pairs() -> impl Strategy<Value = Vec<Pair>> {
 }
 
 fn column(pairs: &[Pair], pick: fn(&Pair) -> f64) -> Tensor {
-    Tensor::from_slice(&pairs.iter().map(pick).collect::<Vec<_>>())
+    from_slice(&pairs.iter().map(pick).collect::<Vec<_>>())
 }
 
 /// Pairs with lengths, scores and weights that depend on their place among all.
 fn inputs(pairs: &[Pair], from: usize, chosen: &Tensor) -> Pairs {
     let places: Vec<f64> = (from..from + pairs.len()).map(|i| i as f64).collect();
-    let places = Tensor::from_slice(&places);
+    let places = from_slice(&places);
     let logprobs = PairLogprobs {
         chosen: chosen.shallow_clone(),
         rejected: column(pairs, |p| p.1),
@@ -171,7 +172,7 @@ proptest! {
     /// The α-divergence lies between the reverse and the forward KL.
     #[test]
     fn alpha_joins_the_two(pairs in prop::collection::vec((-3.0f64..3.0, -3.0f64..3.0), 1..5)) {
-        let split = |pick: fn(&(f64, f64)) -> f64| Tensor::from_slice(&pairs.iter().map(pick).collect::<Vec<_>>());
+        let split = |pick: fn(&(f64, f64)) -> f64| from_slice(&pairs.iter().map(pick).collect::<Vec<_>>());
         let ratios = PairValues::new(&split(|p| p.0), &split(|p| p.1)).unwrap();
         let of = |d: Divergence| d.of_ratios(&ratios).unwrap();
         let near = |a: PairValues, b: PairValues| apart(a.chosen(), b.chosen()).max(apart(a.rejected(), b.rejected()));
@@ -185,7 +186,7 @@ proptest! {
     fn rankings_shift_and_split(first in prop::collection::vec(-9.0f64..9.0, 1..6), second in prop::collection::vec(-9.0f64..9.0, 1..6), gain in -5.0f64..5.0) {
         let ranked = |groups: &[&[f64]]| {
             let lengths: Vec<i64> = groups.iter().map(|g| g.len() as i64).collect();
-            let values = Tensor::from_slice(&groups.concat());
+            let values = from_slice(&groups.concat());
             plackett_luce(&Ragged::new(values, Offsets::from_lengths(&lengths).unwrap()).unwrap(), 0.5).unwrap()
         };
         let gained: Vec<f64> = first.iter().map(|x| x + gain).collect();
@@ -200,9 +201,9 @@ proptest! {
     #[test]
     fn thumbs_split_and_mirror(rows in prop::collection::vec((-9.0f64..9.0, any::<bool>()), 2..9), z in 0.0f64..3.0) {
         let thumbs = |rows: &[(f64, bool)]| UnpairedLogprobs {
-            logprobs: Tensor::from_slice(&rows.iter().map(|r| r.0 - 20.0).collect::<Vec<_>>()),
-            ref_logprobs: Tensor::from_slice(&vec![-20.0; rows.len()]),
-            desirable: Tensor::from_slice(&rows.iter().map(|r| r.1).collect::<Vec<_>>()),
+            logprobs: from_slice(&rows.iter().map(|r| r.0 - 20.0).collect::<Vec<_>>()),
+            ref_logprobs: from_slice(&vec![-20.0; rows.len()]),
+            desirable: from_slice(&rows.iter().map(|r| r.1).collect::<Vec<_>>()),
         };
         let weights = ThumbWeights::default();
         for loss in [UnpairedLoss::Kto { beta: 0.4, weights }, UnpairedLoss::Bco { beta: 0.4 }] {
@@ -227,7 +228,7 @@ proptest! {
         let of = |parts: &[&[f64]]| {
             let mut m = RunningMoments::default();
             for part in parts {
-                m.update(&Tensor::from_slice(part)).unwrap();
+                m.update(&from_slice(part)).unwrap();
             }
             (m.mean(), m.std())
         };
@@ -242,7 +243,7 @@ proptest! {
     #[test]
     fn length_desensitising(x in prop::collection::vec(-5.0f64..0.0, 4..12), alpha in 0.0f64..1.0) {
         let n = x.len() as i64;
-        let ragged = |lengths: &[i64]| Ragged::new(Tensor::from_slice(&x), Offsets::from_lengths(lengths).unwrap()).unwrap();
+        let ragged = |lengths: &[i64]| Ragged::new(from_slice(&x), Offsets::from_lengths(lengths).unwrap()).unwrap();
         let tokens = PairTokens::new(&ragged(&[n - 1, 1]), &ragged(&[2, n - 2])).unwrap();
         let at = |a: f64| tokens.length_desensitized(a).unwrap();
         let between = at(0.0).chosen() * (1.0 - alpha) + at(1.0).chosen() * alpha;
@@ -268,7 +269,7 @@ fn missing_columns_are_named() {
     assert!(message(PreferenceLoss::Sft, &bare()).contains("lengths"));
     assert!(message(PreferenceLoss::Rebel { eta: 1.0 }, &bare()).contains("scores"));
     let weighted = Pairs {
-        weights: Some(Tensor::from_slice(&[1.0])),
+        weights: Some(from_slice(&[1.0])),
         ..bare()
     };
     let aot = PreferenceLoss::Aot {
@@ -290,13 +291,9 @@ fn missing_columns_are_named() {
 #[test]
 fn a_ranking_of_two_is_dpo() {
     let ratios = [0.3, -0.4, -2.0, 1.5, 12.0, -30.0];
-    let ranked = Ragged::new(
-        Tensor::from_slice(&ratios),
-        Offsets::new(vec![0, 2, 4, 6]).unwrap(),
-    )
-    .unwrap();
+    let ranked = Ragged::new(from_slice(&ratios), Offsets::new(vec![0, 2, 4, 6]).unwrap()).unwrap();
     let out = plackett_luce(&ranked, 0.7).unwrap();
-    let column = |i| Tensor::from_slice(&ratios).slice(0, i, None, 2);
+    let column = |i| from_slice(&ratios).slice(0, i, None, 2);
     let pairs = PairValues::new(&column(0), &column(1)).unwrap();
     let expected = dpo::sigmoid(&pairs, 0.7, 0.0).unwrap();
     let apart = (out.losses - expected.losses).abs().max();

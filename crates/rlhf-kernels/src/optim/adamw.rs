@@ -116,7 +116,8 @@ impl Moments {
         }
         let step = self.steps.f_double_value(&[0])? as u32;
         let salt = self.place.wrapping_add(step.wrapping_mul(0x9e37_79b9));
-        if parameter.device() == Device::Cpu && parameter.is_contiguous() {
+        let fused = parameter.device() == Device::Cpu || ffi::has_kernels(&parameter);
+        if fused && parameter.is_contiguous() {
             return ffi::round_to_bf16(&stepped.f_contiguous()?, &parameter, salt);
         }
         parameter.f_copy_(&reference::round_to_bf16(&stepped, salt))?;
@@ -209,9 +210,8 @@ impl AdamW {
             }
             // The fused kernel expects the counts of this step.
             let _guard = tch::no_grad_guard();
-            for (slot, _) in &chosen {
-                let _ = slot.steps.shallow_clone().f_add_scalar_(1)?;
-            }
+            let counts: Vec<&Tensor> = chosen.iter().map(|(slot, _)| &slot.steps).collect();
+            ffi::count(&counts)?;
             let weight_decay = if decay { self.config.weight_decay } else { 0.0 };
             let (narrow, whole): (Vec<_>, Vec<_>) = chosen
                 .into_iter()

@@ -49,7 +49,8 @@ pub(super) fn step(slot: &Slot, grad: &Tensor, lr: f64, c: &AdamWConfig) -> Resu
         0.0
     };
     let mut p = slot.parameter.detach();
-    if p.device() == Device::Cpu && p.kind() == Kind::Float && p.is_contiguous() {
+    let fused = p.device() == Device::Cpu || ffi::has_kernels(&p);
+    if fused && p.kind() == Kind::Float && p.is_contiguous() {
         let list = [&p, &grad.contiguous(), &m, &v, &m_top, &v_top];
         let betas = (c.beta1, c.beta2);
         return ffi::adamw8(&list, step, lr, betas, weight_decay, c.eps);

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::adafactor::{self, AdafactorConfig};
 use super::adamw8;
@@ -74,11 +74,8 @@ pub(super) fn moments(parameter: &Tensor) -> Vec<(&'static str, Tensor)> {
 /// One step of AdamW for one parameter.
 pub(super) fn adamw(slot: &Slot, grad: &Tensor, lr: f64, c: &AdamWConfig) -> Result<()> {
     slot.count()?;
-    let (m, v, steps) = (
-        slot.get("exp_avg")?,
-        slot.get("exp_avg_sq")?,
-        slot.get("step")?,
-    );
+    let (m, v) = (slot.get("exp_avg")?, slot.get("exp_avg_sq")?);
+    let steps = slot.get("step")?.f_to_device(slot.parameter.device())?;
     let weight_decay = if decays(&slot.parameter) {
         c.weight_decay
     } else {
@@ -138,7 +135,8 @@ fn beginning(rule: &Rule, name: &str, parameter: &Tensor) -> Vec<(&'static str, 
     };
     state.push((
         "step",
-        Tensor::zeros([1], (Kind::Float, parameter.device())),
+        // On the host, which reads it at every step.
+        Tensor::zeros([1], (Kind::Float, Device::Cpu)),
     ));
     state
 }

@@ -7,7 +7,7 @@ use rlhf_kernels::decode::{
 };
 use tch::{Kind, Tensor};
 
-use crate::{largest_difference, wave};
+use crate::{cpu_wave as wave, largest_difference};
 
 fn double(t: &Tensor) -> Tensor {
     t.to_kind(Kind::Double)

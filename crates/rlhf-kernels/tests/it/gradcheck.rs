@@ -9,7 +9,7 @@ use rlhf_kernels::{
 };
 use tch::{Kind, Tensor};
 
-use crate::{largest_difference, layout, wave};
+use crate::{from_slice, largest_difference, layout, wave};
 
 const STEP: f64 = 1e-5;
 
@@ -41,7 +41,9 @@ pub(crate) fn check(name: &str, inputs: &[Tensor], f: &dyn Fn(&[Tensor]) -> Tens
             };
             numeric.push((shifted(STEP) - shifted(-STEP)) / (2.0 * STEP));
         }
-        let numeric = Tensor::from_slice(&numeric).view_as(input);
+        let numeric = Tensor::from_slice(&numeric)
+            .to_device(input.device())
+            .view_as(input);
         let scale = numeric.abs().max().double_value(&[]).max(1.0);
         let error = largest_difference(&analytic[i], &numeric) / scale;
         assert!(error < 1e-6, "{name}: input {i} differs by {error:.2e}");
@@ -56,7 +58,7 @@ fn linear_logprobs_all_settings() {
         wave(&[v, h], 2.0, Kind::Double) * 2.0,
         wave(&[v], 3.0, Kind::Double),
     ];
-    let ids = Tensor::from_slice(&[0i64, 6, 3, 3, 1]);
+    let ids = from_slice(&[0i64, 6, 3, 3, 1]);
     for (temperature, softcap) in [(1.0, None), (0.7, None), (1.0, Some(1.5)), (1.3, Some(0.8))] {
         // Whole rows, and tiles of 3 rows and 2 words.
         for (chunk, chunk_bytes) in [(1, None), (3, Some(48)), (m, None)] {
@@ -94,7 +96,7 @@ fn linear_logprobs_all_settings() {
 fn linear_logprobs_in_part() {
     let hidden = wave(&[4, 3], 1.0, Kind::Double);
     let weight = wave(&[6, 3], 2.0, Kind::Double);
-    let ids = Tensor::from_slice(&[0i64, 5, 3, 3]);
+    let ids = from_slice(&[0i64, 5, 3, 3]);
     let with = |entropy| LogprobOptions {
         entropy,
         chunk_rows: Some(3),
@@ -191,14 +193,14 @@ fn ragged_second_derivatives() {
     let second = Tensor::run_backward(&[g.get(0)], &[&x], false, false).remove(0);
     // (2x₀ + x₁)³: second derivatives 24s, 12s at s = 2x₀ + x₁.
     let s = 2.0 * x.double_value(&[0]) + x.double_value(&[1]);
-    let expected = Tensor::from_slice(&[24.0 * s, 12.0 * s, 0.0]);
+    let expected = from_slice(&[24.0 * s, 12.0 * s, 0.0]);
     assert!(largest_difference(&second, &expected) < 1e-12);
 }
 
 #[test]
 fn from_logits() {
     let logits = wave(&[4, 6], 3.0, Kind::Double) * 3.0;
-    let ids = Tensor::from_slice(&[0i64, 5, 2, 2]);
+    let ids = from_slice(&[0i64, 5, 2, 2]);
     check("token_logprobs", &[logits.copy()], &|x| {
         token_logprobs(&x[0], &ids).unwrap()
     });
@@ -235,8 +237,8 @@ fn surrogate_of_completions() {
         wave(&[5], 2.0, Kind::Double) * 0.3,
         wave(&[5], 3.0, Kind::Double),
     );
-    let advantages = Tensor::from_slice(&[1.2f64, 3.0, -0.7]);
-    let weights = Tensor::from_slice(&[1.0f64, 0.5, 0.0, 2.0, 1.0]);
+    let advantages = from_slice(&[1.2f64, 3.0, -0.7]);
+    let weights = from_slice(&[1.0f64, 0.5, 0.0, 2.0, 1.0]);
     for token_weight in [TokenWeight::One, TokenWeight::SequenceMean] {
         let logprobs = wave(&[5], 1.0, Kind::Double) * 0.3;
         check(&format!("{token_weight:?}"), &[logprobs], &|x| {

@@ -6,7 +6,7 @@ use rlhf_kernels::reference;
 use tch::{Kind, Tensor};
 
 use crate::gradcheck::check;
-use crate::{largest_difference, wave};
+use crate::{cpu_wave as wave, largest_difference};
 
 fn double(size: &[i64], seed: f64) -> Tensor {
     wave(size, seed, Kind::Double)

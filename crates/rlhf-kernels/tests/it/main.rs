@@ -9,6 +9,7 @@
 
 mod collective;
 mod decode;
+mod device;
 mod exact;
 mod golden;
 #[allow(dead_code, reason = "shared by several crates; each uses a part")]
@@ -22,11 +23,16 @@ mod optim;
 mod props;
 mod surrogate;
 
+use device::{device, from_slice};
 use rlhf_kernels::{AttentionGroup, AttentionLayout};
 use tch::{Device, Kind, Tensor};
 
 /// Numbers in −1..1 without pattern, the same every time: no global generator.
 fn wave(size: &[i64], seed: f64, kind: Kind) -> Tensor {
+    cpu_wave(size, seed, kind).to_device(device())
+}
+
+fn cpu_wave(size: &[i64], seed: f64, kind: Kind) -> Tensor {
     let n = size.iter().product::<i64>();
     let x = Tensor::arange(n, (Kind::Double, Device::Cpu)) + seed;
     ((&x * 12.9898).sin() * 437.5)

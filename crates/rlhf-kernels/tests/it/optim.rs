@@ -8,9 +8,9 @@ use rlhf_kernels::optim::{
     OptimizerConfig, RmsPropConfig, clip_grad_norm_by,
 };
 use rlhf_kernels::reference;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-use crate::{largest_difference, wave};
+use crate::{device, from_slice, largest_difference, wave};
 
 fn every() -> [OptimizerConfig; 8] {
     let adamw = AdamWConfig {
@@ -187,13 +187,11 @@ fn the_variant_is_adamw() {
 #[test]
 fn first_steps_by_hand() {
     let step = |config: OptimizerConfig| {
-        let p = Tensor::from_slice(&[2f64, -4.])
+        let p = from_slice(&[2f64, -4.])
             .view([1, 2])
             .set_requires_grad(true);
         let mut o = Optimizer::new(vec![("w".into(), p.shallow_clone())], config);
-        (&p * Tensor::from_slice(&[1f64, -2.]))
-            .sum(Kind::Double)
-            .backward();
+        (&p * from_slice(&[1f64, -2.])).sum(Kind::Double).backward();
         o.step(0.1).unwrap();
         Vec::<f64>::try_from(p.detach().view([2])).unwrap()
     };
@@ -297,7 +295,7 @@ fn codes_are_no_numbers() {
     let c = AdamWConfig::default();
     let mut eight = Optimizer::new(p(), OptimizerConfig::AdamW8bit(c));
     let mut state: HashMap<_, _> = eight.state().into_iter().collect();
-    let zeros = Tensor::zeros([64, 64], (Kind::Float, Device::Cpu));
+    let zeros = Tensor::zeros([64, 64], (Kind::Float, device()));
     state.insert("exp_avg.p".into(), zeros);
     let e = eight.load_state(&state).unwrap_err().to_string();
     assert_eq!(
@@ -330,8 +328,7 @@ fn narrow_parameters() {
 #[test]
 fn small_steps_of_narrow_parameters_are_kept() {
     const LR: f64 = 1e-4;
-    let start =
-        Tensor::linspace(0.5, 1.9, 6000, (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
+    let start = Tensor::linspace(0.5, 1.9, 6000, (Kind::Float, device())).to_kind(Kind::BFloat16);
     for narrow in [NarrowStep::Masters, NarrowStep::Stochastic] {
         let config = AdamWConfig {
             narrow,
@@ -390,10 +387,7 @@ fn small_steps_of_narrow_parameters_are_kept() {
 
 #[test]
 fn clipping_by_the_largest() {
-    let grads = [
-        Tensor::from_slice(&[3f64, -8.]),
-        Tensor::from_slice(&[4f64]),
-    ];
+    let grads = [from_slice(&[3f64, -8.]), from_slice(&[4f64])];
     assert_eq!(clip_grad_norm_by(&grads, 9.0, Norm::Max).unwrap(), 8.0);
     assert_eq!(grads[0].double_value(&[1]), -8.0);
     assert_eq!(clip_grad_norm_by(&grads, 2.0, Norm::Max).unwrap(), 8.0);
@@ -408,7 +402,7 @@ proptest! {
     /// draws, on average the number itself.
     #[test]
     fn quantising_keeps(values in prop::collection::vec(-3.0..3.0f32, 1..700), decades in 0.0..5.0f64) {
-        let x = Tensor::from_slice(&values);
+        let x = from_slice(&values);
         let x = &x * (x.abs() * -decades).exp();
         let (signed, positive) = reference::dynamic_maps();
         for (x, map) in [(x.shallow_clone(), signed), (x.abs(), positive)] {
@@ -416,7 +410,7 @@ proptest! {
             let mut mean = x.zeros_like();
             let mut top = 0.0;
             for step in 0..64 {
-                let (chance, _) = reference::quantizing_noise(n, step, Device::Cpu);
+                let (chance, _) = reference::quantizing_noise(n, step, device());
                 let (codes, tops) = reference::quantize(&x, &map, &chance);
                 let back = reference::dequantize(&codes, &tops, &map);
                 top = tops.max().double_value(&[]);

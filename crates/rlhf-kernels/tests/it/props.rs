@@ -6,9 +6,9 @@ use rlhf_kernels::{
     entropy, gae, linear_logprobs, nucleus, reference, scan, shared_prefix_attention,
     token_logprobs,
 };
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-use crate::{largest_difference, layout, wave};
+use crate::{device, from_slice, largest_difference, layout, wave};
 
 /// Up to six sequences of up to nine values, empty ones among them.
 fn ragged() -> impl Strategy<Value = Vec<Vec<f64>>> {
@@ -18,7 +18,7 @@ fn ragged() -> impl Strategy<Value = Vec<Vec<f64>>> {
 fn build(rows: &[Vec<f64>]) -> Ragged {
     let lengths: Vec<i64> = rows.iter().map(|r| r.len() as i64).collect();
     Ragged::new(
-        Tensor::from_slice(&rows.concat()),
+        from_slice(&rows.concat()),
         Offsets::from_lengths(&lengths).unwrap(),
     )
     .unwrap()
@@ -46,7 +46,7 @@ proptest! {
         prop_assert!(close(&host(&x.sum()), &sums));
         prop_assert!(close(&host(&x.mean()), &means));
         let spread: Vec<f64> = rows.iter().zip(&sums).flat_map(|(r, s)| vec![*s; r.len()]).collect();
-        prop_assert!(close(&host(&x.broadcast(&Tensor::from_slice(&sums))), &spread));
+        prop_assert!(close(&host(&x.broadcast(&from_slice(&sums))), &spread));
     }
 
     /// The statistics of groups, each against its definition.
@@ -104,7 +104,7 @@ proptest! {
         let x = build(&rows);
         let leaf = x.values().set_requires_grad(true);
         let weights: Vec<f64> = (0..rows.len()).map(|s| s as f64 + 1.0).collect();
-        let weights = Tensor::from_slice(&weights);
+        let weights = from_slice(&weights);
         (x.with_values(leaf.shallow_clone()).unwrap().sum() * &weights).sum(Kind::Double).backward();
         prop_assert_eq!(host(&leaf.grad()), host(&x.broadcast(&weights)));
     }
@@ -134,7 +134,7 @@ proptest! {
     fn linear_logprobs_of_any_shape(m in 0..9i64, h in 1..9i64, v in 1..70i64, chunk in 1..10i64, bytes in prop::option::of(1..2000i64), t in 0.3..3.0f64, entropy: bool) {
         let hidden = wave(&[m, h], 1.0, Kind::Float).set_requires_grad(true);
         let weight = (wave(&[v, h], 2.0, Kind::Float) * 3.0).set_requires_grad(true);
-        let ids = (Tensor::arange(m, (Kind::Int64, Device::Cpu)) * 7).remainder(v);
+        let ids = (Tensor::arange(m, (Kind::Int64, device())) * 7).remainder(v);
         let options = LogprobOptions { temperature: t, entropy, chunk_rows: Some(chunk), chunk_bytes: bytes, z_loss: Some(0.1), logit_penalty: Some(0.05), top1: true, ..Default::default() };
         let run = |out: rlhf_kernels::Logprobs| {
             let loss = out.logprobs.sum(Kind::Float) + out.entropy.map_or(Tensor::from(0f32), |h| h.sum(Kind::Float) * 0.5)
@@ -159,7 +159,7 @@ proptest! {
         let weight = (wave(&[v, h], 2.0, Kind::Float) * 3.0).set_requires_grad(!frozen);
         let bias = wave(&[v], 5.0, Kind::Float);
         let head = || Head { weight: &weight, bias: biased.then_some(&bias) };
-        let ids = (Tensor::arange(m, (Kind::Int64, Device::Cpu)) * 5).remainder(v);
+        let ids = (Tensor::arange(m, (Kind::Int64, device())) * 5).remainder(v);
         let options = LogprobOptions { softcap: cap, chunk_bytes: bytes, log_sum_exp: true, moments: true, ..Default::default() };
         let leaves: Vec<&Tensor> = if frozen { vec![&hidden] } else { vec![&hidden, &weight] };
         let run = |out: rlhf_kernels::Logprobs| {
@@ -181,7 +181,7 @@ proptest! {
     #[test]
     fn of_logits(m in 0..6i64, v in 1..40i64, wide in 0.1..20.0f64, p in 0.01..1.0f64) {
         let logits = (wave(&[m, v], 1.0, Kind::Double) * wide).set_requires_grad(true);
-        let ids = (Tensor::arange(m, (Kind::Int64, Device::Cpu)) * 3).remainder(v);
+        let ids = (Tensor::arange(m, (Kind::Int64, device())) * 3).remainder(v);
         let run = |logprobs: Tensor, entropy: Tensor| {
             let loss = logprobs.sum(None) + entropy.sum(None) * 0.5;
             let g = Tensor::run_backward(&[loss], &[&logits], false, false).remove(0);

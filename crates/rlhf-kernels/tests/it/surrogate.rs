@@ -7,10 +7,10 @@ use rlhf_kernels::surrogate::{
     TokenWeight,
 };
 use rlhf_kernels::{Offsets, Ragged, reference, surrogate};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use crate::gradcheck::check;
-use crate::{largest_difference, wave};
+use crate::{device, from_slice, largest_difference, wave};
 
 const PLAIN: SurrogateOptions = SurrogateOptions {
     epsilon_low: 0.2,
@@ -24,10 +24,10 @@ const PLAIN: SurrogateOptions = SurrogateOptions {
 #[test]
 fn by_hand() {
     let offsets = Offsets::from_lengths(&[1, 3]).unwrap();
-    let logp = Tensor::from_slice(&[0.5f64, -0.5, 0.5, -0.5]).set_requires_grad(true);
+    let logp = from_slice(&[0.5f64, -0.5, 0.5, -0.5]).set_requires_grad(true);
     let x = Ragged::new(logp.shallow_clone(), offsets).unwrap();
-    let old = Tensor::zeros([4], (Kind::Double, Device::Cpu));
-    let a = Tensor::from_slice(&[1f64, 1., -1., -1.]);
+    let old = Tensor::zeros([4], (Kind::Double, device()));
+    let a = from_slice(&[1f64, 1., -1., -1.]);
     let inputs = SurrogateInputs {
         logprobs: &x,
         old_logprobs: &old,
@@ -66,10 +66,7 @@ fn by_hand() {
     assert!((out.loss.sum.double_value(&[]) - expected).abs() < 1e-14);
     assert_eq!((out.loss.weight, g[2]), (2.0, 0.0));
     // One advantage a completion.
-    let (each, spread) = (
-        Tensor::from_slice(&[1f64, -1.]),
-        Tensor::from_slice(&[1f64, -1., -1., -1.]),
-    );
+    let (each, spread) = (from_slice(&[1f64, -1.]), from_slice(&[1f64, -1., -1., -1.]));
     let with = |advantages| SurrogateInputs {
         advantages,
         ..inputs
@@ -84,8 +81,8 @@ fn by_hand() {
 #[test]
 fn at_the_start_and_of_nothing() {
     let offsets = Offsets::from_lengths(&[0, 2, 0]).unwrap();
-    let logp = Tensor::from_slice(&[-0.3f32, -1.7]).set_requires_grad(true);
-    let a = Tensor::from_slice(&[2f32, -3.]);
+    let logp = from_slice(&[-0.3f32, -1.7]).set_requires_grad(true);
+    let a = from_slice(&[2f32, -3.]);
     let old = logp.detach();
     let x = Ragged::new(logp.shallow_clone(), offsets).unwrap();
     let mut inputs = SurrogateInputs {
@@ -99,7 +96,7 @@ fn at_the_start_and_of_nothing() {
     let g = Tensor::run_backward(&[&out.loss.sum], &[&logp], false, false).remove(0);
     assert_eq!(Vec::<f32>::try_from(&g).unwrap(), [-2.0, 3.0]);
     let nothing = Ragged::new(logp.narrow(0, 0, 0), Offsets::new(vec![0, 0]).unwrap()).unwrap();
-    let none = Tensor::zeros([0], (Kind::Float, Device::Cpu));
+    let none = Tensor::zeros([0], (Kind::Float, device()));
     inputs = SurrogateInputs {
         logprobs: &nothing,
         old_logprobs: &none,
@@ -120,8 +117,8 @@ fn at_the_start_and_of_nothing() {
 fn what_is_not_finite_shows() {
     let offsets = Offsets::from_lengths(&[1]).unwrap();
     let run = |log_ratio: f32| {
-        let x = Ragged::new(Tensor::from_slice(&[log_ratio]), offsets.clone()).unwrap();
-        let (old, a) = (Tensor::from_slice(&[0f32]), Tensor::from_slice(&[-1f32]));
+        let x = Ragged::new(from_slice(&[log_ratio]), offsets.clone()).unwrap();
+        let (old, a) = (from_slice(&[0f32]), from_slice(&[-1f32]));
         let inputs = SurrogateInputs {
             logprobs: &x,
             old_logprobs: &old,
@@ -142,14 +139,11 @@ fn what_is_not_finite_shows() {
 #[test]
 fn wrong_arguments_are_named() {
     let x = Ragged::new(
-        Tensor::from_slice(&[0f32, 1.]),
+        from_slice(&[0f32, 1.]),
         Offsets::from_lengths(&[2]).unwrap(),
     )
     .unwrap();
-    let (two, three) = (
-        Tensor::from_slice(&[0f32; 2]),
-        Tensor::from_slice(&[0f32; 3]),
-    );
+    let (two, three) = (from_slice(&[0f32; 2]), from_slice(&[0f32; 3]));
     let inputs = SurrogateInputs {
         logprobs: &x,
         old_logprobs: &two,

@@ -7,9 +7,12 @@ use rlhf_model::{
     AdapterConfig, CausalLm, Config, DeviceBatch, Family, GenerateLimits, GenerateRequest,
     LoadOptions, SamplingConfig, ScalarModel, Transformer, generate, target_logprobs,
 };
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-use crate::support::{batch, group, max_diff, own, plain, relative_diff, small, tensors};
+use crate::device::{device, from_slice};
+use crate::support::{
+    batch, group, max_diff, on_device, own, plain, relative_diff, small, tensors,
+};
 
 const ALL: [(&str, &str); 5] = [
     ("lora", "tiny-mistral"),
@@ -20,7 +23,7 @@ const ALL: [(&str, &str); 5] = [
 ];
 
 fn load(base: &str) -> Transformer {
-    Transformer::load(&own("models").join(base), &LoadOptions::default()).unwrap()
+    Transformer::load(&own("models").join(base), &on_device()).unwrap()
 }
 
 fn folder(name: &str) -> PathBuf {
@@ -62,7 +65,7 @@ fn text() -> DeviceBatch {
 fn shake(model: &Transformer) {
     let _no_grad = tch::no_grad_guard();
     for (i, (_, t)) in model.parameters().into_iter().enumerate() {
-        let wave = Tensor::arange(t.numel() as i64, (Kind::Double, Device::Cpu)) * 1.3 + i as f64;
+        let wave = Tensor::arange(t.numel() as i64, (Kind::Double, device())) * 1.3 + i as f64;
         let _ = t
             .detach()
             .g_add_(&(wave.sin() * 0.1).view_as(&t).to_kind(t.kind()));
@@ -191,7 +194,7 @@ fn folders_travel_both_ways() {
         .save(&dir.path().join("base"))
         .unwrap();
     model.save_adapter(&dir.path().join("base"), None).unwrap();
-    let again = Transformer::load(&dir.path().join("base"), &LoadOptions::default())
+    let again = Transformer::load(&dir.path().join("base"), &on_device())
         .unwrap()
         .load_adapter(dir.path())
         .unwrap();
@@ -199,7 +202,7 @@ fn folders_travel_both_ways() {
     assert_eq!(max_diff(&logits(&again, &text()), &ours), 0.0);
     // Saved whole, it is merged.
     model.save(&dir.path().join("merged")).unwrap();
-    let merged = Transformer::load(&dir.path().join("merged"), &LoadOptions::default()).unwrap();
+    let merged = Transformer::load(&dir.path().join("merged"), &on_device()).unwrap();
     assert!(merged.adapter().is_none());
     assert!(max_diff(&logits(&merged, &text()), &ours) < 1e-5);
     // A copy has an adapter of its own on the same weights.
@@ -238,7 +241,7 @@ fn generation_is_the_adapted_model() {
         .flat_map(|c| c.sampler.as_ref().unwrap().logprobs.iter())
         .map(|&x| f64::from(x))
         .collect();
-    let wanted = Tensor::from_slice(&drawn);
+    let wanted = from_slice(&drawn);
     assert!(max_diff(ours.logprobs.values(), &wanted) < 1e-6);
 }
 
@@ -249,12 +252,12 @@ fn eight_bits_are_as_exact_as_promised() {
     for family in [Family::Llama, Family::Gpt2] {
         let mut config = Config::new(40, 24, 2, 4, 64).in_family(family).unwrap();
         config.initializer_range = 0.3;
-        let float = Transformer::init(config, 3, Device::Cpu, Kind::Float).unwrap();
+        let float = Transformer::init(config, 3, device(), Kind::Float).unwrap();
         let exact = logits(&float, &text());
         let dir = tempfile::tempdir().unwrap();
         let int8 = float.duplicate().unwrap().into_int8().unwrap();
         int8.save(dir.path()).unwrap();
-        let wide = Transformer::load(dir.path(), &LoadOptions::default()).unwrap();
+        let wide = Transformer::load(dir.path(), &on_device()).unwrap();
         for ((name, a), (_, b)) in float.parameters().iter().zip(wide.parameters()) {
             // Rows of the matrix as it multiplies: columns of GPT-2's.
             let along = if family == Family::Gpt2 { 0 } else { 1 };
@@ -334,7 +337,7 @@ fn reward_models_take_adapters() {
     reward.save(dir.path()).unwrap();
     let wide = LoadOptions {
         kind: Kind::Double,
-        ..LoadOptions::default()
+        ..on_device()
     };
     let again = ScalarModel::load(dir.path(), &wide).unwrap();
     let scores = |m: &ScalarModel| m.scores(&text()).unwrap().detach();

@@ -3,8 +3,9 @@
 
 use rlhf_data::group::PromptGroup;
 use rlhf_model::{CausalLm, DeviceBatch, Reference, Transformer, target_logprobs};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
+use crate::device::device;
 use crate::support::{batch, group, max_diff, plain, relative_diff, small};
 
 fn groups() -> Vec<PromptGroup> {
@@ -44,7 +45,7 @@ fn compare(kind: Kind, logits_tolerance: f64, gradient_tolerance: f64) {
     let groups = groups();
     let packed = batch(&groups);
     let model = small(kind);
-    let weights = (Tensor::arange(packed.num_targets(), (kind, Device::Cpu)) * 0.9).cos();
+    let weights = (Tensor::arange(packed.num_targets(), (kind, device())) * 0.9).cos();
     loss(&model, &packed, &weights).backward();
     let packed_gradients: Vec<Tensor> = model
         .parameters()

@@ -1,11 +1,12 @@
 //! Saving and loading: bit-equal, in one file or several, readable by the format's own crate.
 
 use rlhf_model::{
-    CausalLm, Config, LoadOptions, SaveOptions, Transformer, copy_tokenizer, weights::WeightStore,
+    CausalLm, Config, SaveOptions, Transformer, copy_tokenizer, weights::WeightStore,
 };
-use tch::{Device, Kind};
+use tch::Kind;
 
-use crate::support::{small, tensors};
+use crate::device::device;
+use crate::support::{on_device, small, tensors};
 
 fn equal(a: &Transformer, b: &Transformer) {
     assert_eq!(a.config(), b.config());
@@ -25,10 +26,7 @@ fn round_trip_single_and_sharded() {
     let model = small(Kind::Float);
     model.save(&dir).unwrap();
     std::fs::write(dir.join("tokenizer.json"), "{}").unwrap();
-    equal(
-        &model,
-        &Transformer::load(&dir, &LoadOptions::default()).unwrap(),
-    );
+    equal(&model, &Transformer::load(&dir, &on_device()).unwrap());
     let official = tensors(&dir.join("model.safetensors"));
     assert_eq!(official.len(), model.parameters().len());
     assert!(
@@ -58,16 +56,10 @@ fn round_trip_single_and_sharded() {
         .filter(|n| n.starts_with("model-"))
         .collect();
     assert!(names.len() > 2);
-    equal(
-        &model,
-        &Transformer::load(&dir, &LoadOptions::default()).unwrap(),
-    );
+    equal(&model, &Transformer::load(&dir, &on_device()).unwrap());
     model.save(&dir).unwrap();
     assert!(!dir.join(&names[0]).exists());
-    equal(
-        &model,
-        &Transformer::load(&dir, &LoadOptions::default()).unwrap(),
-    );
+    equal(&model, &Transformer::load(&dir, &on_device()).unwrap());
     let left: Vec<_> = std::fs::read_dir(dir.parent().unwrap()).unwrap().collect();
     assert_eq!(left.len(), 1, "no temporary folder is left");
 }
@@ -82,7 +74,7 @@ fn types_convert_on_the_way() {
         ..SaveOptions::default()
     };
     model.save_with(&dir, &save).unwrap();
-    let loaded = Transformer::load(&dir, &LoadOptions::default()).unwrap();
+    let loaded = Transformer::load(&dir, &on_device()).unwrap();
     assert_eq!(
         (loaded.config().dtype, loaded.kind()),
         (Kind::BFloat16, Kind::Float)
@@ -98,7 +90,7 @@ fn types_convert_on_the_way() {
 fn tied_heads_are_stored_once() {
     let mut config = Config::new(40, 24, 1, 2, 64);
     config.eos_token_ids = vec![2, 3];
-    let model = Transformer::init(config, 1, Device::Cpu, Kind::Float).unwrap();
+    let model = Transformer::init(config, 1, device(), Kind::Float).unwrap();
     assert!(
         model
             .parameters()
@@ -114,16 +106,13 @@ fn tied_heads_are_stored_once() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path().join("m");
     model.save(&dir).unwrap();
-    equal(
-        &model,
-        &Transformer::load(&dir, &LoadOptions::default()).unwrap(),
-    );
+    equal(&model, &Transformer::load(&dir, &on_device()).unwrap());
 }
 
 #[test]
 fn equal_seeds_give_equal_weights() {
     let init = |seed, kind| {
-        Transformer::init(Config::new(40, 24, 1, 2, 64), seed, Device::Cpu, kind).unwrap()
+        Transformer::init(Config::new(40, 24, 1, 2, 64), seed, device(), kind).unwrap()
     };
     equal(&init(5, Kind::Float), &init(5, Kind::Float));
     let (a, b) = (init(5, Kind::Float), init(6, Kind::Float));
@@ -162,7 +151,7 @@ fn flipped_bytes_never_panic() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path().join("m");
     let config = Config::new(8, 4, 1, 1, 8);
-    let model = Transformer::init(config, 1, Device::Cpu, Kind::Float).unwrap();
+    let model = Transformer::init(config, 1, device(), Kind::Float).unwrap();
     model.save(&dir).unwrap();
     let path = dir.join("model.safetensors");
     let whole = std::fs::read(&path).unwrap();

@@ -4,16 +4,16 @@ use std::collections::BTreeMap;
 
 use rlhf_data::group::{Finish, PromptGroup};
 use rlhf_model::{
-    CausalLm, Decoder, DecoderWeights, GenerateLimits, GenerateProgress, GenerateRequest,
-    LoadOptions, Mismatch, RecordedLogprobs, SamplingConfig, Transformer, generate,
-    target_logprobs,
+    CausalLm, Decoder, DecoderWeights, GenerateLimits, GenerateProgress, GenerateRequest, Mismatch,
+    RecordedLogprobs, SamplingConfig, Transformer, generate, target_logprobs,
 };
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use crate::support::{batch, max_diff, own, small};
+use crate::device::{device, from_slice};
+use crate::support::{batch, max_diff, on_device, own, small};
 
 fn llama() -> Transformer {
-    Transformer::load(&own("models/llama"), &LoadOptions::default()).unwrap()
+    Transformer::load(&own("models/llama"), &on_device()).unwrap()
 }
 
 fn run(
@@ -164,7 +164,7 @@ fn recorded_logprobs_are_those_of_the_learner() {
         );
         let _no_grad = tch::no_grad_guard();
         let learner = target_logprobs(&model, &batch(&groups), temperature, false).unwrap();
-        let d = max_diff(&Tensor::from_slice(&recorded), learner.logprobs.values());
+        let d = max_diff(&from_slice(&recorded), learner.logprobs.values());
         assert!(d < 1e-5, "{record:?}: {d}");
     }
 }
@@ -396,6 +396,10 @@ fn progress_tells_every_token_once() {
 /// numbers of bf16 already, they make no difference at all, of another one a small one.
 #[test]
 fn weights_kept_in_bf16_for_decoding() {
+    if device() != Device::Cpu {
+        println!("skipped: on the CPU only");
+        return;
+    }
     let config = SamplingConfig {
         max_new_tokens: 24,
         seed: 3,
@@ -459,7 +463,7 @@ fn two() -> [Transformer; 2] {
     let other = small(Kind::Double);
     for (i, (_, t)) in other.parameters().into_iter().enumerate() {
         let _no_grad = tch::no_grad_guard();
-        let wave = Tensor::arange(t.numel() as i64, (Kind::Double, tch::Device::Cpu)) + i as f64;
+        let wave = Tensor::arange(t.numel() as i64, (Kind::Double, device())) + i as f64;
         let _ = t
             .detach()
             .g_add_(&((wave * 0.9).sin() * 0.2).view(t.size().as_slice()));
@@ -510,7 +514,7 @@ fn a_mixture_draws_from_the_normalised_product_of_two_models() {
             .flat_map(|c| &c.sampler.as_ref().unwrap().logprobs)
             .map(|lp| f64::from(*lp))
             .collect();
-        assert!(max_diff(&Tensor::from_slice(&drawn), &expected) < 1e-5);
+        assert!(max_diff(&from_slice(&drawn), &expected) < 1e-5);
     }
     // With no share it is the one model, with all of it the other.
     let ids = |groups: &[PromptGroup]| -> Vec<Vec<u32>> {

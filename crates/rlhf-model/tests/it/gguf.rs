@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use rlhf_model::weights::gguf::{GgufFile, import};
-use rlhf_model::{CausalLm, Config, Family, LoadOptions, RopeScaling, Transformer};
+use rlhf_model::{CausalLm, Config, Family, RopeScaling, Transformer};
 use serde_json::{Value, json};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-use crate::support::{batch, max_diff, own, plain};
+use crate::device::device;
+use crate::support::{batch, max_diff, on_device, own, plain};
 
 /// A writer of just enough GGUF.
 #[derive(Default)]
@@ -116,7 +117,7 @@ fn model() -> Transformer {
     let mut config = Config::new(40, 24, 2, 4, 64);
     config.num_key_value_heads = 2;
     config.tie_word_embeddings = false;
-    Transformer::init(config, 9, Device::Cpu, Kind::Float).unwrap()
+    Transformer::init(config, 9, device(), Kind::Float).unwrap()
 }
 
 fn gguf(model: &Transformer) -> Gguf {
@@ -187,7 +188,7 @@ fn an_imported_model_is_the_model() {
         (report.tensors, report.license.as_deref()),
         (21, Some("made-here"))
     );
-    let loaded = Transformer::load(&out, &LoadOptions::default()).unwrap();
+    let loaded = Transformer::load(&out, &on_device()).unwrap();
     for ((name, a), (_, b)) in model.parameters().iter().zip(&loaded.parameters()) {
         assert!(a.equal(b), "{name}");
     }
@@ -207,7 +208,7 @@ fn an_imported_model_is_the_model() {
     );
     // bf16 rounds to nearest even, as torch does.
     import(&file, &out, Kind::BFloat16).unwrap();
-    let loaded = Transformer::load(&out, &LoadOptions::default()).unwrap();
+    let loaded = Transformer::load(&out, &on_device()).unwrap();
     for ((name, a), (_, b)) in model.parameters().iter().zip(&loaded.parameters()) {
         assert!(
             a.to_kind(Kind::BFloat16).to_kind(Kind::Float).equal(b),
@@ -361,7 +362,7 @@ fn tiny(name: &str, change: &dyn Fn(&mut Value)) -> Transformer {
     std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
     let weights = "model.safetensors";
     std::fs::copy(from.join(weights), dir.path().join(weights)).unwrap();
-    Transformer::load(dir.path(), &LoadOptions::default()).unwrap()
+    Transformer::load(dir.path(), &on_device()).unwrap()
 }
 
 /// What llama.cpp's converter writes of a model: the keys that all architectures have, names by the
@@ -435,7 +436,7 @@ fn comes_back(model: &Transformer, g: &Gguf) -> Config {
         std::fs::read_to_string(out.join("tokenizer.json")).unwrap(),
         "{}"
     );
-    let loaded = Transformer::load(&out, &LoadOptions::default()).unwrap();
+    let loaded = Transformer::load(&out, &on_device()).unwrap();
     assert_eq!(loaded.notices(), &[] as &[String]);
     let (a, b) = (model.parameters(), loaded.parameters());
     assert_eq!(a.len(), b.len());

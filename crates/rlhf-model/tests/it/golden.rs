@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use rlhf_model::{
-    CausalLm, Family, GenerateLimits, GenerateRequest, LoadOptions, SamplingConfig, Transformer,
-    generate, target_logprobs,
+    CausalLm, Family, GenerateLimits, GenerateRequest, SamplingConfig, Transformer, generate,
+    target_logprobs,
 };
 use tch::{Kind, Tensor};
 
-use crate::support::{batch, max_diff, own, plain, relative_diff, shared, tensors};
+use crate::support::{batch, max_diff, on_device, own, plain, relative_diff, shared, tensors};
 
 /// The folders to run: the crate's own, and those of `RLHF_MODELS` or else the shared ones.
 fn folders() -> Vec<PathBuf> {
@@ -37,8 +37,7 @@ fn each(test: impl Fn(&Path, &Transformer)) {
     let mut families = Vec::new();
     for dir in folders() {
         let name = dir.file_name().unwrap().to_string_lossy().into_owned();
-        let model = Transformer::load(&dir, &LoadOptions::default())
-            .unwrap_or_else(|e| panic!("{name}: {e}"));
+        let model = Transformer::load(&dir, &on_device()).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert_eq!(model.notices(), &[] as &[String], "{name}");
         eprintln!("{name}:");
         test(&dir, &model);

@@ -7,11 +7,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use rlhf_model::weights::hub::{Hub, fetch};
-use rlhf_model::{CausalLm, LoadOptions, SaveOptions, Transformer};
+use rlhf_model::{CausalLm, SaveOptions, Transformer};
 use sha2::{Digest, Sha256};
 use tch::Kind;
 
-use crate::support::small;
+use crate::support::{on_device, small};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
@@ -195,7 +195,7 @@ fn stand(max_shard_bytes: u64) -> Stand {
 }
 
 fn equal(dir: &Path, model: &Transformer) {
-    let loaded = Transformer::load(dir, &LoadOptions::default()).unwrap();
+    let loaded = Transformer::load(dir, &on_device()).unwrap();
     assert_eq!(loaded.parameters().len(), model.parameters().len());
     for ((name, a), (_, b)) in model.parameters().iter().zip(&loaded.parameters()) {
         assert!(a.equal(b), "{name}");

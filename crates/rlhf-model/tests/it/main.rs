@@ -9,6 +9,8 @@
 
 mod adapter;
 mod bad;
+#[path = "../../../rlhf-kernels/tests/it/device.rs"]
+mod device;
 mod exact;
 mod files;
 mod generation;

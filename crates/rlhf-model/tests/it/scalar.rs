@@ -3,7 +3,7 @@
 use rlhf_model::{LoadOptions, RewardNorm, SaveOptions, ScalarModel, Transformer};
 use tch::Kind;
 
-use crate::support::{batch, group, max_diff, small};
+use crate::support::{batch, group, max_diff, on_device, small};
 
 fn model() -> ScalarModel {
     ScalarModel::from_trunk(small(Kind::Double), 3).unwrap()
@@ -71,7 +71,7 @@ fn the_norm_shifts_and_divides_and_is_saved() {
     assert_eq!(config["num_labels"], 1);
     let options = LoadOptions {
         kind: Kind::Double,
-        ..LoadOptions::default()
+        ..on_device()
     };
     let loaded = ScalarModel::load(&dir, &options).unwrap();
     assert_eq!(loaded.norm(), m.norm());

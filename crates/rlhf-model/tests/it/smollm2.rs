@@ -6,14 +6,13 @@ use std::path::{Path, PathBuf};
 
 use rlhf_model::weights::gguf::import;
 use rlhf_model::{
-    GenerateLimits, GenerateRequest, LoadOptions, SamplingConfig, Transformer, generate,
-    target_logprobs,
+    GenerateLimits, GenerateRequest, SamplingConfig, Transformer, generate, target_logprobs,
 };
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tch::Kind;
 
-use crate::support::{batch, plain, shared};
+use crate::support::{batch, on_device, plain, shared};
 
 fn sha256(path: &Path) -> String {
     let digest = Sha256::digest(std::fs::read(path).unwrap());
@@ -62,7 +61,7 @@ fn smollm2() {
     for (name, hash) in golden["sha256"].as_object().unwrap() {
         assert_eq!(sha256(&dir.join(name)), *hash.as_str().unwrap(), "{name}");
     }
-    let model = Transformer::load(&dir, &LoadOptions::default()).unwrap();
+    let model = Transformer::load(&dir, &on_device()).unwrap();
     for case in golden["cases"].as_array().unwrap() {
         let prompt = ids(&case["prompt_ids"]);
         let greedy = ids(&case["greedy_ids"]);

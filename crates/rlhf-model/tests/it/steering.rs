@@ -3,12 +3,12 @@
 
 use rlhf_data::group::Finish;
 use rlhf_model::{
-    Decoder, GenerateLimits, GenerateRequest, LoadOptions, RecordedLogprobs, SamplingConfig,
-    StopStrings, Transformer, generate,
+    Decoder, GenerateLimits, GenerateRequest, RecordedLogprobs, SamplingConfig, StopStrings,
+    Transformer, generate,
 };
 use tch::Kind;
 
-use crate::support::{batch, own, plain, small};
+use crate::support::{batch, on_device, own, plain, small};
 
 /// Logits after the last of `ids`.
 fn last_logits(model: &Transformer, ids: &[u32]) -> Vec<f64> {
@@ -162,7 +162,7 @@ fn the_likeliest_tokens_are_the_models() {
 
 #[test]
 fn stop_strings_end_a_completion_with_the_token_that_completes_them() {
-    let model = Transformer::load(&own("models/llama"), &LoadOptions::default()).unwrap();
+    let model = Transformer::load(&own("models/llama"), &on_device()).unwrap();
     // Tokens of one to three letters, so that strings begin and end within tokens.
     let word = |id: u32| {
         let letter = |n: u32| char::from(b'a' + (n % 26) as u8);

@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 
 use rlhf_data::group::{Completion, Finish, PromptGroup};
 use rlhf_data::pack::PackedBatch;
-use rlhf_model::{Config, DeviceBatch, Transformer};
-use tch::{Device, Kind, Tensor};
+use rlhf_model::{Config, DeviceBatch, LoadOptions, Transformer};
+use tch::{Kind, Tensor};
+
+use crate::device::device;
 
 /// The crate's own copies under `tests/`.
 pub(crate) fn own(name: &str) -> PathBuf {
@@ -22,6 +24,14 @@ pub(crate) fn shared() -> Option<PathBuf> {
         None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared"),
     };
     dir.is_dir().then_some(dir)
+}
+
+/// f32 on the tests' device.
+pub(crate) fn on_device() -> LoadOptions {
+    LoadOptions {
+        device: device(),
+        ..LoadOptions::default()
+    }
 }
 
 /// All tensors of a safetensors file, read by the format's own crate.
@@ -40,7 +50,10 @@ pub(crate) fn tensors(path: &Path) -> HashMap<String, Tensor> {
                 other => panic!("{other:?}"),
             };
             let shape: Vec<i64> = view.shape().iter().map(|&d| d as i64).collect();
-            (name, Tensor::from_data_size(view.data(), &shape, kind))
+            (
+                name,
+                Tensor::from_data_size(view.data(), &shape, kind).to_device(device()),
+            )
         })
         .collect()
 }
@@ -81,7 +94,7 @@ pub(crate) fn group(row: u64, prompt: &[u32], completions: &[&[u32]]) -> PromptG
 }
 
 pub(crate) fn batch(groups: &[PromptGroup]) -> DeviceBatch {
-    DeviceBatch::new(&PackedBatch::pack(groups).unwrap(), Device::Cpu).unwrap()
+    DeviceBatch::new(&PackedBatch::pack(groups).unwrap(), device()).unwrap()
 }
 
 /// A small random model with every feature of the family: grouped heads, biases, an untied head.
@@ -93,7 +106,7 @@ pub(crate) fn small(kind: Kind) -> Transformer {
     config.mlp_bias = true;
     config.tie_word_embeddings = false;
     config.initializer_range = 0.3;
-    let model = Transformer::init(config, 7, Device::Cpu, kind).unwrap();
+    let model = Transformer::init(config, 7, device(), kind).unwrap();
     jitter(&model);
     model
 }

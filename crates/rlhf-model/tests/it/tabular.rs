@@ -2,14 +2,15 @@
 
 use rlhf_model::tabular::TabularLm;
 use rlhf_model::{CausalLm, target_logprobs};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
+use crate::device::device;
 use crate::support::{batch, group, max_diff};
 
 fn model() -> TabularLm {
     // V = 3, sequences to 3 tokens: 3 + 9 + 27 = 39 states.
     assert_eq!(TabularLm::num_states(3, 3), Some(39));
-    let table = (Tensor::arange(3 * 39, (Kind::Double, Device::Cpu)) * 1.7)
+    let table = (Tensor::arange(3 * 39, (Kind::Double, device())) * 1.7)
         .sin()
         .view([3, 39]);
     TabularLm::new(&table, 3).unwrap()

@@ -13,6 +13,8 @@ use rlhf_policy::loss::{
 };
 use tch::{Kind, Tensor};
 
+use crate::device::{device, from_slice};
+
 const BETA: f64 = 0.37;
 const COMPLETION: Reduction = Reduction::FixedLength { length: 1 };
 
@@ -25,7 +27,7 @@ struct Table {
 
 impl Table {
     fn new(first: [f64; 3], second: Option<[f64; 9]>) -> Self {
-        let leaf = |x: &[f64]| Tensor::from_slice(x).set_requires_grad(true);
+        let leaf = |x: &[f64]| from_slice(x).set_requires_grad(true);
         let mut parameters = vec![leaf(&first)];
         let root = parameters[0].log_softmax(0, Kind::Double);
         let Some(second) = second else {
@@ -48,7 +50,7 @@ impl Table {
                 rows.extend([a, 3 + 3 * a + b]);
             }
         }
-        let logprobs = Tensor::cat(&[root, next], 0).index_select(0, &Tensor::from_slice(&rows));
+        let logprobs = Tensor::cat(&[root, next], 0).index_select(0, &from_slice(&rows));
         Self {
             parameters,
             completions,
@@ -86,7 +88,7 @@ impl Table {
             .map(|&s| self.completions[s].len() as i64)
             .collect();
         Ragged::new(
-            x.index_select(0, &Tensor::from_slice(&rows)),
+            x.index_select(0, &from_slice(&rows)),
             Offsets::from_lengths(&lengths).unwrap(),
         )
         .unwrap()
@@ -144,7 +146,7 @@ impl Problem {
     fn truth(&self, reward: f64, beta: f64) -> Vec<f64> {
         let log_pi = self.policy.sequences();
         let kl = &log_pi - self.reference.sequences().detach();
-        let objective = log_pi.exp() * (Tensor::from_slice(&self.rewards) * reward - kl * beta);
+        let objective = log_pi.exp() * (from_slice(&self.rewards) * reward - kl * beta);
         self.policy.gradient(&-objective.sum(Kind::Double))
     }
 
@@ -152,7 +154,7 @@ impl Problem {
     fn expected(&self, size: u32, loss: impl Fn(&[usize]) -> LossSum) -> Vec<f64> {
         let n = self.policy.completions.len();
         let p = self.probabilities();
-        let mut total = Tensor::from(0f64);
+        let mut total = Tensor::zeros([], (Kind::Double, device()));
         for code in 0..n.pow(size) {
             let group: Vec<usize> = (0..size).map(|i| code / n.pow(i) % n).collect();
             let out = loss(&group);
@@ -170,7 +172,7 @@ impl Problem {
         kl: Option<KlPenalty>,
     ) -> LossSum {
         let logprobs = self.policy.select(&self.policy.logprobs, group);
-        let per_token = logprobs.broadcast(&Tensor::from_slice(advantages));
+        let per_token = logprobs.broadcast(&from_slice(advantages));
         self.token_surrogate(&logprobs, group, per_token, reduction, kl)
     }
 
@@ -238,7 +240,7 @@ impl Problem {
         let at = kl.sum_dim_intlist(&[1i64][..], false, Kind::Double);
         // Row 0 is the root; row 1 + a follows token a, and nothing follows token 0.
         let root = p.get(0).exp().detach();
-        let reached = Tensor::cat(&[Tensor::from_slice(&[1.0, 0.0]), root.narrow(0, 1, 2)], 0);
+        let reached = Tensor::cat(&[from_slice(&[1.0, 0.0]), root.narrow(0, 1, 2)], 0);
         self.policy
             .gradient(&((at * reached).sum(Kind::Double) * BETA))
     }
@@ -356,7 +358,7 @@ fn every_surrogate_is_the_truth_at_the_sampler() {
             let advantages = estimator.advantages(&rewards, &[group.len()]).unwrap();
             let logprobs = problem.policy.select(&problem.policy.logprobs, group);
             let old = logprobs.with_values(logprobs.values().detach()).unwrap();
-            let advantages = logprobs.broadcast(&Tensor::from_slice(&advantages));
+            let advantages = logprobs.broadcast(&from_slice(&advantages));
             let advantages = logprobs.with_values(advantages).unwrap();
             let inputs = PolicyInputs::new(&logprobs, &old, &advantages);
             loss.compute(&inputs).unwrap().loss
@@ -477,13 +479,13 @@ fn ppo(problem: &Problem, lambda: f64, values: &dyn Fn(&[i64]) -> f64) -> Vec<f6
         let logprobs = problem.policy.select(&problem.policy.logprobs, group);
         let reference = problem.reference.select(&problem.reference.logprobs, group);
         let kl = KlEstimator::K1.estimate(&logprobs, &reference).unwrap();
-        let score = Tensor::from_slice(&[problem.rewards[group[0]]]);
+        let score = from_slice(&[problem.rewards[group[0]]]);
         let rewards = ppo::token_rewards(&kl, &score, BETA, ScorePlace::LastToken {}).unwrap();
         let completion = &problem.policy.completions[group[0]];
         let v: Vec<f64> = (0..completion.len())
             .map(|t| values(&completion[..t]))
             .collect();
-        let values = rewards.with_values(Tensor::from_slice(&v)).unwrap();
+        let values = rewards.with_values(from_slice(&v)).unwrap();
         let out = advantage::generalized(&rewards, &values, 1.0, lambda, Whitening::None).unwrap();
         problem.token_surrogate(
             &logprobs,
@@ -559,8 +561,7 @@ fn the_warning_is_right_about_every_estimator_and_place() {
             let got = if placement == KlPlacement::InReward {
                 problem.expected(1, |group| {
                     let one = |x: f64| {
-                        Ragged::new(Tensor::from_slice(&[x]), Offsets::new(vec![0, 1]).unwrap())
-                            .unwrap()
+                        Ragged::new(from_slice(&[x]), Offsets::new(vec![0, 1]).unwrap()).unwrap()
                     };
                     let penalty = estimator
                         .estimate(&one(kl[group[0]]), &one(0.0))
@@ -638,7 +639,7 @@ fn of_tokens(problem: &Problem, size: u32, estimator: AdvantageEstimator, steps:
                 }
             })
             .collect();
-        let judged = logprobs.with_values(Tensor::from_slice(&judged)).unwrap();
+        let judged = logprobs.with_values(from_slice(&judged)).unwrap();
         let advantages = estimator.of_tokens(&Earned {
             scores: &scores,
             group_sizes: &[group.len()],
@@ -648,10 +649,13 @@ fn of_tokens(problem: &Problem, size: u32, estimator: AdvantageEstimator, steps:
             running: -0.3,
         });
         let old = logprobs.with_values(logprobs.values().detach()).unwrap();
+
         let loss = PolicyLoss::Reinforce {
             reduction: Reduction::SequenceSum {},
         };
-        let advantages = advantages.unwrap();
+        // The estimator works on the host.
+        let advantages = advantages.unwrap().values().to_device(device());
+        let advantages = logprobs.with_values(advantages).unwrap();
         let inputs = PolicyInputs::new(&logprobs, &old, &advantages);
         loss.compute(&inputs).unwrap().loss
     })
@@ -719,7 +723,7 @@ fn the_regularised_optimum_is_reached() {
             1 => Problem::one_token(),
             _ => Problem::two_tokens(),
         };
-        let tilt = Tensor::from_slice(&start().rewards) / BETA;
+        let tilt = from_slice(&start().rewards) / BETA;
         let scores = start().reference.sequences().detach() + tilt;
         let optimum = scores.softmax(0, Kind::Double);
         let (mut first, mut second) = ([0.3, -0.5, 0.9], [0.0; 9]);
@@ -779,7 +783,7 @@ fn the_exact_divergence_holds_the_prefixes() {
         .iter()
         .flat_map(|c| [0, 1 + c[0]].into_iter().take(c.len()))
         .collect();
-    let at_tokens = at.index_select(0, &Tensor::from_slice(&rows));
+    let at_tokens = at.index_select(0, &from_slice(&rows));
     let penalty = KlPenalty {
         estimator: KlEstimator::Exact,
         placement: KlPlacement::InLoss,

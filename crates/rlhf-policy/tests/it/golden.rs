@@ -10,6 +10,7 @@ use rlhf_policy::loss::{
 };
 use tch::{Kind, Tensor};
 
+use crate::device::from_slice;
 use crate::golden_io::{Case, gradient, run};
 
 #[test]
@@ -230,7 +231,7 @@ fn grpo_advantages(case: &Case<'_>) {
     };
     case.compare(
         "advantages",
-        &Tensor::from_slice(&advantages),
+        &from_slice(&advantages),
         &case.output("advantages"),
         1e-12,
     );
@@ -274,7 +275,7 @@ fn rloo_advantages(case: &Case<'_>) {
         }
         advantages = advantage::standardize(&advantages, 1e-4);
     }
-    case.check("advantages", &Tensor::from_slice(&advantages));
+    case.check("advantages", &from_slice(&advantages));
 }
 
 fn grpo_loss(case: &Case<'_>, name: &str) -> bool {

@@ -8,19 +8,20 @@ use rlhf_policy::loss::{
 };
 use tch::{Kind, Tensor};
 
+use crate::device::from_slice;
 use crate::golden_io::gradient;
 
 const STEP: f64 = 1e-6;
 
 /// Compares the gradient of `f` at `x` with (f(x + h) − f(x − h)) / 2h.
 fn check(what: &str, x: &[f64], f: impl Fn(&Tensor) -> Tensor) {
-    let leaf = Tensor::from_slice(x).set_requires_grad(true);
+    let leaf = from_slice(x).set_requires_grad(true);
     let got = Vec::<f64>::try_from(&gradient(&f(&leaf), &leaf)).unwrap();
     for i in 0..x.len() {
         let at = |h: f64| {
             let mut moved = x.to_vec();
             moved[i] += h;
-            f(&Tensor::from_slice(&moved)).double_value(&[])
+            f(&from_slice(&moved)).double_value(&[])
         };
         let expected = (at(STEP) - at(-STEP)) / (2.0 * STEP);
         assert!(
@@ -43,10 +44,10 @@ fn ragged(x: &Tensor) -> Ragged {
 fn surrogate() {
     // Ratios on both sides of both bounds and inside them.
     let new = [-0.9, -1.4, -0.3, -2.0, -0.7, -1.1];
-    let old = ragged(&Tensor::from_slice(&[-0.95, -1.0, -0.8, -2.1, -1.9, -0.5]));
-    let advantages = ragged(&Tensor::from_slice(&[0.7, -1.2, 0.4, -0.3, -2.0, 1.5]));
-    let reference = ragged(&Tensor::from_slice(&[-1.0, -1.1, -0.2, -2.5, -0.6, -1.2]));
-    let weights = ragged(&Tensor::from_slice(&[1.0, 0.5, 1.2, 0.9, 1.1, 0.8]));
+    let old = ragged(&from_slice(&[-0.95, -1.0, -0.8, -2.1, -1.9, -0.5]));
+    let advantages = ragged(&from_slice(&[0.7, -1.2, 0.4, -0.3, -2.0, 1.5]));
+    let reference = ragged(&from_slice(&[-1.0, -1.1, -0.2, -2.5, -0.6, -1.2]));
+    let weights = ragged(&from_slice(&[1.0, 0.5, 1.2, 0.9, 1.1, 0.8]));
     for level in [
         RatioLevel::Token,
         RatioLevel::SequenceMean,
@@ -102,8 +103,8 @@ fn surrogate() {
 
 #[test]
 fn value_loss() {
-    let old = ragged(&Tensor::from_slice(&[0.0, 1.0, -1.0, 0.5, 0.2, 2.0]));
-    let returns = ragged(&Tensor::from_slice(&[0.5, -1.0, 0.3, 0.4, 1.2, 1.0]));
+    let old = ragged(&from_slice(&[0.0, 1.0, -1.0, 0.5, 0.2, 2.0]));
+    let returns = ragged(&from_slice(&[0.5, -1.0, 0.3, 0.4, 1.2, 1.0]));
     for clip in [None, Some(0.2)] {
         check("value", &[0.1, 1.5, -1.6, 0.55, 0.9, 1.9], |x| {
             let values = ragged(x);
@@ -119,7 +120,7 @@ fn value_loss() {
 
 #[test]
 fn exact_kl() {
-    let q = Tensor::from_slice(&[0.1, 0.9, -0.4, 0.0, 1.0, 2.0]).view([2, 3]);
+    let q = from_slice(&[0.1, 0.9, -0.4, 0.0, 1.0, 2.0]).view([2, 3]);
     check("p", &[1.0, 0.2, -0.7, 0.3, 0.1, -2.0], |x| {
         kl::exact(&x.view([2, 3]), &q).unwrap().sum(Kind::Double)
     });
@@ -130,8 +131,8 @@ fn exact_kl() {
 
 #[test]
 fn straight_through_has_the_value_of_k3_and_the_gradient_of_k2() {
-    let reference = ragged(&Tensor::from_slice(&[-1.0, -1.1, -0.2, -2.5, -0.6, -1.2]));
-    let leaf = Tensor::from_slice(&[-0.9, -1.4, -0.3, -2.0, -0.7, -1.1]).set_requires_grad(true);
+    let reference = ragged(&from_slice(&[-1.0, -1.1, -0.2, -2.5, -0.6, -1.2]));
+    let leaf = from_slice(&[-0.9, -1.4, -0.3, -2.0, -0.7, -1.1]).set_requires_grad(true);
     let of = |e: KlEstimator| {
         e.estimate(&ragged(&leaf), &reference)
             .unwrap()
@@ -152,8 +153,8 @@ const PARTS: [std::ops::Range<usize>; 3] = [0..3, 3..5, 5..6];
 
 #[test]
 fn gates_and_geometric_means() {
-    let old = ragged(&Tensor::from_slice(&OLD));
-    let advantages = ragged(&Tensor::from_slice(&ADVANTAGES));
+    let old = ragged(&from_slice(&OLD));
+    let advantages = ragged(&from_slice(&ADVANTAGES));
     for level in [
         RatioLevel::Token,
         RatioLevel::SequenceMean,
@@ -187,12 +188,12 @@ fn gates_and_geometric_means() {
 /// worked out here with plain arithmetic.
 #[test]
 fn held_weights() {
-    let old = ragged(&Tensor::from_slice(&OLD));
-    let advantages = ragged(&Tensor::from_slice(&ADVANTAGES));
+    let old = ragged(&from_slice(&OLD));
+    let advantages = ragged(&from_slice(&ADVANTAGES));
     let factors = [1.0, 0.5, 1.2, 0.9, 1.1, 0.8];
-    let weights = ragged(&Tensor::from_slice(&factors));
+    let weights = ragged(&from_slice(&factors));
     let gradient_of = |loss: &dyn Fn(&PolicyInputs<'_>) -> Tensor| {
-        let leaf = Tensor::from_slice(&NEW).set_requires_grad(true);
+        let leaf = from_slice(&NEW).set_requires_grad(true);
         let logprobs = ragged(&leaf);
         let inputs = PolicyInputs {
             weights: Some(&weights),
@@ -244,7 +245,7 @@ fn held_weights() {
 
 #[test]
 fn settings_that_contradict_are_refused() {
-    let x = ragged(&Tensor::from_slice(&NEW));
+    let x = ragged(&from_slice(&NEW));
     let inputs = PolicyInputs::new(&x, &x, &x);
     let (token, mean) = (RatioLevel::Token, Reduction::Token {});
     let e = smooth::cispo(&inputs, (0.0, 0.2), token, mean).unwrap_err();

@@ -8,6 +8,9 @@
 
 mod control;
 mod control_exact;
+#[allow(dead_code, reason = "shared by several crates; each uses a part")]
+#[path = "../../../rlhf-kernels/tests/it/device.rs"]
+mod device;
 mod environment;
 mod exact;
 mod golden;

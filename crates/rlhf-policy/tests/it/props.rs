@@ -6,8 +6,9 @@ use rlhf_policy::advantage::{AdvantageEstimator, StdScope};
 use rlhf_policy::kl::{KlEstimator, KlPenalty, KlPlacement};
 use rlhf_policy::loss::ppo::{self, ValueInputs};
 use rlhf_policy::loss::{Clip, KlTerm, PolicyInputs, PolicyStats, RatioLevel, Reduction, clipped};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
+use crate::device::{device, from_slice};
 use crate::golden_io::gradient;
 
 /// Completions of 0 to 5 tokens with five numbers a token, and where to cut the batch.
@@ -60,7 +61,7 @@ fn compute(
     let n = lengths.iter().sum::<i64>();
     let offsets = Offsets::from_lengths(lengths).unwrap();
     let part = |x: &Tensor| Ragged::new(x.narrow(0, first, n), offsets.clone()).unwrap();
-    let column = |i: usize| part(&Tensor::from_slice(&batch.columns[i]));
+    let column = |i: usize| part(&from_slice(&batch.columns[i]));
     let (logprobs, old, advantages, reference, weights) =
         (part(leaf), column(1), column(2), column(3), column(4));
     let penalty = KlPenalty {
@@ -104,9 +105,9 @@ proptest! {
     fn any_split_gives_the_same_step(batch in batch()) {
         for level in [RatioLevel::Token, RatioLevel::SequenceMean] {
             for reduction in [Reduction::Token {}, Reduction::Sequence {}, Reduction::FixedLength { length: 7 }] {
-                let leaf = Tensor::from_slice(&batch.columns[0]).set_requires_grad(true);
+                let leaf = from_slice(&batch.columns[0]).set_requires_grad(true);
                 let (whole, whole_stats) = compute(&batch, &leaf, 0..batch.lengths.len(), 0, level, reduction);
-                let mut sum = Tensor::from(0f64);
+                let mut sum = Tensor::zeros([], (Kind::Double, device()));
                 let (mut weight, mut stats) = (0.0, PolicyStats::default());
                 for (range, first) in batch.parts() {
                     let (loss, s) = compute(&batch, &leaf, range, first, level, reduction);
@@ -138,7 +139,7 @@ proptest! {
         let whole = |range: std::ops::Range<usize>, first: i64| {
             let lengths = &batch.lengths[range];
             let offsets = Offsets::from_lengths(lengths).unwrap();
-            let column = |i: usize| Ragged::new(Tensor::from_slice(&batch.columns[i]).narrow(0, first, offsets.num_values()), offsets.clone()).unwrap();
+            let column = |i: usize| Ragged::new(from_slice(&batch.columns[i]).narrow(0, first, offsets.num_values()), offsets.clone()).unwrap();
             let (values, old_values, returns) = (column(0), column(1), column(2));
             ppo::value_loss(&ValueInputs { values: &values, old_values: &old_values, returns: &returns }, Some(0.3)).unwrap()
         };

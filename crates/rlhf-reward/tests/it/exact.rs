@@ -5,15 +5,16 @@ use rlhf_reward::bradley_terry::{self, BradleyTerry};
 use rlhf_reward::distributional::{self, Normal};
 use rlhf_reward::pairs::Pairs;
 use rlhf_reward::{ordinal, plackett_luce, regression};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
+use crate::device::{device, from_slice};
 use crate::golden_io::gradient;
 
 const TRUE: [f64; 6] = [0.0, 1.3, -0.8, 2.1, 0.4, -1.7];
 
 /// Descends from `start` until the gradient is nothing.
 fn descend(start: &[f64], rate: f64, loss: impl Fn(&Tensor) -> Tensor) -> Vec<f64> {
-    let mut x = Tensor::from_slice(start);
+    let mut x = from_slice(start);
     for _ in 0..20_000 {
         let leaf = x.set_requires_grad(true);
         let slope = gradient(&loss(&leaf), &leaf);
@@ -49,9 +50,9 @@ fn labelled_pairs() -> (Tensor, Tensor, Tensor) {
         }
     }
     (
-        Tensor::from_slice(&chosen),
-        Tensor::from_slice(&rejected),
-        Tensor::from_slice(&weights),
+        from_slice(&chosen),
+        from_slice(&rejected),
+        from_slice(&weights),
     )
 }
 
@@ -82,7 +83,7 @@ fn all_pairs_recover_the_rewards_up_to_a_constant() {
 
 #[test]
 fn centring_pins_the_mean() {
-    let scores = Tensor::from_slice(&bradley_terry_fit(0.01));
+    let scores = from_slice(&bradley_terry_fit(0.01));
     assert!(scores.mean(Kind::Double).double_value(&[]).abs() < 1e-6);
 }
 
@@ -97,8 +98,8 @@ fn prompts_of_any_size_recover_theirs() {
         .zip(&pairs.rejected)
         .map(|(c, r)| sigmoid(TRUE[*c as usize] - TRUE[*r as usize]))
         .collect();
-    let truth = Tensor::from_slice(&truth);
-    let pairs = pairs.tensors(Kind::Double, Device::Cpu);
+    let truth = from_slice(&truth);
+    let pairs = pairs.tensors(Kind::Double, device());
     let settings = BradleyTerry {
         weights: Some(&pairs.weights),
         preference: Some(&truth),
@@ -132,7 +133,7 @@ fn all_rankings_recover_the_rewards() {
     }
     assert!((weights.iter().sum::<f64>() - 1.0).abs() < 1e-12);
     let offsets = Offsets::from_lengths(&vec![4; weights.len()]).unwrap();
-    let (index, weights) = (Tensor::from_slice(&index), Tensor::from_slice(&weights));
+    let (index, weights) = (from_slice(&index), from_slice(&weights));
     let scores = descend(&[1.0, 0.0, 0.0, 0.0], 1.0, |scores| {
         let ranked = Ragged::new(scores.index_select(0, &index), offsets.clone()).unwrap();
         plackett_luce::loss(&ranked, Some(&weights)).unwrap().sum
@@ -174,8 +175,8 @@ fn ties_recover_the_rewards_and_the_threshold() {
             }
         }
     }
-    let (first, second) = (Tensor::from_slice(&first), Tensor::from_slice(&second));
-    let (labels, weights) = (Tensor::from_slice(&labels), Tensor::from_slice(&weights));
+    let (first, second) = (from_slice(&first), from_slice(&second));
+    let (labels, weights) = (from_slice(&labels), from_slice(&weights));
     let fit = descend(&[0.0; 5], 1.0, |x| {
         let scores = x.narrow(0, 0, 4);
         let lead = scores.index_select(0, &first) - scores.index_select(0, &second);
@@ -195,11 +196,10 @@ fn ties_recover_the_rewards_and_the_threshold() {
 #[test]
 fn preferences_recover_the_mix_of_attributes() {
     let attributes =
-        Tensor::from_slice(&[1.0, 0.2, -0.5, 1.5, 0.3, -1.0, 2.0, 0.1, -0.7, 0.4]).view([5, 2]);
+        from_slice(&[1.0, 0.2, -0.5, 1.5, 0.3, -1.0, 2.0, 0.1, -0.7, 0.4]).view([5, 2]);
     let mix = [0.8, -0.4];
     let truth =
-        Vec::<f64>::try_from(&regression::mix(&attributes, &Tensor::from_slice(&mix)).unwrap())
-            .unwrap();
+        Vec::<f64>::try_from(&regression::mix(&attributes, &from_slice(&mix)).unwrap()).unwrap();
     let pairs = Pairs::of_rankings(&Offsets::from_lengths(&[5]).unwrap()).unwrap();
     let p: Vec<f64> = pairs
         .chosen
@@ -207,8 +207,8 @@ fn preferences_recover_the_mix_of_attributes() {
         .zip(&pairs.rejected)
         .map(|(c, r)| sigmoid(truth[*c as usize] - truth[*r as usize]))
         .collect();
-    let p = Tensor::from_slice(&p);
-    let pairs = pairs.tensors(Kind::Double, Device::Cpu);
+    let p = from_slice(&p);
+    let pairs = pairs.tensors(Kind::Double, device());
     let settings = BradleyTerry {
         preference: Some(&p),
         ..BradleyTerry::default()
@@ -225,7 +225,7 @@ fn preferences_recover_the_mix_of_attributes() {
 #[test]
 fn the_variance_is_how_far_labels_disagree() {
     // Labels 1, 2, 6: mean 3, variance (4 + 1 + 9)/3.
-    let targets = Tensor::from_slice(&[1.0, 2.0, 6.0]);
+    let targets = from_slice(&[1.0, 2.0, 6.0]);
     let fit = descend(&[0.0, 0.0], 0.3, |x| {
         let (mean, log_variance) = (
             x.narrow(0, 0, 1).expand([3], false),
@@ -249,7 +249,7 @@ fn all_pairs_of_clips_recover_the_rewards_of_steps() {
     let truth = &TRUE[..4];
     let clips: Vec<(i64, i64)> = (0..4).flat_map(|a| (a..4).map(move |b| (a, b))).collect();
     let steps: Vec<i64> = clips.iter().flat_map(|&(a, b)| [a, b]).collect();
-    let steps = Tensor::from_slice(&steps);
+    let steps = from_slice(&steps);
     let offsets = Offsets::from_lengths(&vec![2; clips.len()]).unwrap();
     let sum = |c: &(i64, i64)| truth[c.0 as usize] + truth[c.1 as usize];
     for error_rate in [0.0, 0.1] {
@@ -262,8 +262,8 @@ fn all_pairs_of_clips_recover_the_rewards_of_steps() {
                 preference.push((1.0 - error_rate) * p + error_rate / 2.0);
             }
         }
-        let (first, second) = (Tensor::from_slice(&first), Tensor::from_slice(&second));
-        let preference = Tensor::from_slice(&preference);
+        let (first, second) = (from_slice(&first), from_slice(&second));
+        let preference = from_slice(&preference);
         let rewards = descend(&[1.0, -1.0, 0.5, 0.0], 1.0, |r| {
             let rewards = Ragged::new(r.index_select(0, &steps), offsets.clone()).unwrap();
             let compared = Comparisons {

@@ -4,8 +4,9 @@ use rlhf_kernels::{Offsets, Ragged};
 use rlhf_reward::bradley_terry::{self, BradleyTerry, PairStats};
 use rlhf_reward::pairs::Pairs;
 use rlhf_reward::{plackett_luce, process};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
+use crate::device::device;
 use crate::golden_io::{Case, gradient, run};
 
 #[test]
@@ -57,7 +58,7 @@ fn plackett_luce(case: &Case<'_>) {
     let leaf = case.input("rewards").set_requires_grad(true);
     let lengths = Vec::<i64>::try_from(&case.input("n_items")).unwrap();
     let offsets = Offsets::from_lengths(&lengths).unwrap();
-    let real = Tensor::arange(leaf.size()[1], (Kind::Int64, Device::Cpu))
+    let real = Tensor::arange(leaf.size()[1], (Kind::Int64, device()))
         .unsqueeze(0)
         .lt_tensor(&case.input("n_items").unsqueeze(1));
     let scores = Ragged::from_padded(&leaf, &real).unwrap();
@@ -76,7 +77,7 @@ fn plackett_luce(case: &Case<'_>) {
         nll.push(plackett_luce::loss(&ranking, None).unwrap().sum);
         let pairs = Pairs::of_rankings(&alone)
             .unwrap()
-            .tensors(case.kind, Device::Cpu);
+            .tensors(case.kind, device());
         let settings = BradleyTerry {
             weights: Some(&pairs.weights),
             ..BradleyTerry::default()
@@ -90,7 +91,7 @@ fn plackett_luce(case: &Case<'_>) {
     // All rankings in one batch: the pairs' weights make it the mean over prompts.
     let pairs = Pairs::of_rankings(&offsets)
         .unwrap()
-        .tensors(case.kind, Device::Cpu);
+        .tensors(case.kind, device());
     let settings = BradleyTerry {
         weights: Some(&pairs.weights),
         ..BradleyTerry::default()

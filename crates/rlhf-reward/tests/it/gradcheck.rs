@@ -9,6 +9,7 @@ use rlhf_reward::regression::{self, Regression};
 use rlhf_reward::{ordinal, plackett_luce, process};
 use tch::Tensor;
 
+use crate::device::from_slice;
 use crate::golden_io::gradient;
 
 const X: [f64; 6] = [0.5, -1.0, 2.0, 0.1, 1.4, -0.3];
@@ -16,14 +17,14 @@ const X: [f64; 6] = [0.5, -1.0, 2.0, 0.1, 1.4, -0.3];
 /// Compares the gradient of `f` at `x` with central differences.
 fn check(x: &[f64], f: impl Fn(&Tensor) -> Tensor) {
     const STEP: f64 = 1e-6;
-    let leaf = Tensor::from_slice(x).set_requires_grad(true);
+    let leaf = from_slice(x).set_requires_grad(true);
     let got = Vec::<f64>::try_from(&gradient(&f(&leaf), &leaf)).unwrap();
     assert!(got.iter().any(|g| *g != 0.0), "a gradient of nothing");
     for i in 0..x.len() {
         let at = |h: f64| {
             let mut moved = x.to_vec();
             moved[i] += h;
-            f(&Tensor::from_slice(&moved)).double_value(&[])
+            f(&from_slice(&moved)).double_value(&[])
         };
         let expected = (at(STEP) - at(-STEP)) / (2.0 * STEP);
         assert!(
@@ -42,12 +43,12 @@ fn halves(x: &Tensor) -> (Tensor, Tensor) {
 fn bradley_terry() {
     // Every score takes part in several pairs.
     let (chosen, rejected) = (
-        Tensor::from_slice(&[0i64, 2, 2, 3, 1, 4]),
-        Tensor::from_slice(&[1i64, 0, 1, 2, 0, 5]),
+        from_slice(&[0i64, 2, 2, 3, 1, 4]),
+        from_slice(&[1i64, 0, 1, 2, 0, 5]),
     );
-    let margin = Tensor::from_slice(&[0.5, 0.0, 1.0, -0.3, 0.2, 0.0]);
-    let weights = Tensor::from_slice(&[0.5, 1.0, 0.0, 2.0, 1.5, 1.0]);
-    let preference = Tensor::from_slice(&[1.0, 0.5, 1.0, 0.3, 0.5, 0.9]);
+    let margin = from_slice(&[0.5, 0.0, 1.0, -0.3, 0.2, 0.0]);
+    let weights = from_slice(&[0.5, 1.0, 0.0, 2.0, 1.5, 1.0]);
+    let preference = from_slice(&[1.0, 0.5, 1.0, 0.3, 0.5, 0.9]);
     for label_smoothing in [0.0, 0.2] {
         for preference in [None, Some(&preference)] {
             let settings = BradleyTerry {
@@ -69,7 +70,7 @@ fn bradley_terry() {
 #[test]
 fn plackett_luce() {
     let offsets = Offsets::from_lengths(&[4, 2]).unwrap();
-    let weights = Tensor::from_slice(&[0.5, 2.0]);
+    let weights = from_slice(&[0.5, 2.0]);
     check(&X, |x| {
         let scores = Ragged::new(x.shallow_clone(), offsets.clone()).unwrap();
         plackett_luce::loss(&scores, Some(&weights)).unwrap().sum
@@ -78,7 +79,7 @@ fn plackett_luce() {
 
 #[test]
 fn difference() {
-    let labelled = Tensor::from_slice(&[0.0, 1.5, 3.0]);
+    let labelled = from_slice(&[0.0, 1.5, 3.0]);
     for form in [
         DifferenceLoss::Squared {},
         DifferenceLoss::Soft { temperature: 0.7 },
@@ -94,13 +95,13 @@ fn difference() {
 #[test]
 fn ordinal() {
     // Three scores, then what three thresholds are made of.
-    let labels = Tensor::from_slice(&[0i64, 1, 3]);
+    let labels = from_slice(&[0i64, 1, 3]);
     check(&X, |x| {
         let (s, raw) = halves(x);
         let thresholds = ordinal::thresholds(&raw).unwrap();
         ordinal::loss(&s, &labels, &thresholds, None).unwrap().sum
     });
-    let labels = Tensor::from_slice(&[2i64, 3, 6]);
+    let labels = from_slice(&[2i64, 3, 6]);
     check(&X, |x| {
         let (s, raw) = halves(x);
         let thresholds = ordinal::symmetric_thresholds(&raw).unwrap();
@@ -110,10 +111,10 @@ fn ordinal() {
 
 #[test]
 fn regression() {
-    let targets = Tensor::from_slice(&[0.0, 1.0, 2.2, 3.0, f64::NAN, -0.1]).view([3, 2]);
-    let present = Tensor::from_slice(&[true, true, true, true, false, true]).view([3, 2]);
-    let weights = Tensor::from_slice(&[0.5, 2.0]);
-    let rows = Tensor::from_slice(&[1.0, 0.25, 3.0]);
+    let targets = from_slice(&[0.0, 1.0, 2.2, 3.0, f64::NAN, -0.1]).view([3, 2]);
+    let present = from_slice(&[true, true, true, true, false, true]).view([3, 2]);
+    let weights = from_slice(&[0.5, 2.0]);
+    let rows = from_slice(&[1.0, 0.25, 3.0]);
     for huber in [None, Some(0.4)] {
         let settings = Regression {
             present: Some(&present),
@@ -140,8 +141,8 @@ fn regression() {
 #[test]
 fn outcome() {
     let offsets = Offsets::from_lengths(&[2, 0, 3, 1]).unwrap();
-    let correct = Tensor::from_slice(&[1.0, 1.0, 0.0, 0.3]);
-    let weights = Tensor::from_slice(&[1.0, 1.0, 0.5, 2.0]);
+    let correct = from_slice(&[1.0, 1.0, 0.0, 0.3]);
+    let weights = from_slice(&[1.0, 1.0, 0.5, 2.0]);
     let logits = |x: &Tensor| Ragged::new(x.shallow_clone(), offsets.clone()).unwrap();
     check(&X, |x| {
         outcome::per_token(&logits(x), &correct, Some(&weights))
@@ -159,14 +160,14 @@ fn outcome() {
 
 #[test]
 fn process() {
-    let weights = Tensor::from_slice(&[0.5, 2.0]);
+    let weights = from_slice(&[0.5, 2.0]);
     check(&X, |x| {
-        let labels = Tensor::from_slice(&[1i64, 2]);
+        let labels = from_slice(&[1i64, 2]);
         process::loss(&x.view([2, 3]), &labels, Some(&weights))
             .unwrap()
             .sum
     });
-    let labels = Tensor::from_slice(&[0.0, 1.0, 0.25, 1.0, 0.0, 0.5]);
+    let labels = from_slice(&[0.0, 1.0, 0.25, 1.0, 0.0, 0.5]);
     check(&X, |x| process::binary_loss(x, &labels, None).unwrap().sum);
 }
 
@@ -191,7 +192,7 @@ fn distributional() {
         .unwrap()
         .sum
     });
-    let targets = Tensor::from_slice(&[0.3, 1.0, -2.0]);
+    let targets = from_slice(&[0.3, 1.0, -2.0]);
     check(&X, |x| {
         let (mean, log_variance) = halves(x);
         let predicted = Normal {
@@ -209,12 +210,9 @@ fn segments() {
     use rlhf_reward::segments::{self, Comparisons};
     // Clips of one, two and three steps, each in two comparisons.
     let offsets = Offsets::from_lengths(&[1, 2, 3]).unwrap();
-    let (first, second) = (
-        Tensor::from_slice(&[0i64, 1, 2]),
-        Tensor::from_slice(&[1i64, 2, 0]),
-    );
-    let preference = Tensor::from_slice(&[1.0, 0.5, 0.0]);
-    let weights = Tensor::from_slice(&[1.0, 2.0, 0.3]);
+    let (first, second) = (from_slice(&[0i64, 1, 2]), from_slice(&[1i64, 2, 0]));
+    let preference = from_slice(&[1.0, 0.5, 0.0]);
+    let weights = from_slice(&[1.0, 2.0, 0.3]);
     for error_rate in [0.0, 0.1] {
         check(&X, |x| {
             let rewards = Ragged::new(x.shallow_clone(), offsets.clone()).unwrap();

@@ -6,6 +6,9 @@
     reason = "tests"
 )]
 
+#[allow(dead_code, reason = "shared by several crates; each uses a part")]
+#[path = "../../../rlhf-kernels/tests/it/device.rs"]
+mod device;
 mod exact;
 mod golden;
 #[allow(

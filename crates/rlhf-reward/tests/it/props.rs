@@ -10,6 +10,7 @@ use rlhf_reward::regression::{self, Regression};
 use rlhf_reward::{ordinal, plackett_luce, process};
 use tch::Tensor;
 
+use crate::device::from_slice;
 use crate::golden_io::gradient;
 
 proptest! {
@@ -22,10 +23,10 @@ proptest! {
         scores in prop::collection::vec(-4.0f64..4.0, 5),
         cut in any::<prop::sample::Index>(),
     ) {
-        let leaf = Tensor::from_slice(&scores).set_requires_grad(true);
+        let leaf = from_slice(&scores).set_requires_grad(true);
         let part = |pairs: &[(i64, i64, f64)]| {
-            let index = |pick: fn(&(i64, i64, f64)) -> i64| Tensor::from_slice(&pairs.iter().map(pick).collect::<Vec<_>>());
-            let weights = Tensor::from_slice(&pairs.iter().map(|p| p.2).collect::<Vec<_>>());
+            let index = |pick: fn(&(i64, i64, f64)) -> i64| from_slice(&pairs.iter().map(pick).collect::<Vec<_>>());
+            let weights = from_slice(&pairs.iter().map(|p| p.2).collect::<Vec<_>>());
             let settings = BradleyTerry { weights: Some(&weights), centering: 0.1, ..BradleyTerry::default() };
             bradley_terry::loss_of_pairs(&leaf, &index(|p| p.0), &index(|p| p.1), &settings).unwrap()
         };
@@ -41,7 +42,7 @@ proptest! {
     #[test]
     fn only_the_difference_counts(c in -9.0f64..9.0, r in -9.0f64..9.0, shift in -9.0f64..9.0) {
         let of = |c: f64, r: f64| {
-            bradley_terry::loss(&Tensor::from_slice(&[c]), &Tensor::from_slice(&[r]), &BradleyTerry::default()).unwrap().sum.double_value(&[])
+            bradley_terry::loss(&from_slice(&[c]), &from_slice(&[r]), &BradleyTerry::default()).unwrap().sum.double_value(&[])
         };
         prop_assert!((of(c, r) - of(c + shift, r + shift)).abs() < 1e-12);
         prop_assert!((of(r, c) - of(c, r) - (c - r)).abs() < 1e-12);
@@ -55,14 +56,14 @@ proptest! {
         seed in prop::collection::vec(-3.0f64..3.0, 25),
     ) {
         let total: i64 = lengths.iter().sum();
-        let leaf = Tensor::from_slice(&seed[..total as usize]).set_requires_grad(true);
+        let leaf = from_slice(&seed[..total as usize]).set_requires_grad(true);
         let correct: Vec<f64> = (0..lengths.len()).map(|i| [1.0, 0.0, 0.25][i % 3]).collect();
         let part = |from: usize, to: usize| {
             let start: i64 = lengths[..from].iter().sum();
             let offsets = Offsets::from_lengths(&lengths[from..to]).unwrap();
             let values = leaf.narrow(0, start, offsets.num_values());
             let ragged = Ragged::new(values, offsets).unwrap();
-            let correct = Tensor::from_slice(&correct[from..to]);
+            let correct = from_slice(&correct[from..to]);
             [
                 plackett_luce::loss(&ragged, None).unwrap(),
                 outcome::per_token(&ragged, &correct, None).unwrap(),
@@ -87,14 +88,14 @@ proptest! {
     ) {
         let n = rows.len();
         let flat: Vec<f64> = rows.iter().flat_map(|r| [r.0, r.1]).collect();
-        let leaf = Tensor::from_slice(&flat).set_requires_grad(true);
-        let theta = Tensor::from_slice(&[-1.0, 0.5]);
+        let leaf = from_slice(&flat).set_requires_grad(true);
+        let theta = from_slice(&[-1.0, 0.5]);
         let part = |from: usize, to: usize| {
             let rows = &rows[from..to];
             let x = leaf.view([-1, 2]).narrow(0, from as i64, rows.len() as i64);
             let (a, b) = (x.select(1, 0), x.select(1, 1));
-            let labels = Tensor::from_slice(&rows.iter().map(|r| r.2).collect::<Vec<_>>());
-            let w = Tensor::from_slice(&rows.iter().map(|r| r.3).collect::<Vec<_>>());
+            let labels = from_slice(&rows.iter().map(|r| r.2).collect::<Vec<_>>());
+            let w = from_slice(&rows.iter().map(|r| r.3).collect::<Vec<_>>());
             let three = Tensor::stack(&[&a, &b, &(&a * &b)], 1);
             let normal = |mean, log_variance| Normal { mean, log_variance };
             [
@@ -119,12 +120,12 @@ proptest! {
     /// The labels' probabilities sum to 1 and agree with the loss.
     #[test]
     fn ordinal_labels_sum_to_one(s in -9.0f64..9.0, raw in prop::collection::vec(-3.0f64..3.0, 1..5)) {
-        let theta = ordinal::thresholds(&Tensor::from_slice(&raw)).unwrap();
-        let at = Tensor::from_slice(&[s]);
+        let theta = ordinal::thresholds(&from_slice(&raw)).unwrap();
+        let at = from_slice(&[s]);
         let p = Vec::<f64>::try_from(&ordinal::probabilities(&at, &theta).unwrap().get(0)).unwrap();
         prop_assert!((p.iter().sum::<f64>() - 1.0).abs() < 1e-12);
         for (label, p) in p.iter().enumerate() {
-            let loss = ordinal::loss(&at, &Tensor::from_slice(&[label as i64]), &theta, None).unwrap();
+            let loss = ordinal::loss(&at, &from_slice(&[label as i64]), &theta, None).unwrap();
             prop_assert!(((-loss.sum).exp().double_value(&[]) - p).abs() < 1e-12);
         }
     }
