@@ -21,6 +21,11 @@ template <class... A> void run(const at::Tensor &on, const char *kernel, int64_t
 template <class T> const T *in(const at::Tensor &t) { return t.defined() ? t.const_data_ptr<T>() : nullptr; }
 template <class T> T *out(const at::Tensor &t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; }
 
+// How kernels are told the type of a gradient that they write: `put` in kernels.cu.
+inline int output_kind(const at::Tensor &t) {
+  return t.scalar_type() == at::kFloat ? 0 : t.scalar_type() == at::kBFloat16 ? 1 : 2;
+}
+
 // A small list of numbers as a tensor there.
 inline at::Tensor upload(const std::vector<int64_t> &list, const at::Tensor &like) {
   return at::tensor(list, at::TensorOptions().dtype(at::kLong)).to(like.device(), at::kLong, /*non_blocking=*/true);

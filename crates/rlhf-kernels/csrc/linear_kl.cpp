@@ -92,11 +92,10 @@ void divergence_grads(const Tensor &zs, const Tensor &zt, const Tensor &ss, cons
                       Kind kind, const Tensor &mean, const Tensor &g, Tensor out) {
   const int64_t n = zs.size(0), v = zs.size(1);
   if (rows_on_gpu(zs)) {
-    const int to = out.scalar_type() == at::kFloat ? 0 : out.scalar_type() == at::kBFloat16 ? 1 : 2;
     cuda::run(zs, "divergence_slopes", n, 512, cuda::in<float>(zs), cuda::in<float>(zt), v, cuda::in<float>(ss),
               cuda::in<float>(st), static_cast<float>(inv_t), static_cast<int>(kind.divergence),
               static_cast<float>(kind.beta), cuda::in<float>(mean), static_cast<float>(cap), cuda::in<float>(g),
-              out.mutable_data_ptr(), to);
+              out.mutable_data_ptr(), cuda::output_kind(out));
     return;
   }
   if (!fast(zs)) {

@@ -82,10 +82,9 @@ void row_grad(const Tensor &z, const Tensor &stats, double inv_t, double cap, co
     return;
   }
   if (rows_on_gpu(z)) {
-    const int kind = out.scalar_type() == at::kFloat ? 0 : out.scalar_type() == at::kBFloat16 ? 1 : 2;
     cuda::run(z, "row_slopes", n, 512, cuda::in<float>(z), v, cuda::in<float>(stats), static_cast<float>(inv_t),
               static_cast<float>(cap), cuda::in<float>(g), cuda::in<float>(ge), cuda::in<float>(gq), out.mutable_data_ptr(),
-              kind);
+              cuda::output_kind(out));
     return;
   }
   // d logp/dz = 1[id] − p ;  d H/dz = −p (log p + H)

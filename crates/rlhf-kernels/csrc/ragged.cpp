@@ -45,7 +45,8 @@ template <class F> void over(const Offsets &o, F &&body) {
 // The sequence of each value.
 Tensor owners(const Offsets &o, const Tensor &like) {
   const auto ends = rlhf::cuda::upload(o, like);
-  return at::repeat_interleave(ends.narrow(0, 1, segments(o)) - ends.narrow(0, 0, segments(o)), std::optional<int64_t>(o.back()));
+  const auto lengths = ends.narrow(0, 1, segments(o)) - ends.narrow(0, 0, segments(o));
+  return at::repeat_interleave(lengths, std::optional<int64_t>(o.back())); // a bare number would be another function
 }
 
 Tensor sum(const Tensor &x, const Offsets &o) {
@@ -188,8 +189,8 @@ RLHF_API char *rlhf_scan(Tensor **out, const Tensor *x, const int64_t *offsets, 
   });
 }
 
-// Of f32 or f64 values [M] on the CPU or a GPU that has kernels, no gradients: out[0] by `op` 0 deviations from the mean, 1 those over
-// (std + epsilon), 2 n/(n − 1) times them; out[1] the deviations with divisor n − correction, [S]. Equal
+// Of f32 or f64 values [M] on the CPU or a GPU that has kernels, no gradients: out[0] by `op` 0 deviations from the
+// mean, 1 those over (std + epsilon), 2 n/(n − 1) times them; out[1] the deviations with divisor n − correction, [S]. Equal
 // values give exactly 0, as the first is taken away before the mean is.
 RLHF_API char *rlhf_statistics(Tensor **out, const Tensor *x, const int64_t *offsets, int64_t n, int op, double epsilon,
                                double correction) {

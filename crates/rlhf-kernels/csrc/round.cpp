@@ -5,8 +5,8 @@
 #include <ATen/Parallel.h>
 #include <cstring>
 
-// to (bf16) = from (f32), both contiguous, on the CPU or a GPU that has kernels; the i-th number takes the lower half of hash(i + salt) as its
-// chance. Infinities stay; NaN stays NaN.
+// to (bf16) = from (f32), both contiguous, on the CPU or a GPU that has kernels; the i-th number takes the lower half of
+// hash(i + salt) as its chance. Infinities stay; NaN stays NaN.
 RLHF_API char *rlhf_round_to_bf16(const at::Tensor *from, const at::Tensor *to, uint32_t salt) {
   return rlhf::guard([&] {
     TORCH_CHECK(from->is_contiguous() && to->is_contiguous() && from->numel() == to->numel(), "not alike");

@@ -315,7 +315,7 @@ impl Ragged {
         })
     }
 
-    /// The way of the CPU where no gradient is wanted: one pass. Values and deviations.
+    /// Where no gradient is wanted, on the CPU and on GPUs that have kernels: one pass. Values and deviations.
     fn statistics(&self, op: Statistic, epsilon: f64, correction: f64) -> Option<(Tensor, Tensor)> {
         let x = &self.values;
         let plain = (x.device() == Device::Cpu || ffi::has_kernels(x))

@@ -108,7 +108,7 @@ pub struct SurrogateOutput {
 ///
 /// Schulman et al. 2017 (arXiv 1707.06347), equation 7, and Shao et al. 2024 (arXiv 2402.03300), equation
 /// 3; with a dual bound c and A < 0 the surrogate is −max(min(…), cA). It is one pass that
-/// stores the gradient, `[M]`.
+/// stores the gradient, `[M]`; on a device without kernels of its own a composition.
 ///
 /// # Shapes
 /// All `[M]` in the offsets of `inputs.logprobs`, or advantages `[S]`. Differentiable in `inputs.logprobs`

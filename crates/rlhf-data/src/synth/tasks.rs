@@ -21,6 +21,7 @@ pub const SFT_TRAIN: usize = 16_000;
 pub const PROMPTS_TRAIN: usize = 1500;
 /// Rows of `prompts/TASK`, the test side; of sums there are fewer.
 pub const TEST: usize = 300;
+
 /// Share of questions on the test side, in 256ths.
 const TEST_SHARE: u8 = 40;
 

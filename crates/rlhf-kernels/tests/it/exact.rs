@@ -4,10 +4,11 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::rc::Rc;
 
+use rlhf_kernels::kl::{Divergence, KlOptions, Logits};
 use rlhf_kernels::optim::{AdamW, AdamWConfig, clip_grad_norm};
 use rlhf_kernels::{
     AttentionOptions, Head, LogprobOptions, Offsets, Panels, Ragged, discounted_returns, entropy,
-    gae, linear_logprobs, recompute, reference, shared_prefix_attention, token_logprobs,
+    gae, linear_kl, linear_logprobs, recompute, reference, shared_prefix_attention, token_logprobs,
     token_logprobs_in_place,
 };
 use tch::{Device, Kind, Tensor};
@@ -357,41 +358,73 @@ fn no_rows() {
     );
 }
 
-/// bf16 weights: the sums are f32's, the gradients come back in bf16.
+/// bf16 weights: the sums are f32's, the gradients come back in bf16 and are f32's but for its rounding.
 #[test]
 fn narrow_types_are_computed_wide() {
-    let hidden = wave(&[6, 8], 1.0, Kind::BFloat16).set_requires_grad(true);
-    let weight = wave(&[50, 8], 2.0, Kind::BFloat16).set_requires_grad(true);
+    let leaf = |size: &[i64], seed: f64| wave(size, seed, Kind::BFloat16).set_requires_grad(true);
+    let wide = |t: &Tensor| t.detach().to_kind(Kind::Float).set_requires_grad(true);
+    let near = |narrow: &[&Tensor], plain: &[&Tensor]| {
+        for (a, b) in narrow.iter().zip(plain) {
+            assert_eq!(a.grad().kind(), Kind::BFloat16);
+            let largest = b.grad().abs().max().double_value(&[]);
+            let error = largest_difference(&a.grad(), &b.grad()) / largest;
+            assert!(error < 1e-2, "{error:.1e}");
+        }
+    };
+    let (hidden, weight) = (leaf(&[6, 8], 1.0), leaf(&[50, 8], 2.0));
     let ids = from_slice(&[0i64, 1, 2, 30, 40, 49]);
     let out = linear_logprobs(&hidden, &weight, &ids, &LogprobOptions::default()).unwrap();
-    let wide = |t: &Tensor| t.detach().to_kind(Kind::Float);
+    let plain_sides = (wide(&hidden), wide(&weight));
     let plain = reference::linear_logprobs(
-        &wide(&hidden),
-        &wide(&weight),
+        &plain_sides.0,
+        &plain_sides.1,
         &ids,
         &LogprobOptions::default(),
     )
     .unwrap();
     assert_eq!(out.logprobs.kind(), Kind::Float);
     assert!(largest_difference(&out.logprobs, &plain.logprobs) < 2e-6);
-    out.logprobs.sum(Kind::Float).backward();
-    assert_eq!(
-        (hidden.grad().kind(), weight.grad().kind()),
-        (Kind::BFloat16, Kind::BFloat16)
-    );
-    let groups = layout(&[(3, &[4, 2])]);
-    let q = wave(&[9, 2, 8], 1.0, Kind::BFloat16);
-    let seen = shared_prefix_attention(&q, &q, &q, &groups, &AttentionOptions::new(0.3)).unwrap();
-    let exact = reference::shared_prefix_attention(
-        &wide(&q),
-        &wide(&q),
-        &wide(&q),
-        &groups,
-        &AttentionOptions::new(0.3),
+    let by = wave(&[6], 9.0, Kind::Float);
+    (&out.logprobs * &by).sum(Kind::Float).backward();
+    (&plain.logprobs * &by).sum(Kind::Float).backward();
+    near(&[&hidden, &weight], &[&plain_sides.0, &plain_sides.1]);
+
+    let (student, head) = (leaf(&[6, 8], 3.0), leaf(&[50, 8], 4.0));
+    let (plain_student, plain_head) = (wide(&student), wide(&head));
+    let (teacher, other) = (hidden.detach(), weight.detach());
+    let (plain_teacher, plain_other) = (wide(&teacher).detach(), wide(&other).detach());
+    let options = KlOptions::new(Divergence::Reverse);
+    let kl = linear_kl(
+        Logits::new(&student, &head),
+        Logits::new(&teacher, &other),
+        &options,
     )
     .unwrap();
+    let plain = reference::linear_kl(
+        Logits::new(&plain_student, &plain_head),
+        Logits::new(&plain_teacher, &plain_other),
+        &options,
+    )
+    .unwrap();
+    assert!(largest_difference(&kl, &plain) < 1e-5);
+    (&kl * &by).sum(Kind::Float).backward();
+    (&plain * &by).sum(Kind::Float).backward();
+    near(&[&student, &head], &[&plain_student, &plain_head]);
+
+    let groups = layout(&[(3, &[4, 2])]);
+    let [q, k, v] = [1.0, 5.0, 6.0].map(|seed| leaf(&[9, 2, 8], seed));
+    let [a, b, c] = [&q, &k, &v].map(wide);
+    let options = AttentionOptions::new(0.3);
+    let seen = shared_prefix_attention(&q, &k, &v, &groups, &options).unwrap();
+    let exact = reference::shared_prefix_attention(&a, &b, &c, &groups, &options).unwrap();
     assert_eq!(seen.kind(), Kind::BFloat16);
     assert!(largest_difference(&seen, &exact) < 4e-3);
+    let by = wave(&[9, 2, 8], 7.0, Kind::Float);
+    (seen.to_kind(Kind::Float) * &by)
+        .sum(Kind::Float)
+        .backward();
+    (exact * &by).sum(Kind::Float).backward();
+    near(&[&q, &k, &v], &[&a, &b, &c]);
 }
 
 /// The gradient lies where the logits lay, and is the same; whoever else needs the logits is refused.
