@@ -66,6 +66,7 @@ fn main() {
             "recompute",
             "round",
             "surrogate",
+            "table",
         ]
         .map(|f| format!("csrc/{f}.cpp")),
     );

@@ -570,6 +570,22 @@ fn layers(c: &mut Criterion) {
             });
         });
     }
+    // Forward reads and writes the rows, backward reads, adds and writes them. Libtorch's backward writes a whole table.
+    let table = leaf(&[49_152, h]);
+    let ids = (Tensor::arange(n, (Kind::Int64, Device::Cpu)) * 7919).remainder(5000);
+    group.throughput(bound("embedding", numbers(5 * h)));
+    for (name, plain) in [("embedding", false), ("embedding, libtorch's", true)] {
+        group.bench_function(name, |b| {
+            b.iter(|| {
+                let y = if plain {
+                    Tensor::embedding(&table, &ids, -1, false, false)
+                } else {
+                    layer::embedding(&table, &ids).unwrap()
+                };
+                backward(&[y], &[&table]);
+            });
+        });
+    }
     // Forward one product and backward two; what is computed again costs a pass over the rows.
     let (down, first) = (leaf(&[h, inner]), [leaf(&[inner, h]), leaf(&[inner, h])]);
     let product = 2 * (n * h * inner) as u64;

@@ -229,6 +229,26 @@ void adamw8(const rlhf::Adam8Block &b, const rlhf::Adam8Settings &c) {
   for (int64_t i = 0; i < n; ++i) b.second[i] = (uint8_t)second[i];
 }
 
+bool still(const float *g, const float *m, const float *v, int64_t n) {
+  if (n > 0 && g[0] != 0) return false;
+  int any = 0;
+  for (int64_t i = 0; i < n; ++i) any |= (g[i] != 0) | (m[i] != 0) | (v[i] != 0);
+  return !any;
+}
+void adamw(float *__restrict p, const float *__restrict grad, float *__restrict m, float *__restrict v, int64_t n,
+           const rlhf::AdamSettings &c) {
+  if (still(grad, m, v, n)) {
+    for (int64_t i = 0; c.keep != 1 && i < n; ++i) p[i] *= c.keep;
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const float g = grad[i] * c.factor;
+    m[i] = c.beta1 * m[i] + c.rest1 * g;
+    v[i] = c.beta2 * v[i] + c.rest2 * g * g;
+    p[i] = c.keep * p[i] - c.rate * m[i] / (__builtin_sqrtf(v[i]) / c.root + c.eps);
+  }
+}
+
 } // namespace
 
 namespace rlhf {
@@ -236,5 +256,5 @@ namespace rlhf {
 #define RLHF_NAME(isa) RLHF_JOIN(isa, _losses)
 extern const LossKernels RLHF_NAME(RLHF_ISA);
 const LossKernels RLHF_NAME(RLHF_ISA) = {divergence, divergence_grad, surrogate<float>, surrogate<double>,
-                                               adamw8};
+                                               adamw8, adamw};
 } // namespace rlhf

@@ -62,6 +62,11 @@ struct Adam8Settings {
   float beta1, beta2, rest1, rest2, keep, rate, root, eps;
 };
 
+// What a step of AdamW with f32 moments does.
+struct AdamSettings {
+  float factor, beta1, rest1, beta2, rest2, keep, rate, root, eps; // root: √(1 − β₂ᵗ)
+};
+
 struct LossKernels {
   // out[0] the divergence, out[1] Σ s·a with a = log s − log t (reverse) or log s − log m (js).
   void (*divergence)(const RowPair &, float *out);
@@ -72,6 +77,8 @@ struct LossKernels {
   void (*surrogate_f32)(const SurrogateTokens<float> &, const SurrogateSettings &, double *sums);
   void (*surrogate_f64)(const SurrogateTokens<double> &, const SurrogateSettings &, double *sums);
   void (*adamw8)(const Adam8Block &, const Adam8Settings &);
+  // Where gradient and moments are all 0 only the decay acts, and nothing is written without one.
+  void (*adamw)(float *parameter, const float *grad, float *first, float *second, int64_t n, const AdamSettings &);
 };
 
 const LossKernels &loss_kernels();

@@ -91,13 +91,15 @@ fn main() {
             drop(Tensor::run_backward(&[loss], &leaves, false, false));
         }
     };
-    // So that the baseline holds the libraries' own memory.
-    drop(
-        hidden
-            .detach()
-            .narrow(0, 0, 16)
-            .mm(&weight.detach().narrow(0, 0, 64).tr()),
-    );
+    // So that the baseline holds the libraries' own memory, and the code that a step reads from them.
+    let few = |t: &Tensor, n: i64| t.detach().narrow(0, 0, n).set_requires_grad(trains);
+    let (h, w) = (few(&hidden, 16), few(&weight, 64));
+    let small = linear_logprobs(&h, &w, &ids.narrow(0, 0, 16).remainder(64), &options).unwrap();
+    if trains {
+        let loss = small.logprobs.sum(Kind::Float);
+        drop(Tensor::run_backward(&[loss], &[&h, &w], false, false));
+    }
+    drop(h.detach().mm(&w.detach().tr()));
     // The peak so far, of making the data, is forgotten.
     std::fs::write("/proc/self/clear_refs", "5").unwrap();
     let base = memory("VmRSS");

@@ -177,6 +177,13 @@ unsafe extern "C" {
         gate: *const C_tensor,
         up: *const C_tensor,
     ) -> *mut c_char;
+    fn rlhf_embedding(
+        out: *mut *mut C_tensor,
+        table: *const C_tensor,
+        ids: *const C_tensor,
+    ) -> *mut c_char;
+    fn rlhf_is_table(t: *const C_tensor) -> c_int;
+    fn rlhf_zeros_like_table(out: *mut *mut C_tensor, t: *const C_tensor) -> *mut c_char;
     fn rlhf_has_kernels(t: *const C_tensor) -> c_int;
     fn rlhf_gpu_memory(t: *const C_tensor) -> i64;
     fn rlhf_keep_memory();
@@ -669,6 +676,28 @@ pub(crate) fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     // SAFETY: both tensors are alive for the call; the caller checked types, shapes and devices.
     let message = unsafe { rlhf_silu_mul(&raw mut out, gate.as_ptr(), up.as_ptr()) };
     check("silu_mul", message)?;
+    Ok(take(out))
+}
+
+/// `table` f32 or f64 on the CPU, `[V, H]`; `ids` i64 `[n]` there.
+pub(crate) fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: both tensors are alive for the call; the caller checked types, shapes and devices.
+    let message = unsafe { rlhf_embedding(&raw mut out, table.as_ptr(), ids.as_ptr()) };
+    check("embedding", message)?;
+    Ok(take(out))
+}
+
+/// Zeros of a tensor's size and type; for a vocabulary's table on the CPU such that take memory when written.
+pub(crate) fn zeros_like(t: &Tensor) -> Result<Tensor> {
+    // SAFETY: the tensor is alive for the call.
+    if unsafe { rlhf_is_table(t.as_ptr()) } == 0 {
+        return Ok(t.f_zeros_like()?);
+    }
+    let mut out = std::ptr::null_mut();
+    // SAFETY: as above.
+    let message = unsafe { rlhf_zeros_like_table(&raw mut out, t.as_ptr()) };
+    check("zeros_like", message)?;
     Ok(take(out))
 }
 

@@ -1,5 +1,6 @@
-//! The small operations of a transformer's layer. On the CPU in f32 and f64 each is one pass over its rows forward
-//! and one backward, and keeps no more than its inputs; elsewhere libtorch's operations do the same.
+//! The small operations of a transformer: the embedding, and those of a layer. On the CPU in f32 and f64 each is one
+//! pass over its rows forward and one backward, and keeps no more than its inputs; elsewhere libtorch's operations do
+//! the same.
 
 use tch::{Device, Kind, Tensor};
 
@@ -49,6 +50,31 @@ pub fn add_norm(
         return ffi::add_norm(x, more, weight, eps);
     }
     Ok(reference::add_norm(x, more, weight, eps))
+}
+
+/// Rows of an embedding table. On the CPU in f32 and f64 the gradient, which is as large as the table, takes memory
+/// for the rows that were looked up, a page of the system at a time; so do the moments of
+/// [`AdamW`](crate::optim::AdamW).
+///
+/// # Shapes
+/// `table` `[V, H]`, `ids` i64 `[n]`; result `[n, H]`.
+///
+/// # Errors
+/// When shapes do not fit, or an id is not in the table. A second derivative is not supported on the CPU.
+pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    let (t, i) = (table.size(), ids.size());
+    ensure(
+        t.len() == 2 && i.len() == 1 && ids.kind() == Kind::Int64,
+        "embedding",
+        || {
+            let kind = ids.kind();
+            format!("the table is {t:?} and ids {kind:?} {i:?}, expected [V, H] and i64 [n]")
+        },
+    )?;
+    if fused(&[table]) && ids.device() == Device::Cpu {
+        return ffi::embedding(table, ids);
+    }
+    Ok(Tensor::f_embedding(table, ids, -1, false, false)?)
 }
 
 /// gate·σ(gate)·up: what a gated feed-forward block has between its products (Shazeer 2020, arXiv 2002.05202).

@@ -20,6 +20,14 @@ pub trait CausalLm {
     /// than the context).
     fn hidden(&self, batch: &DeviceBatch) -> Result<Tensor>;
 
+    /// [`CausalLm::hidden`] of `rows` (i64 `[R]`) alone, `[R, H]`. A transformer computes of its last layer no more.
+    ///
+    /// # Errors
+    /// As [`CausalLm::hidden`]; also when a row is outside the batch.
+    fn hidden_at(&self, batch: &DeviceBatch, rows: &Tensor) -> Result<Tensor> {
+        Ok(self.hidden(batch)?.f_index_select(0, rows)?)
+    }
+
     /// The output matrix `[V, H]`; for tied embeddings the embedding itself.
     fn lm_head(&self) -> Tensor;
 
@@ -55,7 +63,7 @@ pub fn target_logprobs(
     temperature: f64,
     entropy: bool,
 ) -> Result<TargetLogprobs> {
-    let hidden = model.hidden(batch)?.index_select(0, &batch.target_rows);
+    let hidden = model.hidden_at(batch, &batch.target_rows)?;
     of_hidden(model, &hidden, batch, temperature, entropy)
 }
 
@@ -70,7 +78,7 @@ pub fn target_logprobs_and_values(
     temperature: f64,
     entropy: bool,
 ) -> Result<(TargetLogprobs, Ragged)> {
-    let hidden = model.hidden(batch)?.index_select(0, &batch.target_rows);
+    let hidden = model.hidden_at(batch, &batch.target_rows)?;
     let values = Ragged::new(head.of(&hidden), batch.offsets.clone())?;
     let logprobs = of_hidden(model, &hidden, batch, temperature, entropy)?;
     Ok((logprobs, values))
@@ -88,7 +96,7 @@ pub fn target_divergence(
     divergence: Divergence,
     temperature: f64,
 ) -> Result<Ragged> {
-    let hidden = student.hidden(batch)?.index_select(0, &batch.target_rows);
+    let hidden = student.hidden_at(batch, &batch.target_rows)?;
     apart(student, &hidden, teacher, batch, divergence, temperature)
 }
 
@@ -104,7 +112,7 @@ pub fn target_logprobs_and_kl(
     temperature: f64,
     entropy: bool,
 ) -> Result<(TargetLogprobs, Ragged)> {
-    let hidden = model.hidden(batch)?.index_select(0, &batch.target_rows);
+    let hidden = model.hidden_at(batch, &batch.target_rows)?;
     let reverse = Divergence::Reverse;
     let kl = apart(model, &hidden, reference, batch, reverse, temperature)?;
     let logprobs = of_hidden(model, &hidden, batch, temperature, entropy)?;
@@ -119,7 +127,7 @@ fn apart(
     divergence: Divergence,
     temperature: f64,
 ) -> Result<Ragged> {
-    let theirs = tch::no_grad(|| teacher.hidden(batch))?.index_select(0, &batch.target_rows);
+    let theirs = tch::no_grad(|| teacher.hidden_at(batch, &batch.target_rows))?;
     let (head, their_head) = (student.lm_head(), teacher.lm_head().detach());
     let student = Logits {
         softcap: student.logit_softcap(),

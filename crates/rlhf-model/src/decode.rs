@@ -470,7 +470,7 @@ pub(crate) fn step(
     window: &Window<'_>,
 ) -> Result<Tensor> {
     let c = &trunk.config;
-    let mut x = trunk.embed(ids, positions)?;
+    let mut x = trunk.embed(ids, positions, trunk.config.tie_word_embeddings)?;
     for (i, layer) in weights.layers.iter().enumerate() {
         let input = norm(layer.input_norm.as_ref(), &x)?;
         let mixed = layer.attend(i, c, &input, angles, cache, window)?;
@@ -491,7 +491,7 @@ pub(crate) fn prompts(
 ) -> Result<(Tensor, PromptCache)> {
     let mut cache = PromptCache::default();
     if !weights.panels {
-        let hidden = trunk.forward(ids, positions, layout, &mut |k, v| {
+        let hidden = trunk.forward(ids, positions, layout, None, &mut |k, v| {
             cache.keys.push(k.shallow_clone());
             cache.values.push(v.shallow_clone());
         })?;
@@ -500,7 +500,7 @@ pub(crate) fn prompts(
     let c = &trunk.config;
     let (hq, hkv) = (c.num_attention_heads, c.num_key_value_heads);
     let angles = trunk.angles(positions);
-    let mut x = trunk.embed(ids, positions)?;
+    let mut x = trunk.embed(ids, positions, trunk.config.tie_word_embeddings)?;
     for layer in &weights.layers {
         let (qk, v) = layer.heads(c, &norm(layer.input_norm.as_ref(), &x)?)?;
         let qk = match layer.rope {

@@ -88,6 +88,14 @@ pub(crate) fn normed(norm: Option<&Norm>, x: Tensor) -> Tensor {
     }
 }
 
+/// The rows that are wanted.
+pub(crate) fn at(x: Tensor, rows: Option<&Tensor>) -> Result<Tensor> {
+    match rows {
+        Some(rows) => Ok(x.f_index_select(0, rows)?),
+        None => Ok(x),
+    }
+}
+
 /// The residual stream, x + more or x itself, and what a block's first projections make of it through a norm that may
 /// not be there.
 fn read<const N: usize>(
@@ -269,14 +277,15 @@ impl Layer {
         })
     }
 
-    /// The residual stream `[N, H]` after this layer. `capture` sees the rotated keys and the values,
-    /// `[N, Hkv, D]` each.
+    /// The residual stream `[N, H]` after this layer, or of it `rows` (i64 `[R]`) alone, which spares what follows the
+    /// attention for the others. `capture` sees the rotated keys and the values, `[N, Hkv, D]` each.
     pub(crate) fn forward(
         &self,
         config: &Config,
         x: Tensor,
         angles: &[Angles],
         layout: &AttentionLayout,
+        rows: Option<&Tensor>,
         capture: &mut dyn FnMut(&Tensor, &Tensor),
     ) -> Result<Tensor> {
         let (x, [q, k, v]) = self.heads(config, x)?;
@@ -287,7 +296,8 @@ impl Layer {
         let (q, k) = (rotate(q)?, rotate(k)?);
         capture(&k, &v);
         let seen = shared_prefix_attention(&q, &k, &v, layout, &self.options)?;
-        let seen = self.o.forward(&seen.flatten(1, 2))?;
+        let (x, seen) = (at(x, rows)?, at(seen.flatten(1, 2), rows)?);
+        let seen = self.o.forward(&seen)?;
         let seen = normed(self.attention_norm.as_ref(), seen);
         let (x, out) = self.mlp.forward(self.mlp_norm.as_ref(), x, &seen)?;
         Ok(normed(self.mlp_out_norm.as_ref(), out) + x)

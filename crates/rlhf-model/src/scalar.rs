@@ -271,7 +271,7 @@ impl ScalarModel {
     /// # Errors
     /// As [`crate::CausalLm::hidden`]; also when a row is outside the batch.
     pub fn outputs(&self, batch: &DeviceBatch, rows: &Tensor) -> Result<Tensor> {
-        let hidden = self.trunk.hidden(batch)?.f_index_select(0, rows)?;
+        let hidden = self.trunk.hidden(batch, Some(rows), false)?;
         let kind = if self.trunk.kind() == Kind::Double {
             Kind::Double
         } else {

@@ -310,7 +310,11 @@ impl Transformer {
 
 impl CausalLm for Transformer {
     fn hidden(&self, batch: &DeviceBatch) -> Result<Tensor> {
-        self.trunk.hidden(batch)
+        self.trunk.hidden(batch, None, self.lm_head.is_none())
+    }
+
+    fn hidden_at(&self, batch: &DeviceBatch, rows: &Tensor) -> Result<Tensor> {
+        self.trunk.hidden(batch, Some(rows), self.lm_head.is_none())
     }
 
     fn lm_head(&self) -> Tensor {

@@ -11,7 +11,7 @@ use crate::batch::DeviceBatch;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::family::{NormKind, Part};
-use crate::layers::{Layer, Norm, SCALES, take_norm};
+use crate::layers::{Layer, Norm, SCALES, at, take_norm};
 use crate::linear::{Linear, quantise};
 use crate::rope::{Angles, Rope};
 use crate::transformer::{copies, freeze};
@@ -196,9 +196,19 @@ impl Trunk {
             .collect()
     }
 
-    /// What enters the first layer, `[N, H]`.
-    pub(crate) fn embed(&self, token_ids: &Tensor, positions: &Tensor) -> Result<Tensor> {
-        let mut x = Tensor::f_embedding(&self.embedding, token_ids, -1, false, false)?;
+    /// What enters the first layer, `[N, H]`. With `tied` the embedding is the output matrix as well.
+    pub(crate) fn embed(
+        &self,
+        token_ids: &Tensor,
+        positions: &Tensor,
+        tied: bool,
+    ) -> Result<Tensor> {
+        let mut x = if tied {
+            // Its gradient has all rows anyway, and adding to them row by row would only cost pages.
+            Tensor::f_embedding(&self.embedding, token_ids, -1, false, false)?
+        } else {
+            rlhf_kernels::layer::embedding(&self.embedding, token_ids)?
+        };
         if self.config.family.shape().scaled_embedding {
             // Rounded to the weights' type, as the models were trained.
             let root = Tensor::from((self.config.hidden_size as f64).sqrt()).to_kind(self.kind());
@@ -210,17 +220,18 @@ impl Trunk {
         Ok(x)
     }
 
-    /// Hidden states `[N, H]` after the last norm. `capture` sees every layer's rotated keys and
-    /// values, `[N, Hkv, D]` each.
+    /// Hidden states `[N, H]` after the last norm, or of them `rows` alone. `capture` sees every layer's rotated keys
+    /// and values, `[N, Hkv, D]` each.
     pub(crate) fn forward(
         &self,
         token_ids: &Tensor,
         positions: &Tensor,
         layout: &AttentionLayout,
+        rows: Option<&Tensor>,
         capture: &mut dyn FnMut(&Tensor, &Tensor),
     ) -> Result<Tensor> {
-        let x = self.embed(token_ids, positions)?;
-        self.above(x, positions, layout, capture)
+        let x = self.embed(token_ids, positions, self.config.tie_word_embeddings)?;
+        self.above(x, positions, layout, rows, capture)
     }
 
     /// [`Trunk::forward`] of rows that are embedded already.
@@ -229,15 +240,21 @@ impl Trunk {
         mut x: Tensor,
         positions: &Tensor,
         layout: &AttentionLayout,
+        rows: Option<&Tensor>,
         capture: &mut dyn FnMut(&Tensor, &Tensor),
     ) -> Result<Tensor> {
         let angles = self.angles(positions);
         if self.recompute_every > 0 && grad_enabled() {
-            return Ok(self.norm.forward(&self.recomputed(x, angles, layout)?));
+            let x = at(self.recomputed(x, angles, layout)?, rows)?;
+            return Ok(self.norm.forward(&x));
         }
-        for layer in &self.layers {
-            x = layer.forward(&self.config, x, &angles, layout, capture)?;
+        let Some((last, layers)) = self.layers.split_last() else {
+            return Ok(self.norm.forward(&at(x, rows)?));
+        };
+        for layer in layers {
+            x = layer.forward(&self.config, x, &angles, layout, None, capture)?;
         }
+        x = last.forward(&self.config, x, &angles, layout, rows, capture)?;
         Ok(self.norm.forward(&x))
     }
 
@@ -261,7 +278,7 @@ impl Trunk {
             x = recompute(&[&x], move |x| {
                 let (config, angles, layout) = &*shared;
                 let forward = layers.iter().try_fold(x[0].shallow_clone(), |x, layer| {
-                    layer.forward(config, x, angles, layout, &mut |_, _| {})
+                    layer.forward(config, x, angles, layout, None, &mut |_, _| {})
                 });
                 // `recompute` turns this into an error.
                 forward.unwrap_or_else(|e| panic!("{e}"))
@@ -270,10 +287,15 @@ impl Trunk {
         Ok(x)
     }
 
-    /// [`Trunk::forward`] of a batch, checked against vocabulary and context.
-    pub(crate) fn hidden(&self, batch: &DeviceBatch) -> Result<Tensor> {
+    /// [`Trunk::forward`] of a batch, checked against vocabulary and context; `tied` as in [`Trunk::embed`].
+    pub(crate) fn hidden(
+        &self,
+        batch: &DeviceBatch,
+        rows: Option<&Tensor>,
+        tied: bool,
+    ) -> Result<Tensor> {
         batch.check(self.config.vocab_size, self.config.max_position_embeddings)?;
-        let mut x = self.embed(&batch.token_ids, &batch.positions)?;
+        let mut x = self.embed(&batch.token_ids, &batch.positions, tied)?;
         if let Some(noise) = &batch.embedding_noise {
             if noise.size() != x.size() {
                 return Err(Error::Shape {
@@ -284,7 +306,7 @@ impl Trunk {
             }
             x += noise.to_kind(self.kind());
         }
-        self.above(x, &batch.positions, &batch.layout, &mut |_, _| {})
+        self.above(x, &batch.positions, &batch.layout, rows, &mut |_, _| {})
     }
 
     /// The matrices of all layers.

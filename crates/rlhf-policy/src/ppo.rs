@@ -462,7 +462,7 @@ fn know(
         values.extend(scatter(&match value {
             Value::Separate { model, .. } => model.values(&batch)?,
             Value::Shared { head, .. } => {
-                let hidden = policy.hidden(&batch)?.index_select(0, &batch.target_rows);
+                let hidden = policy.hidden_at(&batch, &batch.target_rows)?;
                 Ragged::new(head.of(&hidden), batch.offsets.clone())?
             }
         })?);

@@ -58,9 +58,12 @@ pub(super) fn wide(t: &Tensor) -> Tensor {
     }
 }
 
-/// Zeros of the parameter's size in the type that a rule computes in.
+/// Zeros of the parameter's size in the type that a rule computes in. A vocabulary's table takes memory for the rows
+/// that a step writes.
 pub(super) fn zeros(parameter: &Tensor) -> Tensor {
-    wide(parameter).zeros_like()
+    let like = wide(parameter);
+    // Without room for them there is no training at all, and libtorch's own zeros say so.
+    ffi::zeros_like(&like).unwrap_or_else(|_| like.zeros_like())
 }
 
 /// AdamW's two moments.

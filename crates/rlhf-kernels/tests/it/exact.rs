@@ -13,7 +13,7 @@ use rlhf_kernels::{
 };
 use tch::{Device, Kind, Tensor};
 
-use crate::{device, from_slice, largest_difference, layout, wave};
+use crate::{cpu_wave, device, from_slice, largest_difference, layout, wave};
 
 /// Result and gradients of the same loss of `ours` and `plain`.
 pub(crate) fn compare(
@@ -654,14 +654,14 @@ fn a_distant_cap_is_no_cap() {
 fn panels_are_the_plain_product() {
     for kind in [Kind::Float, Kind::BFloat16] {
         for (out, from) in [(32, 7), (64, 96), (1, 5), (33, 16), (95, 40)] {
-            let weight = wave(&[out, from], 1.0, Kind::Float).to_kind(kind);
+            let weight = cpu_wave(&[out, from], 1.0, Kind::Float).to_kind(kind);
             let panels = Panels::pack(&weight).unwrap();
             // What is kept does not depend on how the weight lies.
             let turned = Panels::pack(&weight.tr().contiguous().tr()).unwrap();
-            let x = wave(&[3, from], 5.0, Kind::Float);
+            let x = cpu_wave(&[3, from], 5.0, Kind::Float);
             assert_eq!(turned.product(&x).unwrap(), panels.product(&x).unwrap());
             for rows in [1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 24, 25, 32, 33, 100] {
-                let x = wave(&[rows, from + 2], 2.0, Kind::Float).narrow(1, 1, from);
+                let x = cpu_wave(&[rows, from + 2], 2.0, Kind::Float).narrow(1, 1, from);
                 let wide = |t: &Tensor| t.to_kind(Kind::Double);
                 let plain = wide(&x).mm(&wide(&weight).tr());
                 let ours = panels.product(&x).unwrap();
@@ -673,11 +673,11 @@ fn panels_are_the_plain_product() {
             }
         }
     }
-    let weight = wave(&[8, 4], 1.0, Kind::Float);
+    let weight = cpu_wave(&[8, 4], 1.0, Kind::Float);
     let panels = Panels::pack(&weight).unwrap();
     let text = |e: rlhf_kernels::Result<Tensor>| e.unwrap_err().to_string();
-    assert!(text(panels.product(&wave(&[2, 5], 1.0, Kind::Float))).contains("[B, 4]"));
-    assert!(text(panels.product(&wave(&[2, 4], 1.0, Kind::Double))).contains("f32"));
+    assert!(text(panels.product(&cpu_wave(&[2, 5], 1.0, Kind::Float))).contains("[B, 4]"));
+    assert!(text(panels.product(&cpu_wave(&[2, 4], 1.0, Kind::Double))).contains("f32"));
     assert!(Panels::pack(&weight.to_kind(Kind::Double)).is_err());
 }
 

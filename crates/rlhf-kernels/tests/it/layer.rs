@@ -1,7 +1,9 @@
 //! A layer's small operations: their gradients by finite differences, and against libtorch's composition.
 
 use proptest::prelude::*;
-use rlhf_kernels::layer::{add_norm, linears, norm_linears, rotate, silu_mul, silu_mul_linear};
+use rlhf_kernels::layer::{
+    add_norm, embedding, linears, norm_linears, rotate, silu_mul, silu_mul_linear,
+};
 use rlhf_kernels::reference;
 use tch::{Kind, Tensor};
 
@@ -32,6 +34,10 @@ fn gradients() {
     let frozen = w;
     check("norm, frozen weight", &[x.copy()], &|t| {
         both(add_norm(&t[0], None, &frozen, 1e-5).unwrap())
+    });
+    let ids = Tensor::from_slice(&[2i64, 0, 2, 2, 1]);
+    check("embedding", &[x.copy()], &|t| {
+        embedding(&t[0], &ids).unwrap()
     });
     let (gate, up) = (double(&[4, 6], 4.0) * 3.0, double(&[4, 6], 5.0));
     check("silu_mul", &[gate.copy(), up.copy()], &|t| {
@@ -91,8 +97,35 @@ fn gradients() {
     });
 }
 
+#[test]
+fn an_id_that_the_table_lacks() {
+    let table = double(&[3, 2], 1.0);
+    for ids in [[0i64, 3], [-1, 0]] {
+        embedding(&table, &Tensor::from_slice(&ids)).unwrap_err();
+    }
+    let e = embedding(&table, &Tensor::from_slice(&[0i32])).unwrap_err();
+    assert!(e.to_string().contains("expected [V, H] and i64 [n]"), "{e}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
+
+    /// Gradients as libtorch's, repeated ids and none included, of small tables and of such as memory is saved for.
+    #[test]
+    fn embedding_as_libtorch_has_it(n in 0..200i64, width in 1..150i64, tall: bool, seed in 0..1000i64) {
+        let rows = if tall { 9000 } else { 7 };
+        let table = wave(&[rows, width], seed as f64, Kind::Float).set_requires_grad(true);
+        let ids = (Tensor::arange(n, (Kind::Int64, table.device())) * (seed + 1)).remainder(rows / 3);
+        let weights = wave(&[n, width], 2.0, Kind::Float);
+        let run = |x: Tensor| {
+            let loss = (&x * &weights).sum(Kind::Float);
+            (x.detach(), Tensor::run_backward(&[loss], &[&table], false, false).remove(0))
+        };
+        let ours = run(embedding(&table, &ids).unwrap());
+        let theirs = run(Tensor::embedding(&table, &ids, -1, false, false));
+        prop_assert_eq!(ours.0, theirs.0);
+        prop_assert!(largest_difference(&ours.1, &theirs.1) < 1e-5);
+    }
 
     /// In f32, of any width, empty and strided, values and gradients.
     #[test]

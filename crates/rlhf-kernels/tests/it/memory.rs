@@ -1,7 +1,39 @@
 //! Tensors from malloc itself.
 #![cfg(all(target_os = "linux", target_env = "gnu"))]
 
+use rlhf_kernels::layer::embedding;
+use rlhf_kernels::optim::{AdamW, AdamWConfig};
 use tch::{Device, Kind, Tensor};
+
+/// MiB that the process has, in pages that belong to no file.
+fn resident() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|l| l.starts_with("RssAnon")).unwrap();
+    let kib: f64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    kib / 1024.0
+}
+
+/// Gradient and moments of a table take memory for the rows that were looked up.
+#[test]
+fn a_table_takes_memory_by_rows() {
+    let table = Tensor::ones([100_000, 256], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+    let ids = Tensor::arange(40, (Kind::Int64, Device::Cpu)) * 2000;
+    let before = resident();
+    let mut adamw = AdamW::new(
+        vec![("table".into(), table.shallow_clone())],
+        AdamWConfig::default(),
+    );
+    for _ in 0..3 {
+        adamw.zero_grad();
+        let rows = embedding(&table, &ids).unwrap();
+        rows.sum(Kind::Float).backward();
+        adamw.step(0.1).unwrap();
+    }
+    let grown = resident() - before;
+    assert!(grown < 30.0, "{grown} MiB, where a table has 98");
+    assert!(table.double_value(&[2000, 7]) < 0.8);
+    assert_eq!(table.double_value(&[2001, 7]), 1.0);
+}
 
 #[test]
 fn a_tensor_fits_where_one_of_its_size_was() {

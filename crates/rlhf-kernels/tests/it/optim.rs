@@ -8,9 +8,9 @@ use rlhf_kernels::optim::{
     OptimizerConfig, RmsPropConfig, clip_grad_norm_by,
 };
 use rlhf_kernels::reference;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use crate::{device, from_slice, largest_difference, wave};
+use crate::{cpu_wave, device, from_slice, largest_difference, wave};
 
 fn every() -> [OptimizerConfig; 8] {
     let adamw = AdamWConfig {
@@ -181,6 +181,58 @@ fn the_variant_is_adamw() {
         assert_eq!((n, x), (&m, &y));
     }
     assert_eq!(one.grads().len(), 3);
+}
+
+/// A vocabulary's table is stepped row by row: as libtorch steps its two halves, which are too short for that; and
+/// rows that never had a gradient only decay.
+#[test]
+fn a_table_as_its_halves() {
+    for weight_decay in [0.0, 0.1] {
+        let config = AdamWConfig {
+            weight_decay,
+            ..AdamWConfig::default()
+        };
+        let (rows, width) = (4100, 19);
+        let start = cpu_wave(&[rows, width], 1.0, Kind::Float);
+        let leaf = |t: Tensor| t.copy().set_requires_grad(true);
+        let table = leaf(start.shallow_clone());
+        let halves: Vec<Tensor> = start.chunk(2, 0).into_iter().map(leaf).collect();
+        let named = |all: &[Tensor]| {
+            let name = |(i, t): (usize, &Tensor)| (i.to_string(), t.shallow_clone());
+            all.iter().enumerate().map(name).collect()
+        };
+        let mut one = AdamW::new(named(std::slice::from_ref(&table)), config);
+        let mut two = AdamW::new(named(&halves), config);
+        for step in 0..4i64 {
+            // Rows 0, 3, 6 … at the first step, 1, 4, 7 … at the second, up to 3000.
+            let grad = Tensor::zeros([rows, width], (Kind::Float, Device::Cpu));
+            let mut some = grad.slice(0, step % 2, 3000, 3);
+            some.copy_(&cpu_wave(&some.size(), step as f64, Kind::Float));
+            for o in [&mut one, &mut two] {
+                o.zero_grad();
+            }
+            (&table * &grad).sum(Kind::Float).backward();
+            let of_halves = Tensor::cat(&halves, 0) * &grad;
+            of_halves.sum(Kind::Float).backward();
+            one.step_by(0.01, 0.5).unwrap();
+            two.step_by(0.01, 0.5).unwrap();
+        }
+        let close = |a: &Tensor, b: &Tensor| {
+            let gap = (a - b).abs().max() / b.abs().max();
+            gap.double_value(&[]) < 1e-6
+        };
+        assert!(close(&table.detach(), &Tensor::cat(&halves, 0).detach()));
+        let (own, theirs) = (one.state(), two.state());
+        for kind in 0..2 {
+            let whole = Tensor::cat(&[&theirs[kind].1, &theirs[3 + kind].1], 0);
+            assert!(close(&own[kind].1, &whole), "{}", own[kind].0);
+        }
+        let factor = (1.0f64 - 0.01 * weight_decay).powi(4);
+        assert!(close(
+            &table.detach().narrow(0, 3000, 1100),
+            &(start.narrow(0, 3000, 1100) * factor)
+        ));
+    }
 }
 
 /// The first steps by hand, on a matrix of one row (2, −4) with gradient (1, −2).

@@ -322,6 +322,47 @@ fn recomputed_layers_change_nothing() {
     }
 }
 
+/// Hidden states of some rows alone, a row twice and out of order, are those of all rows: with their gradients, in
+/// every family, and with layers that are run again.
+#[test]
+fn rows_alone_are_the_rows_of_all() {
+    let bases = ALL.map(|(_, base)| base);
+    let mut models: Vec<Transformer> = bases.iter().map(|base| load(base)).collect();
+    models.push(small(Kind::Float));
+    let (b, rows) = (text(), from_slice(&[3i64, 0, 5, 3]));
+    for model in &mut models {
+        let run = |model: &Transformer, alone: bool| {
+            let hidden = if alone {
+                model.hidden_at(&b, &rows).unwrap()
+            } else {
+                model.hidden(&b).unwrap().index_select(0, &rows)
+            };
+            let head = model.lm_head();
+            hidden
+                .linear(&head, None::<Tensor>)
+                .sin()
+                .sum(Kind::Float)
+                .backward();
+            let grads = model.parameters().into_iter().map(|(n, mut t)| {
+                let grad = t.grad().copy();
+                t.zero_grad();
+                (n, grad)
+            });
+            (hidden.detach(), grads.collect::<Vec<_>>())
+        };
+        for every in [0, 1] {
+            model.set_recompute(every);
+            let (wanted, got) = (run(model, false), run(model, true));
+            assert!(relative_diff(&wanted.0, &got.0) < 1e-5);
+            for ((name, a), (_, b)) in wanted.1.iter().zip(&got.1) {
+                assert!(relative_diff(a, b) < 1e-4, "{name}");
+            }
+        }
+        let outside = from_slice(&[b.token_ids.size()[0]]);
+        model.hidden_at(&b, &outside).unwrap_err();
+    }
+}
+
 #[test]
 fn reward_models_take_adapters() {
     let model = small(Kind::Double)
