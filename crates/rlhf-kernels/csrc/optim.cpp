@@ -28,7 +28,6 @@ void adamw_runs(const at::Tensor &parameter, const at::Tensor &grad, const at::T
   const auto *g = grad.const_data_ptr<float>();
   auto *m = first.mutable_data_ptr<float>(), *v = second.mutable_data_ptr<float>();
   const auto step = rlhf::loss_kernels().adamw;
-  if (n == 0) return;
   at::parallel_for(0, (n + run - 1) / run, std::max<int64_t>(1, 65536 / run), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * run; i < std::min(n, end * run); i += run)
       step(p + i, g + i, m + i, v + i, std::min(run, n - i), c);
@@ -42,7 +41,10 @@ RLHF_API char *rlhf_adamw(const at::Tensor *const *tensors, int64_t n, double lr
                           double weight_decay, double eps) {
   return rlhf::guard([&] {
     c10::AutoGradMode off(false);
-    const auto runs = [](const at::Tensor &t) { return t.is_cpu() && t.scalar_type() == at::kFloat && t.is_contiguous(); };
+    // Small tensors gain nothing by it.
+    const auto runs = [](const at::Tensor &t) {
+      return t.is_cpu() && t.scalar_type() == at::kFloat && t.is_contiguous() && t.numel() >= 65536;
+    };
     std::vector<at::Tensor> params, grads, m, v, steps;
     for (int64_t i = 0; i < n; ++i) {
       const auto &p = *tensors[i], &g = *tensors[n + i], &first = *tensors[2 * n + i], &second = *tensors[3 * n + i],

@@ -183,7 +183,7 @@ fn the_variant_is_adamw() {
     assert_eq!(one.grads().len(), 3);
 }
 
-/// A vocabulary's table is stepped row by row: as libtorch steps its two halves, which are too short for that; and
+/// A vocabulary's table is stepped row by row: as libtorch steps its two halves, which are too small for that; and
 /// rows that never had a gradient only decay.
 #[test]
 fn a_table_as_its_halves() {
