@@ -62,6 +62,7 @@ fn main() {
             "optim",
             "optim8",
             "panels",
+            "product",
             "ragged",
             "recompute",
             "round",
@@ -96,7 +97,15 @@ fn main() {
             loops.flag(flag);
         }
         loops
-            .files(["cpu_kernels", "loss_kernels", "row_kernels"].map(|f| format!("csrc/{f}.cpp")))
+            .files(
+                [
+                    "cpu_kernels",
+                    "loss_kernels",
+                    "product_kernels",
+                    "row_kernels",
+                ]
+                .map(|f| format!("csrc/{f}.cpp")),
+            )
             .compile(&format!("rlhf_{name}"));
     }
 

@@ -605,6 +605,19 @@ fn layers(c: &mut Criterion) {
             });
         });
     }
+    group.throughput(bound("linears", Throughput::Elements(3 * product)));
+    for (name, plain) in [("linears, one", false), ("linears, one, libtorch", true)] {
+        group.bench_function(name, |b| {
+            b.iter(|| {
+                let y = if plain {
+                    x.linear(&first[0], None::<Tensor>)
+                } else {
+                    layer::linears(&x, &[&first[0]]).unwrap().remove(0)
+                };
+                backward(&[y], &[&x, &first[0]]);
+            });
+        });
+    }
     group.throughput(bound("norm_linears", Throughput::Elements(6 * product)));
     let weights: Vec<&Tensor> = first.iter().collect();
     for (name, plain) in [("norm_linears", false), ("norm_linears, composed", true)] {

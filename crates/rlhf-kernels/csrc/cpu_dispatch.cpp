@@ -1,6 +1,7 @@
 // Picks the inner loops for this machine's instruction set.
 #include "cpu_kernels.h"
 #include "loss_kernels.h"
+#include "product_kernels.h"
 #include "row_kernels.h"
 #include "shim.h"
 #include <atomic>
@@ -8,10 +9,12 @@
 namespace rlhf {
 extern const CpuKernels cpu_plain;
 extern const LossKernels cpu_plain_losses;
+extern const ProductKernels cpu_plain_products;
 extern const RowKernels cpu_plain_rows;
 #if defined(__x86_64__)
 extern const CpuKernels cpu_avx2, cpu_avx512;
 extern const LossKernels cpu_avx2_losses, cpu_avx512_losses;
+extern const ProductKernels cpu_avx2_products, cpu_avx512_products;
 extern const RowKernels cpu_avx2_rows, cpu_avx512_rows;
 #endif
 
@@ -46,6 +49,15 @@ const LossKernels &loss_kernels() {
   case 1: return cpu_avx2_losses;
 #endif
   default: return cpu_plain_losses;
+  }
+}
+const ProductKernels &product_kernels() {
+  switch (level.load(std::memory_order_relaxed)) {
+#if defined(__x86_64__)
+  case 2: return cpu_avx512_products;
+  case 1: return cpu_avx2_products;
+#endif
+  default: return cpu_plain_products;
   }
 }
 const RowKernels &row_kernels() {

@@ -1,12 +1,12 @@
 // The small operations of a transformer's layer on the CPU, in f32 or f64: each in one pass over its rows forward and in
 // one backward, and keeping no more than its inputs.
+#include "product.h"
 #include "row_kernels.h"
 #include "shim.h"
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -147,7 +147,7 @@ struct SiluMul : torch::autograd::Function<SiluMul> {
 struct SiluMulLinear : torch::autograd::Function<SiluMulLinear> {
   static Tensor forward(AutogradContext *ctx, const Tensor &gate, const Tensor &up, const Tensor &w) {
     ctx->save_for_backward({gate, up, w});
-    return at::mm(gated(in_rows(gate), in_rows(up)), w.detach().t());
+    return rlhf::product(gated(in_rows(gate), in_rows(up)), w.detach().t());
   }
   static variable_list backward(AutogradContext *ctx, variable_list grads) {
     rlhf::once_differentiable("silu_mul_linear");
@@ -155,10 +155,10 @@ struct SiluMulLinear : torch::autograd::Function<SiluMulLinear> {
     const auto a = in_rows(saved[0]), b = in_rows(saved[1]), w = saved[2].detach(), &g = grads[0];
     variable_list result(3);
     auto inner = gated(a, b);
-    if (ctx->needs_input_grad(2)) result[2] = at::mm(g.t(), inner);
+    if (ctx->needs_input_grad(2)) result[2] = rlhf::product(g.t(), inner);
     if (ctx->needs_input_grad(0) || ctx->needs_input_grad(1)) {
       // `inner` is done with, and a number that flows back is read before its place is written.
-      const auto back = at::mm(g, w);
+      const auto back = rlhf::product(g, w);
       RLHF_TYPED(a.scalar_type(), silu_grad)(a, b, back, inner, back);
       result[0] = inner;
       result[1] = back;
@@ -210,10 +210,10 @@ variable_list linears_back(AutogradContext *ctx, const X &x, const variable_list
     if (!g.defined()) continue;
     if (need_x) {
       const auto w = weights[i].detach();
-      if (dx.defined()) dx.addmm_(g, w);
-      else dx = at::mm(g, w);
+      if (dx.defined()) rlhf::product(dx, g, w, true);
+      else dx = rlhf::product(g, w);
     }
-    if (ctx->needs_input_grad(first + i)) result[1 + i] = at::mm(g.t(), x());
+    if (ctx->needs_input_grad(first + i)) result[1 + i] = rlhf::product(g.t(), x());
   }
   return result;
 }
@@ -223,7 +223,7 @@ struct Linears : torch::autograd::Function<Linears> {
   static variable_list forward(AutogradContext *ctx, const Tensor &x, at::TensorList weights) {
     variable_list out, saved{x};
     for (const auto &w : weights) {
-      out.push_back(at::mm(x.detach(), w.detach().t()));
+      out.push_back(rlhf::product(x.detach(), w.detach().t()));
       saved.push_back(w);
     }
     ctx->set_materialize_grads(false);
@@ -245,7 +245,7 @@ struct NormLinears : torch::autograd::Function<NormLinears> {
     const auto [x, y, roots] = normed(a, b.value_or(Tensor()), w, eps);
     variable_list out{x}, saved{x, w, roots};
     for (const auto &one : weights) {
-      out.push_back(at::mm(y, one.detach().t()));
+      out.push_back(rlhf::product(y, one.detach().t()));
       saved.push_back(one);
     }
     ctx->set_materialize_grads(false);

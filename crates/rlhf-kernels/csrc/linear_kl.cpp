@@ -135,10 +135,10 @@ struct Gradients {
     if (b) bias = at::zeros({weights.size(0)}, options);
   }
   void add(int64_t r, const Tensor &dz, const Tensor &h, const Tensor &w) {
-    if (hidden.defined()) product(hidden.narrow(0, r, dz.size(0)), dz, w);
+    if (hidden.defined()) product(hidden.narrow(0, r, dz.size(0)), dz, w, false);
     if (bias.defined()) bias.add_(dz.sum(0, false, bias.scalar_type()));
     if (!weight.defined()) return;
-    add_product(weight, dz.t(), h, first);
+    product(weight, dz.t(), h, !first);
     first = false;
   }
 };
@@ -169,7 +169,7 @@ struct LinearKl : torch::autograd::Function<LinearKl> {
       if (ahead) {
         const auto dz = slopes_of(zs, w);
         divergence_grads(zs, zt, s, t, set.inv_t, set.cap, kind, mean.narrow(0, r, n), one.narrow(0, 0, n), dz);
-        product(fixed.narrow(0, r, n), dz, w);
+        product(fixed.narrow(0, r, n), dz, w, false);
       }
     }
     ctx->set_materialize_grads(false);

@@ -13,12 +13,10 @@
 #include "cuda.h"
 #include "rows.h"
 #include <ATen/Parallel.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <algorithm>
 #include <torch/csrc/autograd/variable.h>
@@ -140,7 +138,7 @@ void of_words(const Linear &set, const Tensor &words, const Tensor &h, const Ten
   set.logits(y, h, some.t(), bias.defined() ? bias.index_select(0, words).to(acc) : bias);
   row_grad(y, stats, set.inv_t, set.cap, dense, entropy, pull, y);
   if (hidden.defined()) {
-    at::mm_out(hidden, y, some);
+    product(hidden, y, some, false);
     if (own.defined()) add_own(hidden, own, weight, ids);
   }
   if (to_bias.defined()) {
@@ -148,18 +146,14 @@ void of_words(const Linear &set, const Tensor &words, const Tensor &h, const Ten
     if (own.defined()) to_bias.index_add_(0, ids, own);
   }
   if (to_weight.defined()) {
-    to_weight.index_add_(0, words, y.t().mm(h));
+    to_weight.index_add_(0, words, product(y.t(), h));
     if (own.defined()) to_weight.index_add_(0, ids, h * own.unsqueeze(1));
   }
 }
 
 void Linear::logits(Tensor out, const Tensor &h, const Tensor &wt, const Tensor &bias) const {
-  if (bias.defined() && wt.scalar_type() == out.scalar_type()) {
-    at::addmm_out(out, bias, h, wt);
-  } else {
-    product(out, h, wt);
-    if (bias.defined()) out.add_(bias);
-  }
+  product(out, h, wt, false);
+  if (bias.defined()) out.add_(bias);
   if (cap > 0) out.div_(cap).tanh_().mul_(cap);
 }
 } // namespace rlhf
@@ -203,7 +197,7 @@ void join(Tensor grad, const Tensor &ids, const Tensor &own) {
 // Where `words` is defined the gradient is of those alone.
 void hidden_grad(Tensor out, const Tensor &grad, const Tensor &ids, const Tensor &own, const Tensor &w,
                  const Tensor &words = {}) {
-  product(out, grad, words.defined() ? w.index_select(0, words) : w);
+  product(out, grad, words.defined() ? w.index_select(0, words) : w, false);
   if (own.defined()) out.addcmul_(w.index_select(0, ids).to(out.scalar_type()), own.unsqueeze(1));
 }
 
@@ -355,7 +349,7 @@ struct LinearLogprobs : torch::autograd::Function<LinearLogprobs> {
       join(dz, i, own);
       if (need_b) gb.add_(dz.sum(0, false, acc));
       if (!need_w) continue;
-      add_product(gw, dz.t(), h, first);
+      product(gw, dz.t(), h, !first);
       first = false;
     }
     if (need_h) result[0] = gh.to(hidden.scalar_type());
@@ -402,6 +396,7 @@ struct LogitLogprobs : torch::autograd::Function<LogitLogprobs> {
 struct RlhfLogprobOptions {
   double temperature, softcap, filter, penalty; // 0 for none
   int64_t chunk_rows, chunk_words;     // 0 words: whole rows
+  int64_t keep;                        // bytes; see Wanted
   int entropy, log_sum_exp, top1, moments;
 };
 
@@ -417,7 +412,7 @@ RLHF_API char *rlhf_linear_logprobs(Tensor **out, const Tensor *hidden, const Te
     const auto b = bias ? std::optional<Tensor>(*bias) : std::nullopt;
     const auto i = ids->contiguous();
     Extras extras{o->top1 != 0, o->moments != 0, {}, {}, {}, {}};
-    const Wanted what{o->entropy != 0, o->log_sum_exp != 0, o->penalty, ahead};
+    const Wanted what{o->entropy != 0, o->log_sum_exp != 0, o->penalty, ahead, wanted && trained ? o->keep : 0};
     const double filter = wanted ? o->filter : 0.0;
     auto r = set.words > 0 ? linear_tiles(*hidden, *weight, b, i, set, what, filter, &extras)
                            : LinearLogprobs::apply(*hidden, *weight, b, i, set, what, filter, &extras);

@@ -4,7 +4,8 @@
 // the outer loop, so that a block of the weight is widened once and its gradient is written once. A row's sums
 // are carried from tile to tile; where its largest logit rises, what was added up shrinks by the same factor
 // (as in Milakov and Gimelshein 2018, arXiv 1805.02867). Where only `hidden` wants a gradient, forward carries
-// Σ exp(z)·W along in the same way, and backward recomputes nothing.
+// Σ exp(z)·W along in the same way, and backward recomputes nothing; nor does it where all logits are so few that
+// they are kept.
 //
 // With filtering forward keeps the largest logit of each row in each run of 32 words. Once all sums are known that
 // tells which runs no row of a chunk gives a probability of `filter`; backward leaves them out, and works on the
@@ -14,7 +15,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <algorithm>
 
@@ -41,11 +41,6 @@ template <class Body> void for_blocks(int64_t words, const Tensor &weight, const
 }
 template <class Body> void for_rows(int64_t m, int64_t rows, Body body) {
   for (int64_t r = 0; r < m; r += rows) body(r, std::min(rows, m - r));
-}
-// out (+)= a · b
-void product(Tensor out, const Tensor &a, const Tensor &b, bool add) {
-  if (add) out.addmm_(a, b);
-  else at::mm_out(out, a, b);
 }
 template <class T> T *data(const Tensor &t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; }
 
@@ -90,16 +85,17 @@ void take(const Tensor &tile, int64_t row, int64_t word, const FoldSettings &set
     }
   });
 }
-// Turns a tile of logits into their gradient, without the chosen ids' own part.
+// The gradient of a tile of logits, without the chosen ids' own part, into `tile`, which may be the logits.
 template <class T>
-void slope(const Tensor &tile, int64_t row, const Tensor &stats, double inv_t, double cap, const Tensor &g, const Tensor &ge,
-           const Tensor &gq) {
+void slope(const Tensor &logits, const Tensor &tile, int64_t row, const Tensor &stats, double inv_t, double cap,
+           const Tensor &g, const Tensor &ge, const Tensor &gq) {
   const int64_t v = tile.size(1);
-  T *z = data<T>(tile);
+  T *to = data<T>(tile);
+  const T *z = logits.const_data_ptr<T>();
   const T *s = data<T>(stats), *gs = data<T>(g), *ges = data<T>(ge), *gqs = data<T>(gq);
   at::parallel_for(0, tile.size(0), grain(v), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      grad<T>(z + i * v, z + i * v, v, s + (row + i) * kStats, inv_t, cap, gs ? gs[row + i] : T(0),
+      grad<T>(z + i * v, to + i * v, v, s + (row + i) * kStats, inv_t, cap, gs ? gs[row + i] : T(0),
               ges ? ges[row + i] : T(0), gqs ? gqs[row + i] : T(0));
   });
 }
@@ -155,9 +151,12 @@ struct Gradients {
   Tensor hidden, weight, bias;
 };
 
-// Gradients of the rows r.. in tiles. That of the weight is added to what is there, or takes its place.
+// Gradients of the rows r.. in tiles, whose logits are computed where none are kept. The gradient of the weight is added
+// to what is there, or takes its place.
 void in_tiles(const Linear &set, const Tensor &h, const Tensor &weight, const Tensor &bias, const Tensor &ids,
-              const Tensor &stats, const Slopes &of, int64_t first, int64_t rows, bool onto, const Gradients &out) {
+              const Tensor &stats, const Slopes &of, int64_t first, int64_t rows, at::ArrayRef<Tensor> kept, bool onto,
+              const Gradients &out) {
+  size_t next = 0;
   const auto options = h.options();
   const auto acc = h.scalar_type();
   const bool apart = out.weight.defined() && out.weight.scalar_type() != acc;
@@ -167,8 +166,8 @@ void in_tiles(const Linear &set, const Tensor &h, const Tensor &weight, const Te
     for_rows(rows, set.rows, [&](int64_t from, int64_t n) {
       const int64_t r = first + from;
       const auto z = buffer(0, n, b.count, options), x = h.narrow(0, r, n);
-      set.logits(z, x, b.weight.t(), b.bias);
-      RLHF_TYPED(acc, slope)(z, r, stats, set.inv_t, set.cap, of.dense, of.entropy, of.pull);
+      if (kept.empty()) set.logits(z, x, b.weight.t(), b.bias);
+      RLHF_TYPED(acc, slope)(kept.empty() ? z : kept[next++], z, r, stats, set.inv_t, set.cap, of.dense, of.entropy, of.pull);
       if (out.hidden.defined()) product(out.hidden.narrow(0, r, n), z, b.weight, b.begin > 0);
       if (!out.weight.defined() && !out.bias.defined()) return;
       if (of.own.defined()) RLHF_TYPED(acc, join)(z, r, b.begin, ids, of.own);
@@ -192,7 +191,7 @@ void filtered(const Linear &set, const Tensor &h, const Tensor &weight, const Te
     const int64_t r = c * kFiltered;
     if (!kept[c].defined()) {
       while (end < chunks && !kept[end].defined()) ++end;
-      in_tiles(set, h, weight, bias, ids, stats, of, r, std::min(end * kFiltered, m) - r, true, out);
+      in_tiles(set, h, weight, bias, ids, stats, of, r, std::min(end * kFiltered, m) - r, {}, true, out);
     } else {
       const int64_t n = std::min(kFiltered, m - r);
       const auto part = of.of(r, n);
@@ -218,6 +217,8 @@ struct LinearTiles : torch::autograd::Function<LinearTiles> {
     auto fixed = wanted.ahead ? at::empty(h.sizes(), options) : Tensor();
     auto penalty = wanted.penalty != 0 ? at::empty({m}, options) : Tensor();
     const bool along = wanted.ahead && filter == 0;
+    const bool keep = filter == 0 && m * v * (int64_t)h.element_size() <= wanted.keep;
+    variable_list kept;
     const int64_t each = runs_of(set.words), tiles = (v + set.words - 1) / set.words;
     const auto tops = filter > 0 ? at::full({m, each * tiles}, -INFINITY, options) : Tensor();
     const FoldSettings settings{set.inv_t,     set.cap, wanted.entropy, extras->moments || penalty.defined(),
@@ -225,7 +226,8 @@ struct LinearTiles : torch::autograd::Function<LinearTiles> {
     std::vector<RowSums> sums(m);
     for_blocks(set.words, weight, bias.value_or(Tensor()), [&](const Block &b) {
       for_rows(m, set.rows, [&](int64_t r, int64_t n) {
-        const auto z = buffer(0, n, b.count, options);
+        const auto z = keep ? at::empty({n, b.count}, options) : buffer(0, n, b.count, options);
+        if (keep) kept.push_back(z);
         set.logits(z, h.narrow(0, r, n), b.weight.t(), b.bias);
         RLHF_TYPED(acc, take)(z, r, b.begin, settings, sums, ids, own, extras->is_top1, along ? fixed : Tensor(), tops,
                               b.begin / set.words * each);
@@ -233,7 +235,7 @@ struct LinearTiles : torch::autograd::Function<LinearTiles> {
       });
     });
     (acc == at::kDouble ? rows_done<double> : rows_done<float>)(sums, v, set, wanted, stats, own, logp, penalty, *extras);
-    variable_list kept;
+    // The logits of all tiles, or with a filter the words of each run of rows.
     for (int64_t r = 0; filter > 0 && r < m; r += kFiltered)
       kept.push_back(RLHF_TYPED(acc, likely)(tops, stats, r, std::min(kFiltered, m - r), v, set, filter, ids));
     if (along) {
@@ -321,8 +323,9 @@ struct LinearTiles : torch::autograd::Function<LinearTiles> {
                         need_b ? at::zeros({weight.size(0)}, options) : Tensor()};
     const Slopes of{own, dense, g_entropy, pull};
     const auto w = weight.detach(), b = bias.defined() ? bias.detach() : bias;
-    if (filter) filtered(set, h, w, b, ids, stats, of, at::ArrayRef<Tensor>(saved).slice(7), out);
-    else in_tiles(set, h, w, b, ids, stats, of, 0, m, false, out);
+    const auto kept = at::ArrayRef<Tensor>(saved).slice(7);
+    if (filter) filtered(set, h, w, b, ids, stats, of, kept, out);
+    else in_tiles(set, h, w, b, ids, stats, of, 0, m, kept, false, out);
     if (need_h) result[0] = out.hidden.to(hidden.scalar_type());
     if (need_w) result[1] = out.weight.to(weight.scalar_type());
     if (need_b) result[2] = out.bias.to(bias.scalar_type());

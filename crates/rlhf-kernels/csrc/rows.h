@@ -1,11 +1,11 @@
 // What the products of hidden states and vocabularies share: a chunk of logits at a time, in a buffer
 // that is kept, and what is remembered of each of its rows.
 #pragma once
+#include "product.h"
 #include "row_kernels.h"
 #include "shim.h"
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <cmath>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -72,17 +72,6 @@ inline Tensor wide(const Tensor &t, at::ScalarType acc) { return t.defined() ? t
 inline Tensor factor(const Tensor &t, at::ScalarType acc) {
   return t.is_cuda() && at::isReducedFloatingType(t.scalar_type()) ? t.detach() : wide(t, acc);
 }
-// out = a · b of factors; `a` may be in out's type, it is then rounded to b's.
-inline void product(Tensor out, const Tensor &a, const Tensor &b) {
-  if (b.scalar_type() == out.scalar_type()) at::mm_out(out, a, b);
-  else at::mm_out(out, a.to(b.scalar_type()), b, out.scalar_type());
-}
-// to = a · b where that is the first of a sum, else to += a · b.
-inline void add_product(Tensor to, const Tensor &a, const Tensor &b, bool first) {
-  if (first) product(to, a, b);
-  else if (b.scalar_type() == to.scalar_type()) to.addmm_(a, b);
-  else to.add_(at::mm(a.to(b.scalar_type()), b, to.scalar_type()));
-}
 
 // Where the gradient of logits goes that is to be multiplied with `factor`: over them, or beside them in its type.
 inline Tensor slopes_of(const Tensor &z, const Tensor &factor) {
@@ -120,6 +109,7 @@ struct Wanted {
   bool entropy, lse;
   double penalty; // of (z/T)², mean over words; 0 for none
   bool ahead;     // only hidden states want a gradient
+  int64_t keep;   // bytes that the logits may take to be kept for backward
 };
 // out += own · W[ids], some rows at a time so that little of W is copied.
 void add_own(const Tensor &out, const Tensor &own, const Tensor &weight, const Tensor &ids);

@@ -303,6 +303,8 @@ pub(crate) struct RawLogprobOptions {
     pub(crate) chunk_rows: i64,
     /// 0 for whole rows.
     pub(crate) chunk_words: i64,
+    /// Bytes that all logits may take to be kept for backward.
+    pub(crate) keep: i64,
     pub(crate) entropy: c_int,
     pub(crate) log_sum_exp: c_int,
     pub(crate) top1: c_int,

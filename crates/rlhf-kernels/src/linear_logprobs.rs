@@ -46,7 +46,7 @@ pub struct LogprobOptions {
     /// [`F32_RESOLUTION`] and [`linear_logprobs`]. Values are exact all the same.
     pub filter: Option<f64>,
     /// Bytes of logits held at once. By default 4 MiB on the CPU, where they are a tile of rows and words
-    /// that stays in the cache, and 256 MiB on other devices, of whole rows.
+    /// that stays in the cache, and 256 MiB on other devices, of whole rows. Given, no more than that is held.
     pub chunk_bytes: Option<i64>,
     /// Rows computed at once, whatever they take.
     pub chunk_rows: Option<i64>,
@@ -151,6 +151,10 @@ pub(crate) fn rows_of_budget(
 /// Bytes of a tile of logits by default: what two cores' caches hold beside what the product reads.
 const TILE_BYTES: i64 = 4 << 20;
 
+/// Logits on the CPU that backward need not compute again where nobody says how much is held at once: no more than a
+/// small language model's head.
+const KEPT_BYTES: i64 = 96 << 20;
+
 /// Rows and words of a tile of logits on the CPU. A product is fast with a few hundred words; more rows mean
 /// that the weight is read less often.
 fn tile(m: i64, v: i64, hidden: &Tensor, options: &LogprobOptions) -> (i64, i64) {
@@ -176,7 +180,8 @@ fn tile(m: i64, v: i64, hidden: &Tensor, options: &LogprobOptions) -> (i64, i64)
 /// log softmax(cap(hidden · weightᵀ + bias) / T) at `ids`, and what else the options ask for.
 ///
 /// Forward and backward hold one chunk of logits in f32 (f64 for f64), in a buffer that is kept; backward
-/// computes it again. With a frozen head forward prepares the gradient of `hidden` instead, and backward
+/// computes it again. On the CPU logits of at most 96 MiB in all are kept instead where neither `chunk_bytes`
+/// nor `chunk_rows` is given and no filter is: a quarter of the arithmetic. With a frozen head forward prepares the gradient of `hidden` instead, and backward
 /// recomputes nothing (but for an entropy that is part of the loss). A logit of −∞ contributes 0 to the
 /// entropy. The z-loss needs no second tensor as wide as the vocabulary: d lse/dz is the softmax, which
 /// that of the log-probability holds already.
@@ -242,6 +247,7 @@ pub fn linear_logprobs<'a>(
         let rows = || rows_of_budget(hidden, v, 1, options.chunk_bytes);
         (options.chunk_rows.unwrap_or_else(rows), 0)
     };
+    let chunked = options.chunk_rows.is_some() || options.chunk_bytes.is_some();
     let raw = ffi::RawLogprobOptions {
         temperature: options.temperature,
         softcap: options.softcap.unwrap_or(0.0),
@@ -249,6 +255,7 @@ pub fn linear_logprobs<'a>(
         penalty: options.logit_penalty.unwrap_or(0.0),
         chunk_rows,
         chunk_words,
+        keep: if chunked { 0 } else { KEPT_BYTES },
         entropy: options.entropy.into(),
         log_sum_exp: (options.log_sum_exp || options.z_loss.is_some()).into(),
         top1: options.top1.into(),
@@ -475,6 +482,7 @@ mod tests {
                 penalty: 0.4,
                 chunk_rows,
                 chunk_words: 0,
+                keep: 0,
                 entropy: 1,
                 log_sum_exp: 1,
                 top1: 1,

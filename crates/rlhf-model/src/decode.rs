@@ -491,7 +491,7 @@ pub(crate) fn prompts(
 ) -> Result<(Tensor, PromptCache)> {
     let mut cache = PromptCache::default();
     if !weights.panels {
-        let hidden = trunk.forward(ids, positions, layout, None, &mut |k, v| {
+        let hidden = trunk.forward(ids, positions, layout, &mut |k, v| {
             cache.keys.push(k.shallow_clone());
             cache.values.push(v.shallow_clone());
         })?;

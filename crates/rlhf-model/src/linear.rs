@@ -157,7 +157,11 @@ impl Linear {
 
     fn base(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         Ok(match (&self.weight, bias) {
-            (Weight::Rows(w), bias) => x.linear(w, bias),
+            (Weight::Rows(w), Some(bias)) => x.linear(w, Some(bias)),
+            (Weight::Rows(w), None) => {
+                let [y] = each(linears(x, &[w])?)?;
+                y
+            }
             (Weight::Columns(w), Some(bias)) => bias.addmm(x, w),
             (Weight::Columns(w), None) => x.mm(w),
             (Weight::Int8 { codes, scales, .. }, bias) => {

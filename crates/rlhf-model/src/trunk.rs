@@ -220,21 +220,20 @@ impl Trunk {
         Ok(x)
     }
 
-    /// Hidden states `[N, H]` after the last norm, or of them `rows` alone. `capture` sees every layer's rotated keys
-    /// and values, `[N, Hkv, D]` each.
+    /// Hidden states `[N, H]` after the last norm. `capture` sees every layer's rotated keys and values, `[N, Hkv, D]`
+    /// each.
     pub(crate) fn forward(
         &self,
         token_ids: &Tensor,
         positions: &Tensor,
         layout: &AttentionLayout,
-        rows: Option<&Tensor>,
         capture: &mut dyn FnMut(&Tensor, &Tensor),
     ) -> Result<Tensor> {
         let x = self.embed(token_ids, positions, self.config.tie_word_embeddings)?;
-        self.above(x, positions, layout, rows, capture)
+        self.above(x, positions, layout, None, capture)
     }
 
-    /// [`Trunk::forward`] of rows that are embedded already.
+    /// [`Trunk::forward`] of rows that are embedded already, or of it `rows` alone.
     fn above(
         &self,
         mut x: Tensor,
@@ -287,7 +286,8 @@ impl Trunk {
         Ok(x)
     }
 
-    /// [`Trunk::forward`] of a batch, checked against vocabulary and context; `tied` as in [`Trunk::embed`].
+    /// [`Trunk::forward`] of a batch, or of it `rows` alone, checked against vocabulary and context; `tied` as in
+    /// [`Trunk::embed`].
     pub(crate) fn hidden(
         &self,
         batch: &DeviceBatch,

@@ -226,6 +226,39 @@ fn the_first_of_equals() {
     }
 }
 
+/// Logits that are kept give the bits of those that are computed again, and serve a second backward.
+#[test]
+fn kept_logits() {
+    let (m, v) = (600, 2003);
+    let leaf = |size: &[i64], seed| cpu_wave(size, seed, Kind::Float).set_requires_grad(true);
+    let (hidden, weight) = (leaf(&[m, 8], 1.0), leaf(&[v, 8], 2.0));
+    let ids = (Tensor::arange(m, (Kind::Int64, Device::Cpu)) * 31).remainder(v);
+    // 4 MiB is the tile that is the default: here there are two.
+    let [kept, computed] = [None, Some(4 << 20)].map(|chunk_bytes| {
+        let options = LogprobOptions {
+            softcap: Some(4.0),
+            entropy: true,
+            z_loss: Some(0.1),
+            chunk_bytes,
+            ..Default::default()
+        };
+        let out = linear_logprobs(&hidden, &weight, &ids, &options).unwrap();
+        let loss = out.logprobs.sum(None) + out.entropy.unwrap().square().sum(None);
+        let loss = loss + out.z_loss.unwrap().sum(None);
+        let mut all = Tensor::run_backward(&[&loss], &[&hidden, &weight], true, false);
+        all.extend(Tensor::run_backward(
+            &[&loss],
+            &[&hidden, &weight],
+            false,
+            false,
+        ));
+        all.push(loss.detach());
+        all
+    });
+    assert_eq!(kept[..2], kept[2..4]);
+    assert_eq!(kept, computed);
+}
+
 /// However small the budget, the result is the same.
 #[test]
 fn any_budget() {

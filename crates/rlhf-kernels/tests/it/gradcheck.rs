@@ -60,14 +60,19 @@ fn linear_logprobs_all_settings() {
     ];
     let ids = from_slice(&[0i64, 6, 3, 3, 1]);
     for (temperature, softcap) in [(1.0, None), (0.7, None), (1.0, Some(1.5)), (1.3, Some(0.8))] {
-        // Whole rows, and tiles of 3 rows and 2 words.
-        for (chunk, chunk_bytes) in [(1, None), (3, Some(48)), (m, None)] {
+        // Whole rows, and tiles of 3 rows and 2 words; at last with kept logits.
+        for (chunk_rows, chunk_bytes) in [
+            (Some(1), None),
+            (Some(3), Some(48)),
+            (Some(m), None),
+            (None, None),
+        ] {
             for entropy in [false, true] {
                 let options = LogprobOptions {
                     temperature,
                     softcap,
                     entropy,
-                    chunk_rows: Some(chunk),
+                    chunk_rows,
                     chunk_bytes,
                     z_loss: entropy.then_some(0.3),
                     logit_penalty: entropy.then_some(0.2),

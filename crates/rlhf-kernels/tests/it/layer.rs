@@ -5,8 +5,9 @@ use rlhf_kernels::layer::{
     add_norm, embedding, linears, norm_linears, rotate, silu_mul, silu_mul_linear,
 };
 use rlhf_kernels::reference;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
+use crate::device::device;
 use crate::gradcheck::check;
 use crate::{cpu_wave as wave, largest_difference};
 
@@ -194,6 +195,68 @@ proptest! {
             let scale = if b.numel() == 0 { 1.0 } else { b.abs().max().double_value(&[]).max(1.0) };
             prop_assert!(largest_difference(a, b) < 2e-5 * scale, "{}", largest_difference(a, b));
         }
+    }
+}
+
+/// Size `[a, b]`, contiguous, as columns of a wider matrix, or transposed.
+fn lying(way: usize, a: i64, b: i64, seed: f64) -> Tensor {
+    match way {
+        0 => wave(&[a, b], seed, Kind::Float),
+        1 => wave(&[a, b + 3], seed, Kind::Float).narrow(1, 2, b),
+        _ => wave(&[b, a], seed, Kind::Float).tr(),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    /// Products in f32 beside f64's, values and gradients: thinner than a tile and longer than a block in each of
+    /// their sizes, empty, and of matrices that lie in any way.
+    #[test]
+    fn linears_of_any_size(
+        n in prop_oneof![0..40i64, 200..700i64],
+        d in prop_oneof![0..70i64, 500..1300i64],
+        out in prop_oneof![0..70i64, 200..600i64],
+        ways in prop::array::uniform3(0..3usize),
+    ) {
+        let run = |kind: Kind| {
+            let leaf = |way, a, b, seed| lying(way, a, b, seed).to_kind(kind).detach().set_requires_grad(true);
+            let (x, w, v) = (leaf(ways[0], n, d, 1.0), leaf(ways[1], out, d, 2.0), leaf(ways[1], 5, d, 3.0));
+            let g = lying(ways[2], n, out, 4.0).to_kind(kind);
+            let y = match kind {
+                Kind::Float => linears(&x, &[&w, &v]).unwrap(),
+                _ => vec![x.matmul(&w.tr()), x.matmul(&v.tr())],
+            };
+            let loss = (&y[0] * g).sum(kind) + y[1].sum(kind);
+            let mut all = Tensor::run_backward(&[loss], &[&x, &w, &v], false, false);
+            all.extend(y.iter().map(Tensor::detach));
+            all
+        };
+        let most = 1e-5 * ((1 + n.max(d).max(out)) as f64).sqrt();
+        for (i, (a, b)) in run(Kind::Float).iter().zip(&run(Kind::Double)).enumerate() {
+            let off = largest_difference(a, b);
+            prop_assert!(off < most, "{i}: {off}");
+        }
+    }
+
+    /// A row's numbers do not depend on the rows beside it, nor on how many threads share the product.
+    #[test]
+    fn a_rows_product_is_its_own(n in 1..90i64, d in 1..1300i64, out in 1..400i64, at in 0..90i64) {
+        if device() != Device::Cpu {
+            return Ok(());
+        }
+        let (x, w) = (wave(&[n, d], 1.0, Kind::Float), wave(&[out, d], 2.0, Kind::Float));
+        let row = x.narrow(0, at % n, 1);
+        let product = |x: &Tensor, w: &Tensor| linears(x, &[w]).unwrap().remove(0);
+        let all = product(&x, &w);
+        prop_assert_eq!(all.narrow(0, at % n, 1), product(&row, &w));
+        let few = out.min(1 + at);
+        prop_assert_eq!(all.narrow(1, out - few, few), product(&x, &w.narrow(0, out - few, few)));
+        let threads = tch::get_num_threads();
+        tch::set_num_threads(1);
+        let alone = product(&x, &w);
+        tch::set_num_threads(threads);
+        prop_assert_eq!(all, alone);
     }
 }
 

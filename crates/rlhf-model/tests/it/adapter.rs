@@ -326,8 +326,11 @@ fn recomputed_layers_change_nothing() {
 /// every family, and with layers that are run again.
 #[test]
 fn rows_alone_are_the_rows_of_all() {
-    let bases = ALL.map(|(_, base)| base);
-    let mut models: Vec<Transformer> = bases.iter().map(|base| load(base)).collect();
+    let folders = std::fs::read_dir(own("models")).unwrap();
+    let mut models: Vec<Transformer> = folders
+        .map(|folder| Transformer::load(&folder.unwrap().path(), &on_device()).unwrap())
+        .collect();
+    assert!(models.len() >= 13);
     models.push(small(Kind::Float));
     let (b, rows) = (text(), from_slice(&[3i64, 0, 5, 3]));
     for model in &mut models {

@@ -217,13 +217,22 @@ fn damaged_files_are_named() {
 /// On the CPU a score has the same bits whatever else is in the batch, and in whatever order.
 #[test]
 fn scores_do_not_depend_on_the_batch() {
-    for kind in [Kind::Float, Kind::Double] {
-        let groups = many();
+    // A small language model's width, where products are split among threads.
+    let mut wide = Config::new(40, 576, 2, 9, 64);
+    wide.num_key_value_heads = 3;
+    wide.intermediate_size = 1536;
+    let wide = Transformer::init(wide, 7, Device::Cpu, Kind::Float).unwrap();
+    let wide = ScalarModel::with_outputs(wide, 2, 1).unwrap();
+    for (name, net, groups) in [
+        ("f32", net(2, 1, Kind::Float), many()),
+        ("f64", net(2, 1, Kind::Double), many()),
+        ("wide", wide, many()[..6].to_vec()),
+    ] {
         let spec = Spec {
             heads: 2,
             ..Spec::single(Readout::First { outputs: 1 })
         };
-        let model = RewardModel::new(vec![net(2, 1, kind)], &spec).unwrap();
+        let model = RewardModel::new(vec![net], &spec).unwrap();
         let together = model.scores(&refs(&groups), 100_000).unwrap();
         let split = model.scores(&refs(&groups), 40).unwrap();
         let alone: Vec<f64> = groups
@@ -246,9 +255,9 @@ fn scores_do_not_depend_on_the_batch() {
             })
             .flat_map(|g| model.scores(&[&g], 100_000).unwrap())
             .collect();
-        assert_eq!(together, split, "{kind:?}");
-        assert_eq!(together, alone, "{kind:?}");
-        assert_eq!(together, back, "{kind:?}");
-        assert_eq!(together, single, "{kind:?}");
+        assert_eq!(together, split, "{name}");
+        assert_eq!(together, alone, "{name}");
+        assert_eq!(together, back, "{name}");
+        assert_eq!(together, single, "{name}");
     }
 }
