@@ -31,44 +31,22 @@ int best() {
   return 0;
 }
 std::atomic<int> level{best()};
+
+#if defined(__x86_64__)
+template <class T> const T &pick(const T &plain, const T &avx2, const T &avx512) {
+  const int now = level.load(std::memory_order_relaxed);
+  return now == 2 ? avx512 : now == 1 ? avx2 : plain;
+}
+#define RLHF_PICK(table) pick(cpu_plain##table, cpu_avx2##table, cpu_avx512##table)
+#else
+#define RLHF_PICK(table) cpu_plain##table
+#endif
 } // namespace
 
-const CpuKernels &cpu_kernels() {
-  switch (level.load(std::memory_order_relaxed)) {
-#if defined(__x86_64__)
-  case 2: return cpu_avx512;
-  case 1: return cpu_avx2;
-#endif
-  default: return cpu_plain;
-  }
-}
-const LossKernels &loss_kernels() {
-  switch (level.load(std::memory_order_relaxed)) {
-#if defined(__x86_64__)
-  case 2: return cpu_avx512_losses;
-  case 1: return cpu_avx2_losses;
-#endif
-  default: return cpu_plain_losses;
-  }
-}
-const ProductKernels &product_kernels() {
-  switch (level.load(std::memory_order_relaxed)) {
-#if defined(__x86_64__)
-  case 2: return cpu_avx512_products;
-  case 1: return cpu_avx2_products;
-#endif
-  default: return cpu_plain_products;
-  }
-}
-const RowKernels &row_kernels() {
-  switch (level.load(std::memory_order_relaxed)) {
-#if defined(__x86_64__)
-  case 2: return cpu_avx512_rows;
-  case 1: return cpu_avx2_rows;
-#endif
-  default: return cpu_plain_rows;
-  }
-}
+const CpuKernels &cpu_kernels() { return RLHF_PICK(); }
+const LossKernels &loss_kernels() { return RLHF_PICK(_losses); }
+const ProductKernels &product_kernels() { return RLHF_PICK(_products); }
+const RowKernels &row_kernels() { return RLHF_PICK(_rows); }
 } // namespace rlhf
 
 // For tests: caps the instruction set; gives what is then used.

@@ -15,7 +15,7 @@ int64_t bound(int64_t all, int64_t each, int64_t i, int64_t n) { return std::min
 // Below this many multiply-adds a second thread takes longer to start than it spares.
 constexpr int64_t kAlone = 1 << 18;
 
-void multiply(const Product &x) {
+void multiply(void (*f32)(const Product &), const Product &x) {
   // Threads share columns and rows so that the longest part is short; each copies its part of B for itself.
   const int64_t panels = parts(x.n, kProductColumns), tiles = parts(x.m, kProductRows);
   const int64_t threads = x.m * x.n * x.k < kAlone || at::in_parallel_region() ? 1 : at::get_num_threads();
@@ -36,7 +36,7 @@ void multiply(const Product &x) {
       part.a += i * x.a_row;
       part.b += j * x.b_col;
       part.c += i * x.c_row + j;
-      product_kernels().f32(part);
+      f32(part);
     }
   });
 }
@@ -44,15 +44,16 @@ void multiply(const Product &x) {
 
 void product(const at::Tensor &out, const at::Tensor &a, const at::Tensor &b, bool add) {
   const auto plain = [](const at::Tensor &t) { return t.is_cpu() && t.scalar_type() == at::kFloat && !t.is_neg(); };
-  if (product_kernels().f32 && plain(out) && plain(a) && plain(b) && (out.stride(1) == 1 || out.size(1) == 1)) {
+  const auto f32 = product_kernels().f32;
+  if (f32 && plain(out) && plain(a) && plain(b) && (out.stride(1) == 1 || out.size(1) == 1)) {
     TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0) && out.size(0) == a.size(0) &&
                     out.size(1) == b.size(1),
                 "product: ", a.sizes(), " and ", b.sizes(), " do not make ", out.sizes());
     // A gradient that is one number everywhere has no stride of 1.
     const auto lying = [](const at::Tensor &t) { return t.stride(0) == 1 || t.stride(1) == 1 ? t : t.contiguous(); };
     const auto x = lying(a), y = lying(b);
-    multiply({out.size(0), out.size(1), x.size(1), x.const_data_ptr<float>(), x.stride(0), x.stride(1),
-              y.const_data_ptr<float>(), y.stride(0), y.stride(1), out.mutable_data_ptr<float>(), out.stride(0), add});
+    multiply(f32, {out.size(0), out.size(1), x.size(1), x.const_data_ptr<float>(), x.stride(0), x.stride(1),
+                   y.const_data_ptr<float>(), y.stride(0), y.stride(1), out.mutable_data_ptr<float>(), out.stride(0), add});
     return;
   }
   at::Tensor to = out;
